@@ -1,0 +1,45 @@
+"""The command `nobackprop`: a Hydra application. It imports little, so that --help and mistyped keys answer at once."""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+_here = Path(__file__).parent
+# A wheel carries the configs inside the package, a checkout beside src/.
+CONF = _here / "conf" if (_here / "conf").is_dir() else _here.parents[1] / "conf"
+
+
+def run(cfg: DictConfig) -> None:
+    """Trains one config and prints its summary; a user's mistake ends in one sentence, without a traceback."""
+    import logging
+
+    from rich.console import Console
+
+    from nobackprop.train import summary, train
+
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    console = Console()
+    try:
+        recorded = train(cfg, console)
+    except (ValueError, FileNotFoundError) as e:
+        if "HYDRA_FULL_ERROR" in os.environ or HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        sys.exit(f"nobackprop: {e}")
+    console.print(summary(recorded))
+    console.print(f"records and weights: {Path(cfg.paths.runs) / ''}", highlight=False)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
+def main(cfg: DictConfig) -> None:
+    run(cfg)
+
+
+if __name__ == "__main__":
+    main()

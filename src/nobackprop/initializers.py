@@ -1,0 +1,181 @@
+"""How weights start: by name (`init=orthogonal`), or by the mDFA program's strings (`init.forward=U1`).
+
+Every tensor is drawn in float32 on the CPU from a stream of its own, `stream(seed, name)`, so it does not depend on the
+device, the rule or the other tensors. Fan-in is that of the tensor's shape: for a matrix its second axis, for a kernel
+(input channels x positions); DFA's B, (units, outputs), has the number of outputs.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor, nn
+
+from nobackprop.layers import Shape
+from nobackprop.network import Network
+from nobackprop.rule import Rule
+from nobackprop.streams import stream
+
+
+@dataclass(frozen=True)
+class Initializer(ABC):
+    """Draws a tensor of a shape. `may_be_absolute`: whether the draw may be replaced by its absolute value."""
+
+    may_be_absolute: ClassVar[bool] = True
+    # True for the strings P and A: every draw but the first forward layer's is replaced by its absolute value.
+    nonnegative: ClassVar[bool] = False
+
+    @abstractmethod
+    def draw(self, shape: Shape, generator: Generator) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Zeros(Initializer):
+    """All zero."""
+
+    def draw(self, shape: Shape, generator: Generator) -> Tensor:
+        return torch.zeros(shape)
+
+
+@dataclass(frozen=True)
+class Uniform(Initializer):
+    """Uniform in +- scale * fan_in^power. The power -1/2 is `U` as the mDFA program documents it."""
+
+    scale: float = 1.0
+    power: float = -0.5
+
+    def draw(self, shape: Shape, generator: Generator) -> Tensor:
+        bound = self.scale * prod(shape[1:]) ** self.power
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+@dataclass(frozen=True)
+class Normal(Initializer):
+    """Normal with mean zero and standard deviation `std` (not a variance), whatever the fan-in."""
+
+    std: float = 0.1
+
+    def draw(self, shape: Shape, generator: Generator) -> Tensor:
+        return torch.empty(shape).normal_(0, self.std, generator=generator)
+
+
+class NonnegativeUniform(Uniform):
+    """Uniform in [0, scale * fan_in^power]; the first forward layer stays signed."""
+
+    nonnegative = True
+
+
+class NonnegativeNormal(Normal):
+    """The absolute value of a normal draw; the first forward layer stays signed."""
+
+    nonnegative = True
+
+
+@dataclass(frozen=True)
+class Orthogonal(Initializer):
+    """Orthonormal rows or columns times `gain` (Saxe et al., 2014)."""
+
+    gain: float = 1.0
+    may_be_absolute = False
+
+    def draw(self, shape: Shape, generator: Generator) -> Tensor:
+        return nn.init.orthogonal_(torch.empty(shape), self.gain, generator)
+
+
+@dataclass(frozen=True)
+class GlorotUniform(Initializer):
+    """Uniform with variance gain^2 * 2 / (fan_in + fan_out) (Glorot & Bengio, 2010)."""
+
+    gain: float = 1.0
+
+    def draw(self, shape: Shape, generator: Generator) -> Tensor:
+        return nn.init.xavier_uniform_(torch.empty(shape), self.gain, generator)
+
+
+@dataclass(frozen=True)
+class GlorotNormal(Initializer):
+    """Normal with variance gain^2 * 2 / (fan_in + fan_out) (Glorot & Bengio, 2010)."""
+
+    gain: float = 1.0
+
+    def draw(self, shape: Shape, generator: Generator) -> Tensor:
+        return nn.init.xavier_normal_(torch.empty(shape), self.gain, generator)
+
+
+class HeUniform(Initializer):
+    """Uniform with variance 2 / fan_in (He et al., 2015)."""
+
+    def draw(self, shape: Shape, generator: Generator) -> Tensor:
+        return nn.init.kaiming_uniform_(torch.empty(shape), nonlinearity="relu", generator=generator)
+
+
+class HeNormal(Initializer):
+    """Normal with variance 2 / fan_in (He et al., 2015)."""
+
+    def draw(self, shape: Shape, generator: Generator) -> Tensor:
+        return nn.init.kaiming_normal_(torch.empty(shape), nonlinearity="relu", generator=generator)
+
+
+class LecunNormal(Initializer):
+    """Normal with variance 1 / fan_in (LeCun et al., 1998)."""
+
+    def draw(self, shape: Shape, generator: Generator) -> Tensor:
+        return nn.init.kaiming_normal_(torch.empty(shape), nonlinearity="linear", generator=generator)
+
+
+STRINGS = (
+    "0 (zeros), U<v> (uniform, +-v/sqrt(fan-in)), N<v> (normal, standard deviation v), P<v> and A<v> (the absolute "
+    "values of U<v> and N<v>), literal_U<v> and literal_P<v> (+-v*fan-in^(1/4), as the mDFA program computes U and P)"
+)
+
+
+def from_string(text: str | float) -> Initializer:
+    """The initializer that one of the mDFA program's strings names: `0`, `U1`, `N0.1`, `P1`, `A0.1`.
+
+    `U1` means what that program documents, +-1/sqrt(fan-in). Its code takes the root twice and draws from
+    +-fan_in^(1/4); `literal_U1` and `literal_P1` do the same. Raises ValueError for another string.
+    """
+    match = re.fullmatch(r"(literal_)?([UNPA])(\d+\.?\d*(?:e-?\d+)?|\.\d+)", str(text))
+    if str(text) in ("0", "0.0"):
+        return Zeros()
+    if match is None or (match[1] and match[2] in "NA"):
+        raise ValueError(f"unknown initializer {text!r}: write one of {STRINGS}")
+    literal, letter, value = match[1], match[2], float(match[3])
+    if letter == "N":
+        return Normal(value)
+    if letter == "A":
+        return NonnegativeNormal(value)
+    power = 0.25 if literal else -0.5
+    return Uniform(value, power) if letter == "U" else NonnegativeUniform(value, power)
+
+
+def initial_weights(
+    net: Network, rule: Rule, forward: Initializer, backward: Initializer, seed: int
+) -> dict[str, Tensor]:
+    """All weights a run of this seed starts from, by name: W from `forward`, b zero, the rule's own from `backward`.
+
+    Raises ValueError where the rule needs non-negative weights and an initializer's draw can't be made so.
+    """
+    absolute = rule.nonnegative(net)
+
+    def draw(initializer: Initializer, name: str, shape: Shape) -> Tensor:
+        tensor = initializer.draw(shape, stream(seed, name))
+        if name not in absolute and (name == "W1" or not initializer.nonnegative):
+            return tensor
+        if not initializer.may_be_absolute:
+            raise ValueError(
+                f"rule {type(rule).__name__} needs non-negative weights ({name}), and {initializer} would no longer be "
+                "what it says: choose another initializer, such as init=strings init.forward=U1 init.backward=U1"
+            )
+        return tensor.abs()
+
+    w = {}
+    for l in range(1, net.L + 1):
+        shape = net.weight_shape(l)
+        w[f"W{l}"] = draw(forward, f"W{l}", shape)
+        if net.bias:
+            w[f"b{l}"] = torch.zeros(shape[0])
+    return w | rule.feedback(net, lambda name, shape: draw(backward, name, shape))

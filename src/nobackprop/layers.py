@@ -1,0 +1,95 @@
+"""Layers: three local operations each, and all that is known of a layer's shape.
+
+| operation | Dense | Conv |
+| --- | --- | --- |
+| `forward(W, b, h)` | W h + b | convolution |
+| `feedback(M, e, like)` | M^T e | transposed convolution with M, a tensor in the shape of W |
+| `hebbian(h, d)` | d h^T, d | correlation of h and d, summed over positions; both are means over the samples |
+
+A learning rule decides which error d reaches a layer and which M stands in for W; the rest is here, once for all rules.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A fully connected layer; W is (units, inputs). An input of more than one axis a sample is flattened."""
+
+    units: int
+
+    def __post_init__(self) -> None:
+        _positive(self, "units")
+
+    def weight_shape(self, in_shape: Shape) -> Shape:
+        return (self.units, prod(in_shape))
+
+    def out_shape(self, in_shape: Shape) -> Shape:
+        return (self.units,)
+
+    def forward(self, W: Tensor, b: Tensor | None, h: Tensor) -> Tensor:
+        return F.linear(h.flatten(1), W, b)  # (N, units)
+
+    def feedback(self, M: Tensor, e: Tensor, like: Tensor) -> Tensor:
+        return (e @ M).view_as(like)  # (N, *in_shape)
+
+    def hebbian(self, h: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        d = d / len(d)
+        return d.mT @ h.flatten(1), d.sum(0)  # (units, inputs), (units,)
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A 2-d convolution; W is (channels, input channels, kernel, kernel), images are (N, C, H, W)."""
+
+    channels: int
+    kernel: int
+    stride: int = 1
+    padding: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(self, "channels", "kernel", "stride")
+        if self.padding < 0:
+            raise ValueError(f"{self}: padding must be 0 or more")
+
+    def weight_shape(self, in_shape: Shape) -> Shape:
+        return (self.channels, in_shape[0], self.kernel, self.kernel)
+
+    def out_shape(self, in_shape: Shape) -> Shape:
+        """Raises ValueError where the kernel is larger than the padded image, or the input is no image."""
+        if len(in_shape) != 3:
+            raise ValueError(f"{self} needs images (C, H, W), got shape {in_shape}: put it before the dense layers")
+        height, width = ((n + 2 * self.padding - self.kernel) // self.stride + 1 for n in in_shape[1:])
+        if min(height, width) < 1:
+            raise ValueError(
+                f"{self} does not fit a feature map of {in_shape[1]}x{in_shape[2]}: "
+                "use a smaller kernel or stride, more padding, fewer convolutions or larger images"
+            )
+        return (self.channels, height, width)
+
+    def forward(self, W: Tensor, b: Tensor | None, h: Tensor) -> Tensor:
+        return F.conv2d(h, W, b, self.stride, self.padding)  # (N, channels, H', W')
+
+    def feedback(self, M: Tensor, e: Tensor, like: Tensor) -> Tensor:
+        return conv2d_input(like.shape, M, e, self.stride, self.padding)  # (N, C, H, W)
+
+    def hebbian(self, h: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        d = d / len(d)
+        shape = self.weight_shape(tuple(h.shape[1:]))
+        return conv2d_weight(h, shape, d, self.stride, self.padding), d.sum((0, 2, 3))
+
+
+Layer = Dense | Conv
+
+
+def _positive(layer: Layer, *fields: str) -> None:
+    for field in fields:
+        if getattr(layer, field) < 1:
+            raise ValueError(f"{layer}: {field} must be 1 or more")

@@ -1,0 +1,223 @@
+"""The LightningModule that trains any rule on any net, for one seed or several at once."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from nobackprop.data import EvalBatches, TrainBatches
+from nobackprop.losses import Loss
+from nobackprop.metrics import Scores
+from nobackprop.network import Network
+from nobackprop.pixels import Pixels
+from nobackprop.rule import Batch, Rule
+from nobackprop.updates import UPDATES
+
+
+@dataclass
+class Progress:
+    """What a seed has reached; kept in checkpoints, written into its record."""
+
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    best_epoch: int | None = None
+    best_accuracy: float = -1.0
+    diverged_epoch: int | None = None
+    stopped: bool = False
+    test: dict[str, float] | None = None
+
+
+class Learner(LightningModule):
+    """Trains the weights of S seeds, stacked on a leading axis, without autograd.
+
+    A stack of one calls the rule directly, a larger one under `torch.func.vmap`. Of each seed the weights with the best
+    validation accuracy are kept, and tested at the end; a seed that diverges (NaN or infinite loss) or whose patience is
+    over counts as stopped, and the others go on. `batches` makes the training batches, given the position to start from.
+    """
+
+    def __init__(
+        self,
+        net: Network,
+        rule: Rule,
+        loss: Loss,
+        weights: Sequence[Mapping[str, Tensor]],
+        *,
+        batches: Callable[..., TrainBatches],
+        validation: Callable[..., EvalBatches],
+        test: Callable[..., EvalBatches],
+        pixels: Pixels,
+        optimizer: Callable[..., Optimizer],
+        schedule: Callable[[Optimizer], LRScheduler] | None = None,
+        update: str = "mean",
+        l2: float = 0.0,
+        patience: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.net, self.rule, self.loss, self.pixels = net, rule, loss, pixels
+        self.batches, self.validation, self.test = batches, validation, test
+        self.make_optimizer, self.make_schedule = optimizer, schedule
+        self.update, self.l2, self.patience = UPDATES[update], l2, patience
+        self.seeds = len(weights)
+        self.w = nn.ParameterDict({name: _fixed(torch.stack([w[name] for w in weights])) for name in weights[0]})
+        self.best = nn.ParameterDict({name: _fixed(p.clone()) for name, p in self.w.items()})
+        self.train_scores, self.eval_scores = Scores(loss, self.seeds), Scores(loss, self.seeds)
+        self.steps = 0  # mini-batches trained so far: the truth for data order, logs and records
+        self.progress = [Progress() for _ in range(self.seeds)]
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(list(self.w.values()))
+        return optimizer if self.make_schedule is None else ([optimizer], [self.make_schedule(optimizer)])
+
+    def train_dataloader(self) -> TrainBatches:
+        return self.batches(position=lambda: self.steps, device=self.device)
+
+    def val_dataloader(self) -> EvalBatches:
+        return self.validation(device=self.device)
+
+    def test_dataloader(self) -> EvalBatches:
+        return self.test(device=self.device)
+
+    # Training
+
+    def grads(self, w: Mapping[str, Tensor], x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The rule's gradients and logits for all seeds; every tensor has the seed axis in front."""
+
+        def one_seed(w: Mapping[str, Tensor], x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+            return self.rule.grads(self.net, w, Batch(x, y, self.loss))
+
+        return _over_seeds(one_seed, self.seeds)(w, x, y)
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor:
+        """One update of all seeds from inputs x (S, N, *in_shape) and targets y (S, N, outputs); gives the logits."""
+        w = dict(self.w)
+        grads, logits = self.grads(w, x, y)
+        for name, p in w.items():
+            if (g := grads.get(name)) is None:
+                continue  # p.grad stays None, so the optimizer leaves p alone, weight decay included
+            g = self.update(g, x.shape[1])
+            if (gain := self.rule.gain(name)) != 1:
+                g = g * gain
+            p.grad = g.add(p, alpha=self.l2) if self.l2 else g
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        optimizer.step()
+        for name, projected in _over_seeds(lambda w: self.rule.constrain(self.net, w), self.seeds)(w).items():
+            w[name].copy_(projected)
+        self.steps += 1
+        return logits
+
+    @torch.no_grad()
+    def training_step(self, chunk: tuple[Tensor, Tensor], index: int) -> None:
+        """Trains on k mini-batches: pixels (k, S, N, C, H, W), labels (k, S, N)."""
+        pixels, labels = chunk
+        dtype = self.w["W1"].dtype
+        y = self.loss.target(labels.flatten(), dtype).unflatten(0, labels.shape)
+        logits = [self.step(self.pixels(p, dtype), t) for p, t in zip(pixels, y, strict=True)]
+        self.train_scores.update(torch.cat(logits, 1), labels.transpose(0, 1).flatten(1))
+
+    def on_train_epoch_start(self) -> None:
+        if self.steps % self.trainer.train_dataloader.per_epoch == 0:  # else: resumed in mid-epoch, sums restored
+            self.train_scores.reset()
+
+    def on_train_epoch_end(self) -> None:
+        if (schedule := self.lr_schedulers()) is not None:
+            schedule.step()
+
+    # Evaluation
+
+    def evaluate(self, weights: Mapping[str, Tensor], batch: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Adds a batch, pixels (S, M, C, H, W), labels and mask (S, M), to the evaluation's scores."""
+        pixels, labels, mask = batch
+        x = self.pixels(pixels, self.w["W1"].dtype)
+        self.eval_scores.update(_over_seeds(self.net.logits, self.seeds)(dict(weights), x), labels, mask)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> None:
+        self.evaluate(self.w, batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> None:
+        self.evaluate(self.best, batch)
+
+    def on_validation_epoch_start(self) -> None:
+        self.eval_scores.reset()
+
+    def on_test_epoch_start(self) -> None:
+        self.eval_scores.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        train, val = per_seed(self.train_scores.compute()), per_seed(self.eval_scores.compute())
+        improved = [self._advance(p, train[s], val[s]) for s, p in enumerate(self.progress)]
+        if any(improved):
+            mask = torch.tensor(improved, device=self.device)
+            for name, p in self.w.items():
+                self.best[name].copy_(torch.where(mask.view(-1, *[1] * (p.ndim - 1)), p, self.best[name]))
+        for logger, p in zip(self.loggers, self.progress, strict=bool(self.loggers)):
+            if p.epochs[-1]["step"] == self.steps:  # else: this seed has stopped before
+                logger.log_metrics({**p.epochs[-1], "trainer/global_step": self.steps})
+        self.trainer.should_stop |= all(p.stopped for p in self.progress)
+
+    def on_test_epoch_end(self) -> None:
+        for p, scores in zip(self.progress, per_seed(self.eval_scores.compute()), strict=True):
+            p.test = scores if p.best_epoch is not None else None
+
+    def _advance(self, p: Progress, train: dict[str, float], val: dict[str, float]) -> bool:
+        """Notes a finished epoch of one seed; whether its weights are now its best."""
+        if p.stopped:
+            return False
+        epoch = len(p.epochs) + 1
+        finite = isfinite(train["loss"]) and isfinite(val["loss"])
+        scores = {f"train/{k}": v for k, v in train.items()} | {f"val/{k}": v for k, v in val.items()}
+        p.epochs.append({"epoch": epoch, "step": self.steps, **{k: v if isfinite(v) else None for k, v in scores.items()}})
+        if not finite:
+            p.diverged_epoch, p.stopped = epoch, True
+            return False
+        if improved := val["accuracy"] > p.best_accuracy:
+            p.best_epoch, p.best_accuracy = epoch, val["accuracy"]
+        p.stopped = self.patience is not None and epoch - (p.best_epoch or 0) >= self.patience
+        return improved
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["steps"] = self.steps
+        checkpoint["progress"] = [vars(p) for p in self.progress]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.steps = checkpoint["steps"]
+        self.progress = [Progress(**p) for p in checkpoint["progress"]]
+
+
+def per_seed(scores: Mapping[str, Tensor]) -> list[dict[str, float]]:
+    """Vectors over the seeds, by name, as one dict of numbers a seed."""
+    rows = zip(*(torch.atleast_1d(v).tolist() for v in scores.values()), strict=True)  # torchmetrics drops an axis of 1
+    return [dict(zip(scores, row, strict=True)) for row in rows]
+
+
+def _over_seeds(function: Callable[..., Any], seeds: int) -> Callable[..., Any]:
+    """`function` of one seed as a function of stacked tensors; a stack of one is called as it is, without vmap."""
+    if seeds > 1:
+        return torch.func.vmap(function)
+    return lambda *stacks: _map(_add_axis, function(*(_map(_first, s) for s in stacks)))
+
+
+def _map(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {name: change(t) for name, t in tree.items()}
+    return tuple(_map(change, t) for t in tree) if isinstance(tree, tuple) else change(tree)
+
+
+def _first(tensor: Tensor) -> Tensor:
+    return tensor[0]
+
+
+def _add_axis(tensor: Tensor) -> Tensor:
+    return tensor.unsqueeze(0)
+
+
+def _fixed(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,120 @@
+"""Networks: layers in a row, one activation between them; the weights are a plain dict of tensors kept elsewhere.
+
+Layers are numbered 1..L. `z[l]` is layer l's pre-activation, `h[l] = f(z[l])` its activation, `h[0] = x`; the last
+layer is linear (the loss applies softmax or sigmoid), so h ends at L-1. Weights are named `W1 b1 ... WL bL`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Any
+
+from torch import Tensor
+
+from nobackprop.activations import Activation, activation
+from nobackprop.layers import Conv, Dense, Layer, Shape
+
+Weights = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Network:
+    """Layers in a row over inputs of shape `in_shape`. Raises ValueError where a layer does not fit the one below."""
+
+    in_shape: Shape
+    layers: tuple[Layer, ...]
+    activation: Activation
+    bias: bool = True
+    L: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "L", len(self.layers))
+        _ = self.shapes
+
+    @cached_property
+    def shapes(self) -> tuple[Shape, ...]:
+        """The shape of one sample's h[0], z[1], ..., z[L]."""
+        shapes = [self.in_shape]
+        for layer in self.layers:
+            shapes.append(layer.out_shape(shapes[-1]))
+        return tuple(shapes)
+
+    def units(self, l: int) -> int:
+        """How many units layer l has, over all channels and positions."""
+        return prod(self.shapes[l])
+
+    def weight_shape(self, l: int) -> Shape:
+        """The shape of W of layer l, and of everything that stands in for it."""
+        return self.layers[l - 1].weight_shape(self.shapes[l - 1])
+
+    def forward(self, w: Weights, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """All pre-activations z[1..L] and activations h[0..L-1] for x (N, *in_shape); z[0] is x too."""
+        z, h = [x], [x]
+        for l in range(1, self.L + 1):
+            z.append(self.layers[l - 1].forward(w[f"W{l}"], w.get(f"b{l}"), h[l - 1]))
+            if l < self.L:
+                h.append(self.activation.f(z[l]))
+        return z, h
+
+    def logits(self, w: Weights, x: Tensor) -> Tensor:
+        """The output z[L], (N, outputs)."""
+        return self.forward(w, x)[0][self.L]
+
+    def df(self, z: Tensor, h: Tensor) -> Tensor:
+        """The activation's derivative at z, where h = f(z). Raises ValueError where there is none."""
+        return self.activation.df(z, h)
+
+    def feedback(self, l: int, M: Tensor, e: Tensor, like: Tensor) -> Tensor:
+        """The error e at layer l sent through M, in the shape of W of layer l, to the layer below: `M^T e`, like `like`."""
+        return self.layers[l - 1].feedback(M, e, like)
+
+    def hebbian(self, l: int, h: Tensor, d: Tensor) -> dict[str, Tensor]:
+        """Gradients of W and b of layer l from its input h and the error d at its z: `d h^T` and d, mean over samples."""
+        dW, db = self.layers[l - 1].hebbian(h, d)
+        return {f"W{l}": dW, f"b{l}": db} if self.bias else {f"W{l}": dW}
+
+    def describe(self) -> dict[str, Any]:
+        """The net as plain data, for a file; `from_description` is the way back."""
+        return {
+            "in_shape": list(self.in_shape),
+            "layers": [{"type": type(layer).__name__, **asdict(layer)} for layer in self.layers],
+            "activation": self.activation.name,
+            "bias": self.bias,
+        }
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any]) -> "Network":
+        """The net that `describe` described. Raises ValueError for a layer type it does not know."""
+        types = {"Dense": Dense, "Conv": Conv}
+        layers = []
+        for fields in description["layers"]:
+            fields = dict(fields)
+            if (kind := fields.pop("type")) not in types:
+                raise ValueError(f"unknown layer type {kind!r}: choose one of {', '.join(types)}")
+            layers.append(types[kind](**fields))
+        return cls(
+            tuple(description["in_shape"]), tuple(layers), activation(description["activation"]), description["bias"]
+        )
+
+
+def mlp(in_shape: Shape, outputs: int, *, hidden: Sequence[int], activation: str, bias: bool = True) -> Network:
+    """A fully connected net with hidden layers of those widths; `hidden=[]` is a linear classifier."""
+    return _network(in_shape, [Dense(units) for units in hidden], outputs, activation, bias)
+
+
+def allconv(
+    in_shape: Shape, outputs: int, *, filters: Sequence[Sequence[int]], activation: str, bias: bool = True
+) -> Network:
+    """An all-convolutional net: `(channels, kernel, stride[, padding])` a layer, no pooling, then one dense layer.
+
+    Source: the nets of Lechner (ICLR 2020), after Springenberg et al., "Striving for simplicity" (2015).
+    """
+    for conv in filters:
+        if not 2 <= len(conv) <= 4:
+            raise ValueError(f"arch.filters: {list(conv)} is not [channels, kernel, stride, padding]")
+    return _network(in_shape, [Conv(*conv) for conv in filters], outputs, activation, bias)
+
+
+def _network(in_shape: Shape, hidden: Sequence[Layer], outputs: int, name: str, bias: bool) -> Network:
+    return Network(tuple(in_shape), (*hidden, Dense(outputs)), activation(name), bias)

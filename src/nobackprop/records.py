@@ -1,0 +1,135 @@
+"""Run records: one JSON line per run and seed, written whole or not at all, and checked when read."""
+
+import os
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(_Strict):
+    """What was trained on; `classes[i]` is the dataset's class that became label i."""
+
+    name: str
+    fingerprint: str
+    classes: list[NonNegativeInt]
+    train: PositiveInt
+    validation: PositiveInt
+    test: PositiveInt
+
+
+class Machine(_Strict):
+    """What trained it."""
+
+    system: str
+    processor: str
+    cores: PositiveInt
+    device: str
+    threads: PositiveInt
+
+
+class Record(_Strict):
+    """One seed of one run. Its key is (signature, seed). Accuracies are fractions, times are seconds."""
+
+    format: Literal[1] = 1
+    signature: str
+    seed: NonNegativeInt
+    name: str
+    config: dict[str, Any]
+    command: str
+    commit: str | None
+    dirty: bool | None
+    versions: dict[str, str]
+    data: Data
+    machine: Machine
+    precision: str
+    stacked: PositiveInt  # how many seeds were trained together
+    finished: str  # date and time, UTC
+    wall_s: NonNegativeFloat  # of this seed, or of the stack it was trained in
+    steps: NonNegativeInt
+    epochs: list[dict[str, float | None]]
+    best_epoch: PositiveInt | None
+    diverged_epoch: PositiveInt | None
+    test: dict[str, float] | None  # None where the run diverged before any epoch was over
+
+    def write(self, path: Path) -> None:
+        """Writes the record as one line, atomically: a reader, or a power cut, finds all of it or nothing."""
+        write_atomically(path, (self.model_dump_json() + "\n").encode())
+
+    @classmethod
+    def read(cls, path: Path) -> "Record":
+        """Raises ValueError, naming the file, where it holds no valid record."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as e:
+            error = e.errors()[0]
+            where = ".".join(str(part) for part in error["loc"]) or "the file"
+            raise ValueError(
+                f"{path} is no valid run record ({where}: {error['msg']}): delete it to run this seed again"
+            ) from None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that it is either whole or absent, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@cache
+def source_state() -> tuple[str | None, bool | None]:
+    """The commit of the checkout this package runs from and whether it was changed; (None, None) outside a checkout."""
+    here = Path(__file__)
+
+    def git(*args: str) -> str:
+        result = subprocess.run(
+            ["git", "-C", str(here.parent), *args], capture_output=True, text=True, check=True, timeout=30
+        )
+        return result.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # a package inside somebody else's repository is not ours
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that compute."""
+    packages = ("nobackprop", "torch", "pytorch-lightning", "torchmetrics", "hydra-core", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def machine(device: torch.device) -> Machine:
+    """This machine, as it trains on that device."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Machine(
+        system=platform.system(),
+        processor=_processor(),
+        cores=cores,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,32 @@
+"""Direct feedback alignment."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from nobackprop.network import Network, Weights
+from nobackprop.rule import Batch, Draw, Rule
+
+
+@dataclass(frozen=True)
+class DFA(Rule):
+    """Direct feedback alignment: the output's error reaches every hidden layer at once through a fixed random B.
+
+    Nokland, "Direct feedback alignment provides learning in deep neural networks", NeurIPS 2016:
+    `d[l] = (B[l] e) * f'(z[l])` (its eq. 6, with e the error at the output).
+
+    `B1 ... B(L-1)` are (units of layer l, outputs); a convolutional layer's units are all its channels and positions.
+    """
+
+    def grads(self, net: Network, w: Weights, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        z, h = net.forward(w, batch.x)
+        e = batch.error(z[net.L])  # (N, outputs)
+        g = net.hebbian(net.L, h[net.L - 1], e)
+        for l in range(net.L - 1, 0, -1):
+            d = F.linear(e, w[f"B{l}"]).view_as(z[l]) * net.df(z[l], h[l])  # (N, *shape of layer l)
+            g |= net.hebbian(l, h[l - 1], d)
+        return g, z[net.L]
+
+    def feedback(self, net: Network, draw: Draw) -> dict[str, Tensor]:
+        return {f"B{l}": draw(f"B{l}", (net.units(l), net.units(net.L))) for l in range(1, net.L)}

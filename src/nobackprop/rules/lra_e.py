@@ -1,0 +1,55 @@
+"""Error-driven local representation alignment."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nobackprop.network import Network, Weights
+from nobackprop.rule import Batch, Draw, Rule
+
+
+@dataclass(frozen=True)
+class LRAE(Rule):
+    """LRA-E: each layer gets a target, its own pre-activation shifted by the error of the layer above, sent through E.
+
+    Ororbia & Mali, "Biologically motivated algorithms for propagating local target representations", AAAI 2019
+    (arXiv 1805.11703), its algorithm for LRA-E; for l = L..2, from `e[L]`, the error at the output:
+
+        d[l-1] = E[l] e[l],   y[l-1] = f(z[l-1] - beta d[l-1]),   e[l-1] = h[l-1] - y[l-1]
+        dW[l] = e[l] h[l-1]^T,   dE[l] = gamma dW[l]^T
+
+    No derivative of f is needed, so f may be the sign. `beta` scales the shift of the target, `gamma` the rate of E,
+    and `learn_E=False` leaves E as it was drawn. `E2 ... EL` are stored in the shape of `W2 ... WL` (the paper's E is
+    their transpose), so E's gradient is W's own.
+
+    Departs from the paper: gamma comes after the rescaling of updates (`update=unit_norm`), which would undo it.
+    """
+
+    beta: float = 0.1
+    gamma: float = 1.0
+    learn_E: bool = True
+
+    def __post_init__(self) -> None:
+        if self.beta <= 0:
+            raise ValueError(f"rule.beta is {self.beta}: it scales the error sent down, so it must be above 0")
+        if self.gamma < 0:
+            raise ValueError(f"rule.gamma is {self.gamma}: it scales the rate of E, so 0 or more")
+
+    def grads(self, net: Network, w: Weights, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        z, h = net.forward(w, batch.x)
+        e = batch.error(z[net.L])  # (N, outputs)
+        g = net.hebbian(net.L, h[net.L - 1], e)
+        for l in range(net.L, 1, -1):
+            d = net.feedback(l, w[f"E{l}"], e, like=z[l - 1])
+            y = net.activation.f(z[l - 1] - self.beta * d)
+            e = h[l - 1] - y  # (N, *shape of layer l-1)
+            g |= net.hebbian(l - 1, h[l - 2], e)
+        if self.learn_E:
+            g |= {f"E{l}": g[f"W{l}"] for l in range(2, net.L + 1)}
+        return g, z[net.L]
+
+    def feedback(self, net: Network, draw: Draw) -> dict[str, Tensor]:
+        return {f"E{l}": draw(f"E{l}", net.weight_shape(l)) for l in range(2, net.L + 1)}
+
+    def gain(self, name: str) -> float:
+        return self.gamma if name.startswith("E") else 1.0

@@ -1,0 +1,33 @@
+"""Monotone direct feedback alignment."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nobackprop.network import Network, Weights
+from nobackprop.rules.dfa import DFA
+
+
+@dataclass(frozen=True)
+class MDFA(DFA):
+    """Monotone DFA: direct feedback alignment with non-negative weights above the first layer, and non-negative B.
+
+    Lechner, "Learning representations for binary-classification without backpropagation", ICLR 2020. With one output
+    unit and a non-decreasing activation, every sample's update of a fully connected net then has a non-negative inner
+    product with its gradient.
+
+    Weights above the first layer, and all B, start at the absolute value of their draw; after each step every weight
+    matrix but the first is projected to at least `floor`, as the paper's program does. Biases are free.
+    """
+
+    floor: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.floor < 0:
+            raise ValueError(f"rule.floor is {self.floor}: mDFA needs non-negative weights, so 0 or more")
+
+    def nonnegative(self, net: Network) -> frozenset[str]:
+        return frozenset([f"W{l}" for l in range(2, net.L + 1)] + [f"B{l}" for l in range(1, net.L)])
+
+    def constrain(self, net: Network, w: Weights) -> dict[str, Tensor]:
+        return {f"W{l}": w[f"W{l}"].clamp(min=self.floor) for l in range(2, net.L + 1)}

@@ -1,0 +1,138 @@
+"""The settings of a run: what may be set, checked at once; and what identifies its result."""
+
+import json
+from hashlib import sha256
+from typing import Annotated, Any, Literal
+
+from hydra.errors import InstantiationException
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import ValidationError as PydanticError
+
+Component = dict[str, Any]  # a mapping with Hydra's `_target_`
+
+
+def _seed_list(seeds: Any) -> Any:
+    return list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else seeds
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DatasetSettings(_Strict):
+    """conf/dataset: where images come from and which of them a seed trains on."""
+
+    name: str
+    source: Component
+    classes: int | None
+    classes_seed: NonNegativeInt | None
+    validation: float | PositiveInt
+    normalize: bool
+    flip: bool
+    crop: NonNegativeInt
+
+
+class InitSettings(_Strict):
+    """conf/init: a `_target_` or one of the mDFA program's strings, for W and for the rule's own weights."""
+
+    forward: Component | str | int | float
+    backward: Component | str | int | float
+
+
+class Paths(_Strict):
+    data: str
+    runs: str
+
+
+class Settings(_Strict):
+    """Every top-level key of conf/train.yaml, in its order; unknown keys are refused."""
+
+    rule: Component
+    dataset: DatasetSettings
+    arch: Component
+    init: InitSettings
+    loss: Component
+    optimizer: Component
+    schedule: Component  # empty: none
+    trainer: Component
+    logger: Component  # empty: none
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1), BeforeValidator(_seed_list)]
+    max_epochs: PositiveInt
+    max_steps: PositiveInt | None
+    batch_size: PositiveInt
+    update: Literal["mean", "sum", "unit_norm"]
+    l2: NonNegativeFloat
+    patience: PositiveInt | None
+    stack: bool | None
+    threads: PositiveInt
+    checkpoint_minutes: NonNegativeFloat
+    paths: Paths
+
+    @classmethod
+    def of(cls, cfg: DictConfig) -> "Settings":
+        """The settings in a composed config. Raises ValueError, naming every key at fault and what it may be."""
+        try:
+            settings = cls.model_validate(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+        except PydanticError as e:
+            raise ValueError("; ".join(_sentence(error, cfg) for error in e.errors())) from None
+        if len(set(settings.seeds)) < len(settings.seeds):
+            raise ValueError(f"seeds: {settings.seeds} names a seed twice; seeds=3 means [0,1,2], seeds=[0,4,7] a list")
+        for key in ("devices", "num_nodes"):
+            if settings.trainer.get(key, 1) != 1:
+                raise ValueError(f"trainer.{key}: use 1; a rule's gradients are not reduced over several devices")
+        return settings
+
+    @property
+    def name(self) -> str:
+        """`rule_arch_dataset`, as in `lra_e_mlp_mnist`."""
+        rule, arch = self.rule["_target_"].split(".")[-2], self.arch["_target_"].split(".")[-1]
+        return f"{rule}_{arch}_{self.dataset.name}"
+
+    def identity(self) -> dict[str, Any]:
+        """All that can change a seed's result, and nothing else: no seeds, logger, paths, device or thread count.
+
+        The last two change float32 rounding; a record states them beside its config.
+        """
+        config = self.model_dump(exclude={"seeds", "logger", "paths", "stack", "threads", "checkpoint_minutes"})
+        for key in ("root", "download"):
+            config["dataset"]["source"].pop(key, None)
+        for key in ("accelerator", "devices", "num_nodes"):
+            config["trainer"].pop(key, None)
+        return config
+
+    @property
+    def signature(self) -> str:
+        """A hash of `identity`: with the seed it is the key of a record."""
+        return sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def build(node: Component, key: str, *args: Any, **kwargs: Any) -> Any:
+    """Instantiates a config node, called `key` in messages. Raises ValueError for an unknown target, key or value."""
+    try:
+        target = get_object(node["_target_"])
+    except (KeyError, ValueError, ImportError, AttributeError) as e:
+        raise ValueError(f"{key}: no such _target_, {node.get('_target_')!r}: {e}") from None
+    known = _parameters(target)
+    if unknown := [k for k in node if k not in known and not k.startswith("_")]:
+        raise ValueError(f"{key}: unknown key {', '.join(unknown)}; choose from: {', '.join(known) or 'none'}")
+    try:
+        return instantiate(node, *args, **kwargs, _convert_="all")
+    except InstantiationException as e:
+        raise ValueError(f"{key}: {e.__cause__ or e}") from e
+
+
+def _parameters(target: Any) -> list[str]:
+    from inspect import signature
+
+    return [p for p in signature(target).parameters if p not in ("params", "optimizer")]
+
+
+def _sentence(error: Any, cfg: DictConfig) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        parent = error["loc"][:-1]
+        model = DatasetSettings if parent == ("dataset",) else InitSettings if parent == ("init",) else Settings
+        return f"unknown key {where!r}; choose from: {', '.join(model.model_fields)}"
+    return f"{where}: {error['msg']}, got {error['input']!r}"

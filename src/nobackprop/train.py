@@ -1,0 +1,299 @@
+"""Runs one config: checks it, loads the data, trains every seed that has no record yet, and writes the records."""
+
+import shlex
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.optim import Optimizer
+
+from nobackprop import records
+from nobackprop.callbacks import ProgressBar
+from nobackprop.data import Dataset, EvalBatches, Task, TrainBatches, task
+from nobackprop.initializers import Initializer, from_string, initial_weights
+from nobackprop.learner import Learner
+from nobackprop.losses import Loss
+from nobackprop.network import Network
+from nobackprop.pixels import Pixels
+from nobackprop.records import Record
+from nobackprop.rule import Batch, Rule
+from nobackprop.settings import Component, Settings, build
+from nobackprop.trained import save
+
+
+@dataclass(frozen=True)
+class Run:
+    """A config made into objects, all checked against each other; no data is loaded yet."""
+
+    settings: Settings
+    rule: Rule
+    loss: Loss
+    net: Network
+    forward: Initializer
+    backward: Initializer
+    optimizer: Callable[..., Optimizer]
+    schedule: Callable[..., Any] | None
+    device: torch.device
+    source: Any
+
+    @property
+    def folder(self) -> Path:
+        """Where this run keeps everything: one folder a seed, and checkpoints while it trains."""
+        return Path(self.settings.paths.runs) / f"{self.settings.name}-{self.settings.signature}"
+
+    def seed_folder(self, seed: int) -> Path:
+        return self.folder / f"seed{seed}"
+
+
+def prepare(cfg: DictConfig) -> Run:
+    """Makes a composed config into objects. Raises ValueError, in a sentence for the user, for whatever can't work."""
+    s = Settings.of(cfg)
+    source = build(s.dataset.source, "dataset.source")
+    if s.dataset.classes is not None and not 2 <= s.dataset.classes <= source.num_classes:
+        raise ValueError(
+            f"dataset.classes is {s.dataset.classes}: {source.name} has {source.num_classes} classes, "
+            f"so 2 to {source.num_classes}, or null for all of them"
+        )
+    rule = build(s.rule, "rule")
+    loss = build(s.loss, "loss", s.dataset.classes or source.num_classes)
+    net = build(s.arch, "arch", source.shape, loss.outputs)
+    run = Run(
+        settings=s,
+        rule=rule,
+        loss=loss,
+        net=net,
+        forward=_initializer(s.init.forward, "init.forward"),
+        backward=_initializer(s.init.backward, "init.backward"),
+        optimizer=build(s.optimizer, "optimizer"),
+        schedule=build(s.schedule, "schedule") if s.schedule else None,
+        device=_trainer(s, logger=False).strategy.root_device,
+        source=source,
+    )
+    _try_step(run)
+    return run
+
+
+def _initializer(spec: Component | str | float, key: str) -> Initializer:
+    if isinstance(spec, dict):
+        return build(spec, key)
+    try:
+        return from_string(spec)
+    except ValueError as e:
+        raise ValueError(f"{key}: {e}") from None
+
+
+def _try_step(run: Run) -> None:
+    """One step on tensors without memory: finds what does not go together before any data is loaded."""
+    meta = torch.device("meta")
+    w = {k: t.to(meta) for k, t in initial_weights(run.net, run.rule, run.forward, run.backward, 0).items()}
+    x = torch.empty(2, *run.net.in_shape, device=meta)
+    y = torch.empty(2, run.loss.outputs, device=meta)
+    grads, _ = run.rule.grads(run.net, w, Batch(x, y, run.loss))
+    if unknown := grads.keys() - w.keys():
+        raise ValueError(f"rule {type(run.rule).__name__} gives gradients of {sorted(unknown)}, which are no weights")
+    try:
+        run.optimizer([torch.nn.Parameter(t, requires_grad=False) for t in w.values()])
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"optimizer: {e}") from None
+
+
+def keeps_seeds_apart(make_optimizer: Callable[..., Optimizer]) -> bool:
+    """Whether stacked seeds stay independent under this optimizer: one seed's gradient must not move another seed."""
+
+    def other_seed(gradient: float) -> Tensor:
+        p = torch.nn.Parameter(torch.ones(2, 3, 3), requires_grad=False)
+        optimizer = make_optimizer([p])
+        for _ in range(2):
+            p.grad = torch.stack([torch.eye(3), torch.full((3, 3), gradient)])
+            optimizer.step()
+        return p[0].clone()
+
+    try:
+        return torch.equal(other_seed(1.0), other_seed(100.0))
+    except (TypeError, ValueError, RuntimeError):  # needs a closure, or matrices only
+        return False
+
+
+def train(cfg: DictConfig, console: Console | None = None) -> list[Record]:
+    """Trains every seed of a composed config that has no record yet; gives the records of all its seeds.
+
+    Raises ValueError for a config that can't work, before any data is loaded, and ValueError or FileNotFoundError for
+    data that is missing or damaged.
+    """
+    console = console or Console()
+    run = prepare(cfg)
+    s = run.settings
+    torch.set_num_threads(s.threads)
+    done = {seed: Record.read(path) for seed in s.seeds if (path := run.seed_folder(seed) / "record.json").exists()}
+    missing = [seed for seed in s.seeds if seed not in done]
+    if done:
+        console.print(f"{s.name}: {len(done)} of {len(s.seeds)} seeds are recorded already in {run.folder}", highlight=False)
+    if missing:
+        stack = run.device.type != "cpu" if s.stack is None else s.stack
+        if stack and len(missing) > 1 and not keeps_seeds_apart(run.optimizer):
+            raise ValueError(
+                f"optimizer {s.optimizer['_target_']} mixes the seeds of a stack or can't step without autograd: "
+                "choose an elementwise optimizer (sgd, adam, adamw, rmsprop), or train one seed at a time: stack=false"
+            )
+        dataset = run.source.load()
+        options = s.dataset
+        tasks = [
+            task(dataset, seed, classes=options.classes, classes_seed=options.classes_seed, validation=options.validation)
+            for seed in missing
+        ]
+        groups = divide(tasks, s.batch_size, stack)
+        for i, group in enumerate(groups):
+            part = f" seed {','.join(str(t.seed) for t in group)} ({i + 1}/{len(groups)})"
+            done |= {record.seed: record for record in _fit(run, dataset, group, s.name + part, console)}
+    return [done[seed] for seed in s.seeds]
+
+
+def divide(tasks: Sequence[Task], batch_size: int, stack: bool) -> list[list[Task]]:
+    """The seeds to train together: each alone, or stacked where they have equally many mini-batches an epoch."""
+    if not stack:
+        return [[t] for t in tasks]
+    groups = defaultdict(list)
+    for t in tasks:
+        groups[len(t.train) // batch_size].append(t)
+    return list(groups.values())
+
+
+def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console: Console) -> list[Record]:
+    """Trains a group of seeds, from its last checkpoint if there is one, and writes their weights and records."""
+    s, start = run.settings, time.monotonic()
+    seeds = [t.seed for t in tasks]
+    pixels = Pixels.normalized(dataset.train.pixels) if s.dataset.normalize else Pixels()
+    relabels = [t.relabel for t in tasks]
+    learner = Learner(
+        run.net,
+        run.rule,
+        run.loss,
+        [initial_weights(run.net, run.rule, run.forward, run.backward, seed) for seed in seeds],
+        batches=partial(
+            TrainBatches, dataset, tasks, s.batch_size, max_steps=s.max_steps, flip=s.dataset.flip, crop=s.dataset.crop
+        ),
+        validation=partial(EvalBatches, dataset.train, [t.validation for t in tasks], relabels),
+        test=partial(EvalBatches, dataset.test, [t.test for t in tasks], relabels),
+        pixels=pixels,
+        optimizer=run.optimizer,
+        schedule=run.schedule,
+        update=s.update,
+        l2=s.l2,
+        patience=s.patience,
+    )
+    checkpoint = run.folder / "checkpoints" / f"{'-'.join(map(str, seeds))}.ckpt"
+    loggers = [_logger(run, seed) for seed in seeds] if s.logger else []
+    epochs = s.max_epochs
+    if s.max_steps is not None:
+        epochs = min(epochs, -(-s.max_steps // (len(tasks[0].train) // s.batch_size)))
+    try:
+        trainer = _trainer(
+            s,
+            max_epochs=epochs,
+            logger=loggers or False,
+            callbacks=[
+                ProgressBar(title, console),
+                ModelCheckpoint(
+                    checkpoint.parent,
+                    checkpoint.stem,
+                    train_time_interval=timedelta(minutes=s.checkpoint_minutes),
+                    enable_version_counter=False,
+                ),
+            ],
+        )
+        resumed = str(checkpoint) if checkpoint.exists() else None
+        trainer.fit(learner, ckpt_path=resumed, weights_only=True)
+        trainer.test(learner, verbose=False)
+        for logger, progress in zip(loggers, learner.progress, strict=bool(loggers)):
+            for name, value in (progress.test or {}).items():
+                logger.experiment.summary[f"test/{name}"] = value
+    finally:
+        for logger in loggers:
+            logger.experiment.finish()
+    wall = time.monotonic() - start
+    finished = [
+        _record(run, dataset, t, learner, i, wall, precision=str(trainer.precision)) for i, t in enumerate(tasks)
+    ]
+    for i, (t, record) in enumerate(zip(tasks, finished, strict=True)):
+        folder = run.seed_folder(t.seed)
+        weights = {name: p[i].cpu() for name, p in learner.best.items()}
+        save(folder / "best.pt", run.net, weights, run.loss, pixels, t.classes)
+        record.write(folder / "record.json")  # last: a seed with a record is complete
+    checkpoint.unlink(missing_ok=True)
+    return finished
+
+
+def _trainer(settings: Settings, **options: Any) -> Trainer:
+    """Lightning's Trainer, without its own bar, summary and sanity check."""
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    return build(settings.trainer, "trainer", **quiet, **options)
+
+
+def _logger(run: Run, seed: int) -> Any:
+    s = run.settings
+    folder = run.seed_folder(seed)
+    return build(s.logger, "logger", name=f"{s.name} seed {seed}", folder=str(folder), config=s.identity() | {"seed": seed})
+
+
+def _record(run: Run, dataset: Dataset, t: Task, learner: Learner, i: int, wall: float, precision: str) -> Record:
+    progress = learner.progress[i]
+    commit, dirty = records.source_state()
+    return Record(
+        signature=run.settings.signature,
+        seed=t.seed,
+        name=run.settings.name,
+        config=run.settings.identity(),
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        commit=commit,
+        dirty=dirty,
+        versions=records.versions(),
+        data=records.Data(
+            name=dataset.name,
+            fingerprint=dataset.fingerprint,
+            classes=list(t.classes),
+            train=len(t.train),
+            validation=len(t.validation),
+            test=len(t.test),
+        ),
+        machine=records.machine(learner.device),
+        precision=precision,
+        stacked=learner.seeds,
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        wall_s=round(wall, 3),
+        steps=learner.steps,
+        epochs=progress.epochs,
+        best_epoch=progress.best_epoch,
+        diverged_epoch=progress.diverged_epoch,
+        test=progress.test,
+    )
+
+
+def summary(recorded: Sequence[Record]) -> Table:
+    """A table of the seeds of one run and their mean."""
+    table = Table(title=f"{recorded[0].name}  {recorded[0].signature}")
+    for column in ("seed", "best epoch", "validation", "test", "wall time"):
+        table.add_column(column, justify="right")
+    tested = [r.test["accuracy"] for r in recorded if r.test]
+    for r in recorded:
+        best = "-" if r.best_epoch is None else f"{r.epochs[r.best_epoch - 1]['val/accuracy']:.2%}"
+        test = "-" if r.test is None else f"{r.test['accuracy']:.2%}"
+        note = f" (diverged in {r.diverged_epoch})" if r.diverged_epoch else ""
+        table.add_row(str(r.seed), f"{r.best_epoch or '-'}{note}", best, test, f"{r.wall_s:.1f} s")
+    if len(tested) > 1:
+        std, mean = torch.std_mean(torch.tensor(tested, dtype=torch.float64))
+        table.add_section()
+        table.add_row("mean", "", "", f"{mean:.2%} ± {std:.2%}", "")
+    return table

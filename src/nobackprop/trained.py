@@ -1,0 +1,108 @@
+"""Trained nets: written beside each record, loaded with `nobackprop.load`."""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nobackprop import losses
+from nobackprop.data import Images
+from nobackprop.losses import Loss
+from nobackprop.metrics import Scores
+from nobackprop.network import Network
+from nobackprop.pixels import Pixels
+from nobackprop.records import write_atomically
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A net with its best weights. Images are uint8 (N, C, H, W); labels are the dataset's own class numbers."""
+
+    net: Network
+    weights: dict[str, Tensor]
+    loss: Loss
+    pixels: Pixels
+    classes: tuple[int, ...]
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """The net's output for images, (N, outputs). Raises ValueError for images of another type or shape."""
+        return self.net.logits(self.weights, self._inputs(images))
+
+    @torch.no_grad()
+    def activations(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """All pre-activations z[0..L] and activations h[0..L-1], as `Network.forward` gives them."""
+        return self.net.forward(self.weights, self._inputs(images))
+
+    def predict(self, images: Tensor) -> Tensor:
+        """The most likely class of each image, (N,), among the classes it was trained on."""
+        return torch.tensor(self.classes)[self.loss.predict(self.logits(images))]
+
+    def evaluate(self, images: Images, batch_size: int = 1000) -> dict[str, float]:
+        """Loss, accuracy and (with more than five classes) top-5 accuracy on the images of its classes.
+
+        Raises ValueError where the shape differs, or none of the images is of a class it knows.
+        """
+        relabel = torch.full((max(*self.classes, int(images.labels.max())) + 1,), -1)
+        relabel[list(self.classes)] = torch.arange(len(self.classes))
+        labels = relabel[images.labels]
+        known = (labels >= 0).nonzero().squeeze(1)
+        if not len(known):
+            raise ValueError(f"none of these images is of a class that the net knows: {list(self.classes)}")
+        scores = Scores(self.loss, seeds=1)
+        for part in known.split(batch_size):
+            scores.update(self.logits(images.pixels[part]).unsqueeze(0), labels[part].unsqueeze(0))
+        return {name: value.item() for name, value in scores.compute().items()}
+
+    def _inputs(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.net.in_shape:
+            raise ValueError(
+                f"got images of type {images.dtype} and shape {tuple(images.shape)}: "
+                f"this net takes torch.uint8 of shape (N, {', '.join(map(str, self.net.in_shape))})"
+            )
+        return self.pixels(images, self.weights["W1"].dtype)
+
+
+def save(
+    path: Path, net: Network, weights: Mapping[str, Tensor], loss: Loss, pixels: Pixels, classes: tuple[int, ...]
+) -> None:
+    """Writes a trained net as tensors and plain data, atomically."""
+    buffer = io.BytesIO()
+    content = {
+        "net": net.describe(),
+        "weights": {name: t.clone() for name, t in weights.items()},
+        "loss": type(loss).__name__,
+        "pixels": {"mean": pixels.mean, "std": pixels.std},
+        "classes": list(classes),
+    }
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load(run_folder: str | Path) -> Trained:
+    """The trained net of a seed's folder, such as `runs/lra_e_mlp_mnist-0123456789ab/seed0`.
+
+    Nothing in the folder is run or unpickled. Raises FileNotFoundError, with the folders there are, where there is no
+    trained net, and ValueError where the file is damaged.
+    """
+    path = Path(run_folder) / "best.pt"
+    if not path.exists():
+        seeds = sorted(str(p.parent) for p in Path(run_folder).glob("*/best.pt"))
+        hint = f"choose one of its seeds: {', '.join(seeds)}" if seeds else "train it first, or check the path"
+        raise FileNotFoundError(f"{run_folder} holds no trained net (best.pt): {hint}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        kinds = {c.__name__: c for c in (losses.SoftmaxCrossEntropy, losses.SigmoidCrossEntropy, losses.SquaredError)}
+        classes = tuple(content["classes"])
+        return Trained(
+            net=Network.from_description(content["net"]),
+            weights=content["weights"],
+            loss=kinds[content["loss"]](len(classes)),
+            pixels=Pixels(content["pixels"]["mean"], content["pixels"]["std"]),
+            classes=classes,
+        )
+    except Exception as e:
+        raise ValueError(f"{path} is damaged ({type(e).__name__}: {e}): train this seed again") from e

@@ -1,0 +1,28 @@
+"""How the gradients of a mini-batch become one update: one option, the same for every rule.
+
+Each takes a gradient (S, ...) that is a mean over the batch, one slice a seed, and the number of samples in the batch.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def mean(gradient: Tensor, samples: int) -> Tensor:
+    """The mean over the batch: rates are per batch."""
+    return gradient
+
+
+def total(gradient: Tensor, samples: int) -> Tensor:
+    """The sum over the batch: rates are per sample."""
+    return gradient * samples
+
+
+def unit_norm(gradient: Tensor, samples: int) -> Tensor:
+    """Each seed's tensor rescaled to Frobenius norm 1: `dW / (|dW| + 1e-8)` (from the LRA-E program)."""
+    axes = tuple(range(1, gradient.ndim))
+    return gradient / (torch.linalg.vector_norm(gradient, dim=axes, keepdim=True) + 1e-8)
+
+
+UPDATES: dict[str, Callable[[Tensor, int], Tensor]] = {"mean": mean, "sum": total, "unit_norm": unit_norm}
