@@ -1,10 +1,12 @@
 """What accompanies training: the progress bar and Weights & Biases."""
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import WandbLogger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -41,23 +43,57 @@ class ProgressBar(Callback):
         self.bar.stop()
 
 
+class ResumePoint(Checkpoint):
+    """Writes, at most every `minutes`, the checkpoint that an interrupted run goes on from; each replaces the last.
+
+    Lightning's ModelCheckpoint knows no time interval under manual optimization (2.6).
+    """
+
+    def __init__(self, path: Path, minutes: float) -> None:
+        self.path, self.interval_s = path, 60 * minutes
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.saved = time.monotonic()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if not trainer.is_last_batch:  # that one waits for its epoch's validation
+            self.save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        if time.monotonic() - self.saved >= self.interval_s:
+            trainer.save_checkpoint(self.path, weights_only=False)
+            self.saved = time.monotonic()
+
+
 def wandb_logger(
-    project: str, *, mode: str, entity: str | None, group: str, tags: list[str], name: str, folder: str, config: dict[str, Any]
+    folder: Path,
+    seed: int,
+    config: dict[str, Any],
+    *,
+    project: str,
+    mode: str,
+    entity: str | None,
+    group: str | None,
+    tags: list[str],
 ) -> WandbLogger:
-    """A Weights & Biases run of its own for one seed, through Lightning's logger; finish it with `experiment.finish()`."""
+    """A Weights & Biases run of its own for one seed of the run in `folder`; finish it with `experiment.finish()`."""
     import wandb
 
     logging.getLogger("wandb").setLevel(logging.ERROR)
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    seed_folder = folder / f"seed{seed}"
+    seed_folder.mkdir(parents=True, exist_ok=True)
     run = wandb.init(
         project=project,
         entity=entity,
         mode=mode,
-        group=group,
+        group=group or folder.name,
         tags=tags,
-        name=name,
-        dir=folder,
-        config=config,
+        name=f"{folder.name} seed {seed}",
+        dir=seed_folder,
+        config={**config, "seed": seed},
         settings=wandb.Settings(reinit="create_new", silent=True, console="off"),
     )
     run.define_metric("trainer/global_step")

@@ -24,7 +24,7 @@ def run(cfg: DictConfig) -> None:
     from nobackprop.train import summary, train
 
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own, with recent torch
     console = Console()
     try:
         recorded = train(cfg, console)
@@ -33,7 +33,8 @@ def run(cfg: DictConfig) -> None:
             raise
         sys.exit(f"nobackprop: {e}")
     console.print(summary(recorded))
-    console.print(f"records and weights: {Path(cfg.paths.runs) / ''}", highlight=False)
+    folder = Path(cfg.paths.runs) / f"{recorded[0].name}-{recorded[0].signature}"
+    console.print(f"records and weights: {folder}", highlight=False, soft_wrap=True)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")

@@ -208,14 +208,14 @@ class Torchvision(Source):
 
     def _provide(self, cls: Any, root: Path) -> None:
         """Checks the files that are there (torchvision doesn't notice a cut idx file), downloads those that are not."""
-        fault: Callable[[Path, Any], str]
-        if hasattr(cls, "train_list"):
-            fault, needed = _md5_fault, _cifar_files(cls)
-        else:
-            fault, needed = _idx_fault, self._idx_files()
-        paths = {Path(self.where, name): right for name, right in needed.items()}
-        missing = [path.name for path in paths if not path.is_file()]
-        wrong = [f"{path} {said}" for path, right in paths.items() if path.is_file() and (said := fault(path, right))]
+        needed = _cifar_files(cls) if hasattr(cls, "train_list") else self._idx_files()
+        missing, wrong = [], []
+        for name, right in needed.items():
+            path = Path(self.where, name)
+            if not path.is_file():
+                missing.append(name)
+            elif fault := _md5_fault(path, right) if isinstance(right, str) else _idx_fault(path, right):
+                wrong.append(f"{path} {fault}")
         if wrong:
             raise ValueError(f"{self.name} can't be read: {'; '.join(wrong)}. {self.remedy}")
         if not missing:
@@ -226,8 +226,9 @@ class Torchvision(Source):
         try:
             cls(root, download=True)
         except (OSError, RuntimeError, HTTPException) as error:
+            said = " ".join(str(error).split())
             remedy = f"Run again with a network, copy the files there, or {self._elsewhere}."
-            raise FileNotFoundError(f"{need}, and the download failed: {error}. {remedy}") from error
+            raise FileNotFoundError(f"{need}, and the download failed: {said}. {remedy}") from error
 
     def _idx_files(self) -> dict[str, tuple[int, ...]]:
         """The name of each file of MNIST's format and the sizes in its header."""

@@ -2,11 +2,13 @@
 
 import json
 from hashlib import sha256
+from inspect import signature
 from typing import Annotated, Any, Literal
 
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from pydantic import ValidationError as PydanticError
 
@@ -75,6 +77,8 @@ class Settings(_Strict):
         """The settings in a composed config. Raises ValueError, naming every key at fault and what it may be."""
         try:
             settings = cls.model_validate(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+        except MissingMandatoryValue as e:
+            raise ValueError(f"{e.full_key} must be given: add {e.full_key}=...") from None
         except PydanticError as e:
             raise ValueError("; ".join(_sentence(error, cfg) for error in e.errors())) from None
         if len(set(settings.seeds)) < len(settings.seeds):
@@ -124,8 +128,6 @@ def build(node: Component, key: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def _parameters(target: Any) -> list[str]:
-    from inspect import signature
-
     return [p for p in signature(target).parameters if p not in ("params", "optimizer")]
 
 

@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from pytorch_lightning import Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.optim import Optimizer
 
 from nobackprop import records
-from nobackprop.callbacks import ProgressBar
+from nobackprop.callbacks import ProgressBar, ResumePoint
 from nobackprop.data import Dataset, EvalBatches, Task, TrainBatches, task
 from nobackprop.initializers import Initializer, from_string, initial_weights
 from nobackprop.learner import Learner
@@ -46,6 +45,7 @@ class Run:
     backward: Initializer
     optimizer: Callable[..., Optimizer]
     schedule: Callable[..., Any] | None
+    logger: Callable[..., Any] | None
     device: torch.device
     source: Any
 
@@ -79,6 +79,7 @@ def prepare(cfg: DictConfig) -> Run:
         backward=_initializer(s.init.backward, "init.backward"),
         optimizer=build(s.optimizer, "optimizer"),
         schedule=build(s.schedule, "schedule") if s.schedule else None,
+        logger=build(s.logger, "logger") if s.logger else None,
         device=_trainer(s, logger=False).strategy.root_device,
         source=source,
     )
@@ -173,7 +174,7 @@ def divide(tasks: Sequence[Task], batch_size: int, stack: bool) -> list[list[Tas
 
 def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console: Console) -> list[Record]:
     """Trains a group of seeds, from its last checkpoint if there is one, and writes their weights and records."""
-    s, start = run.settings, time.monotonic()
+    s = run.settings
     seeds = [t.seed for t in tasks]
     pixels = Pixels.normalized(dataset.train.pixels) if s.dataset.normalize else Pixels()
     relabels = [t.relabel for t in tasks]
@@ -195,7 +196,7 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console:
         patience=s.patience,
     )
     checkpoint = run.folder / "checkpoints" / f"{'-'.join(map(str, seeds))}.ckpt"
-    loggers = [_logger(run, seed) for seed in seeds] if s.logger else []
+    loggers = [] if run.logger is None else [run.logger(run.folder, seed, s.identity()) for seed in seeds]
     epochs = s.max_epochs
     if s.max_steps is not None:
         epochs = min(epochs, -(-s.max_steps // (len(tasks[0].train) // s.batch_size)))
@@ -204,18 +205,12 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console:
             s,
             max_epochs=epochs,
             logger=loggers or False,
-            callbacks=[
-                ProgressBar(title, console),
-                ModelCheckpoint(
-                    checkpoint.parent,
-                    checkpoint.stem,
-                    train_time_interval=timedelta(minutes=s.checkpoint_minutes),
-                    enable_version_counter=False,
-                ),
-            ],
+            callbacks=[ProgressBar(title, console), ResumePoint(checkpoint, s.checkpoint_minutes)],
         )
         resumed = str(checkpoint) if checkpoint.exists() else None
+        start = time.monotonic()
         trainer.fit(learner, ckpt_path=resumed, weights_only=True)
+        wall = time.monotonic() - start
         trainer.test(learner, verbose=False)
         for logger, progress in zip(loggers, learner.progress, strict=bool(loggers)):
             for name, value in (progress.test or {}).items():
@@ -223,7 +218,6 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console:
     finally:
         for logger in loggers:
             logger.experiment.finish()
-    wall = time.monotonic() - start
     finished = [
         _record(run, dataset, t, learner, i, wall, precision=str(trainer.precision)) for i, t in enumerate(tasks)
     ]
@@ -240,12 +234,6 @@ def _trainer(settings: Settings, **options: Any) -> Trainer:
     """Lightning's Trainer, without its own bar, summary and sanity check."""
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     return build(settings.trainer, "trainer", **quiet, **options)
-
-
-def _logger(run: Run, seed: int) -> Any:
-    s = run.settings
-    folder = run.seed_folder(seed)
-    return build(s.logger, "logger", name=f"{s.name} seed {seed}", folder=str(folder), config=s.identity() | {"seed": seed})
 
 
 def _record(run: Run, dataset: Dataset, t: Task, learner: Learner, i: int, wall: float, precision: str) -> Record:

@@ -1,0 +1,22 @@
+# Two commands: make demo trains every rule on bundled images and compares them, make test runs the tests.
+.PHONY: demo test lint lock
+RUNS = runs/demo
+
+demo: .venv/ready
+	.venv/bin/nobackprop --multirun rule=bp,fa,dfa,mdfa,lra_e dataset=digits seeds=3 max_epochs=30 paths.runs=$(RUNS)
+	.venv/bin/python scripts/compare.py $(RUNS)
+
+test: .venv/ready
+	.venv/bin/python -m pytest -n 2
+
+lint: .venv/ready
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/pyright
+
+# The lock holds hashes and no addresses, for all platforms and Python 3.11 to 3.13.
+lock:
+	uv pip compile --universal --generate-hashes --no-emit-index-url --no-header --all-extras pyproject.toml -o requirements.lock
+
+.venv/ready: requirements.lock pyproject.toml scripts/environment.sh
+	./scripts/environment.sh

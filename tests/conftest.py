@@ -1,0 +1,117 @@
+"""What several test files use: config files as objects, every rule, small problems, and a learner to step by hand."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import Tensor
+
+from nobackprop.initializers import Normal, initial_weights
+from nobackprop.losses import Loss, SigmoidCrossEntropy, SoftmaxCrossEntropy
+from nobackprop.network import Network, allconv, mlp
+from nobackprop.pixels import Pixels
+from nobackprop.rule import Batch, Rule
+
+if TYPE_CHECKING:
+    from nobackprop.learner import Learner
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+def options(group: str) -> list[str]:
+    """The names of the config files of a group."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.fixture(scope="session")
+def configured() -> Callable[..., Any]:
+    """`configured(group, option, *args)` is what conf/<group>/<option>.yaml makes."""
+
+    @cache
+    def composed(group: str, option: str) -> DictConfig:
+        with initialize_config_dir(str(CONF), version_base=None):
+            return compose(overrides=[f"+{group}={option}"])[group]
+
+    def make(group: str, option: str, *args: Any) -> Any:
+        return instantiate(composed(group, option), *args, _convert_="all")
+
+    return make
+
+
+@pytest.fixture(params=options("rule"))
+def rule(request: pytest.FixtureRequest, configured: Callable[..., Any]) -> Rule:
+    """Every rule that has a config file."""
+    return configured("rule", request.param)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A small net and a batch for it, in float64."""
+
+    net: Network
+    batch: Batch
+
+    def weights(self, rule: Rule, seed: int = 0) -> dict[str, Tensor]:
+        """Random weights in float64, signed as the rule wants them; biases are random too."""
+        w = initial_weights(self.net, rule, Normal(0.4), Normal(0.4), seed)
+        generator = torch.Generator().manual_seed(seed)
+        for name in w:
+            w[name] = torch.randn(w[name].shape, generator=generator) * 0.4 if name.startswith("b") else w[name]
+        return {name: t.double() for name, t in w.items()}
+
+
+# In the convolutional nets the second layer's stride does not divide its input, and images are not square.
+NETS = {
+    "linear": partial(mlp, (1, 3, 4), hidden=[]),
+    "mlp": partial(mlp, (1, 3, 4), hidden=[7, 6, 5]),
+    "strided_conv": partial(allconv, (2, 8, 7), filters=[[3, 3, 1], [4, 3, 2]]),
+    "padded_conv": partial(allconv, (2, 6, 4), filters=[[3, 3, 1, 1], [4, 3, 2, 1]]),
+}
+LOSSES = {"softmax": SoftmaxCrossEntropy(4), "sigmoid": SigmoidCrossEntropy(2)}
+
+
+@pytest.fixture(params=[(net, loss) for net in NETS for loss in LOSSES], ids="-".join)
+def problem(request: pytest.FixtureRequest) -> Problem:
+    """Every small net with four softmax outputs, and with one sigmoid output."""
+    name, loss_name = request.param
+    loss = LOSSES[loss_name]
+    net = NETS[name](outputs=loss.outputs, activation="tanh")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, *net.in_shape, dtype=torch.float64, generator=generator)
+    labels = torch.randint(loss.classes, (6,), generator=generator)
+    return Problem(net, Batch(x, loss.target(labels, x.dtype), loss))
+
+
+@pytest.fixture
+def learner(monkeypatch: pytest.MonkeyPatch) -> "Callable[..., Learner]":
+    """Makes a Learner of one seed whose `step` can be called without a trainer."""
+    from nobackprop.learner import Learner  # here, since Lightning takes seconds to import
+
+    def unused(**_: Any) -> Any:
+        raise AssertionError("no data is needed for a step")
+
+    def make(net: Network, rule: Rule, loss: Loss, w: dict[str, Tensor], optimizer: Any, **kwargs: Any) -> Learner:
+        learner = Learner(
+            net,
+            rule,
+            loss,
+            [w],
+            batches=unused,
+            validation=unused,
+            test=unused,
+            pixels=Pixels(),
+            optimizer=optimizer,
+            **kwargs,
+        )
+        the_optimizer = learner.configure_optimizers()
+        monkeypatch.setattr(learner, "optimizers", lambda: the_optimizer)
+        return learner
+
+    return make

@@ -1,0 +1,742 @@
+import os
+import pickle
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import replace
+from hashlib import md5
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import torchvision.datasets
+from PIL import Image
+from pyarrow import parquet
+from torch import Tensor
+
+from nobackprop import data
+from nobackprop.data import (
+    Dataset,
+    Digits,
+    EvalBatches,
+    Folder,
+    Images,
+    Parquet,
+    Source,
+    Task,
+    Torchvision,
+    TrainBatches,
+    check,
+    task,
+)
+from nobackprop.streams import stream
+
+FOLDERS = {"MNIST": "MNIST/raw", "FashionMNIST": "FashionMNIST/raw", "KMNIST": "KMNIST/raw"}
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise URLError("there is no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    data._load.cache_clear()
+    yield
+    data._load.cache_clear()
+
+
+def random_images(n: int, shape: tuple[int, int, int], classes: int, seed: int = 0) -> Images:
+    g = torch.Generator().manual_seed(seed)
+    return Images(
+        torch.randint(256, (n, *shape), generator=g, dtype=torch.uint8), torch.randint(classes, (n,), generator=g)
+    )
+
+
+@pytest.fixture(scope="module")
+def toy() -> Dataset:
+    """137 + 40 images of 5 classes; the first pixel of each is its index."""
+    train, test = random_images(137, (2, 4, 6), 5), random_images(40, (2, 4, 6), 5, seed=1)
+    for images in (train, test):
+        images.pixels[:, 0, 0, 0] = torch.arange(len(images.pixels))
+    return Dataset("toy", train, test, 5)
+
+
+def small(monkeypatch: pytest.MonkeyPatch, name: str, train: int, test: int) -> None:
+    monkeypatch.setitem(data.TORCHVISION, name, replace(data.TORCHVISION[name], counts=(train, test)))
+
+
+# Torchvision: MNIST's format
+
+
+def write_idx(path: Path, values: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = struct.pack(f">{values.dim() + 1}I", 0x0800 + values.dim(), *values.shape)
+    path.write_bytes(header + values.to(torch.uint8).numpy().tobytes())
+
+
+def write_mnist(root: Path, name: str = "MNIST", train: int = 7, test: int = 3) -> tuple[Images, Images]:
+    splits = random_images(train, (1, 28, 28), 10), random_images(test, (1, 28, 28), 10, seed=1)
+    for prefix, images in zip(("train", "t10k"), splits, strict=True):
+        write_idx(root / FOLDERS[name] / f"{prefix}-images-idx3-ubyte", images.pixels[:, 0])
+        write_idx(root / FOLDERS[name] / f"{prefix}-labels-idx1-ubyte", images.labels)
+    return splits
+
+
+def assert_same(a: Images, b: Images) -> None:
+    assert torch.equal(a.pixels, b.pixels)
+    assert torch.equal(a.labels, b.labels)
+    assert (a.pixels.dtype, a.labels.dtype) == (torch.uint8, torch.int64)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_idx_files_are_read_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    small(monkeypatch, name, 7, 3)
+    train, test = write_mnist(tmp_path, name)
+    source = Torchvision(name, tmp_path)
+    dataset = source.load()
+    assert_same(dataset.train, train)
+    assert_same(dataset.test, test)
+    assert (dataset.name, dataset.num_classes, source.shape) == (name, 10, (1, 28, 28))
+    assert source.load() is dataset
+    assert Torchvision(name, tmp_path).load() is dataset
+
+
+@pytest.mark.parametrize("download", [True, False])
+@pytest.mark.parametrize("keep", [0, 3, 16, 100])
+def test_cut_idx_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int, download: bool) -> None:
+    small(monkeypatch, "MNIST", 7, 3)
+    write_mnist(tmp_path)
+    path = tmp_path / "MNIST/raw/train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))} has {keep} bytes .*must have 5504 bytes") as e:
+        Torchvision("MNIST", tmp_path, download).load()
+    assert "paths.data" in str(e.value)
+    assert ("run again" in str(e.value)) == download
+    assert "labels" not in str(e.value)
+
+
+def test_idx_file_of_another_kind_or_count_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_mnist(tmp_path)
+    with pytest.raises(ValueError, match=r"the header \(2051, 7, 28, 28\), must have 47040016 bytes"):
+        Torchvision("MNIST", tmp_path).load()
+    small(monkeypatch, "MNIST", 7, 3)
+    raw = tmp_path / "MNIST/raw"
+    (raw / "t10k-labels-idx1-ubyte").write_bytes((raw / "t10k-images-idx3-ubyte").read_bytes())
+    with pytest.raises(ValueError, match=r"t10k-labels-idx1-ubyte has .* header \(2051, 3\), .* \(2049, 3\)"):
+        Torchvision("MNIST", tmp_path).load()
+
+
+def test_missing_files_without_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, "MNIST", 7, 3)
+    write_mnist(tmp_path)
+    (tmp_path / "MNIST/raw/t10k-labels-idx1-ubyte").unlink()
+    folder = re.escape(str(tmp_path / "MNIST/raw"))
+    with pytest.raises(FileNotFoundError, match=rf"files t10k-labels-idx1-ubyte in {folder}\. .*download=true"):
+        Torchvision("MNIST", tmp_path, download=False).load()
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("MNIST", "train-images-idx3-ubyte"), ("CIFAR10", "data_batch_5"), ("CIFAR100", "meta")]
+)
+def test_missing_files_without_network(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, file: str
+) -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no network.* Run again with a network, copy") as e:
+        Torchvision(name, tmp_path / "new").load()
+    assert file in str(e.value)
+    assert str(tmp_path / "new" / data.TORCHVISION[name].folder) in str(e.value)
+    capsys.readouterr()
+
+
+def test_missing_files_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, "MNIST", 7, 3)
+    made = []
+    monkeypatch.setattr(torchvision.datasets.MNIST, "download", lambda self: made.append(write_mnist(Path(self.root))))
+    dataset = Torchvision("MNIST", tmp_path).load()
+    assert len(made) == 1
+    assert_same(dataset.test, made[0][1])
+
+
+def test_label_out_of_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, "MNIST", 7, 3)
+    write_mnist(tmp_path)
+    write_idx(tmp_path / "MNIST/raw/t10k-labels-idx1-ubyte", torch.tensor([4, 10, 0]))
+    with pytest.raises(ValueError, match=r"MNIST: the test images in .* labels from 0 to 10; allowed: 0 to 9\. Delete"):
+        Torchvision("MNIST", tmp_path).load()
+
+
+def test_unknown_torchvision_dataset() -> None:
+    with pytest.raises(
+        ValueError, match=r"'SVHN' is not known; allowed: MNIST, FashionMNIST, KMNIST, CIFAR10, CIFAR100"
+    ):
+        Torchvision("SVHN", "data")
+
+
+# Torchvision: CIFAR
+
+
+def write_cifar(root: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> tuple[Images, Images]:
+    """Two images in each of the files that the original has; torchvision is told their md5 sums."""
+    cls, classes = getattr(torchvision.datasets, name), data.TORCHVISION[name].num_classes
+    folder = root / cls.base_folder
+    folder.mkdir(parents=True)
+
+    def write(file: str, content: dict[str, Any]) -> str:
+        (folder / file).write_bytes(pickle.dumps(content))
+        return md5((folder / file).read_bytes()).hexdigest()
+
+    def batches(files: list[list[str]], seed: int) -> tuple[list[list[str]], Images]:
+        images = random_images(2 * len(files), (3, 32, 32), classes, seed)
+        key = "labels" if name == "CIFAR10" else "fine_labels"
+        sums = []
+        for i, (file, _) in enumerate(files):
+            rows = slice(2 * i, 2 * i + 2)
+            sums.append(
+                [file, write(file, {"data": images.pixels[rows].flatten(1).numpy(), key: images.labels[rows].tolist()})]
+            )
+        return sums, images
+
+    train_list, train = batches(cls.train_list, 0)
+    test_list, test = batches(cls.test_list, 1)
+    meta = cls.meta | {"md5": write(cls.meta["filename"], {cls.meta["key"]: list(map(str, range(classes)))})}
+    for attribute, value in (("train_list", train_list), ("test_list", test_list), ("meta", meta)):
+        monkeypatch.setattr(cls, attribute, value)
+    small(monkeypatch, name, len(train.labels), len(test.labels))
+    return train, test
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
+def test_cifar_is_read_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    train, test = write_cifar(tmp_path, monkeypatch, name)
+    dataset = Torchvision(name, tmp_path).load()
+    assert_same(dataset.train, train)
+    assert_same(dataset.test, test)
+    assert dataset.num_classes == (10 if name == "CIFAR10" else 100)
+
+
+def test_wrong_cifar_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cifar(tmp_path, monkeypatch, "CIFAR10")
+    path = tmp_path / "cifar-10-batches-py/data_batch_3"
+    path.write_bytes(b"cut")
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))} has the md5 sum .*, must have .*Delete") as e:
+        Torchvision("CIFAR10", tmp_path).load()
+    assert "data_batch_2" not in str(e.value)
+
+
+def test_missing_cifar_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_cifar(tmp_path, monkeypatch, "CIFAR10")
+    (tmp_path / "cifar-10-batches-py/data_batch_3").unlink()
+    with pytest.raises(FileNotFoundError, match=r"the files data_batch_3 in "):
+        Torchvision("CIFAR10", tmp_path, download=False).load()
+
+
+# Parquet
+
+
+def encoded(pixels: Tensor, format: str = "PNG") -> bytes:
+    array = pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy()
+    buffer = BytesIO()
+    Image.fromarray(np.ascontiguousarray(array)).save(buffer, format)
+    return buffer.getvalue()
+
+
+def write_parquet(
+    path: Path, blobs: list[bytes | None], labels: list[Any], image: str = "img", label: str = "label"
+) -> None:
+    cells = [{"bytes": blob, "path": None} for blob in blobs]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    path.parent.mkdir(exist_ok=True)
+    parquet.write_table(pa.table({image: pa.array(cells, kind), label: labels}), path, row_group_size=2)
+
+
+def parquet_source(root: Path, **changes: Any) -> Parquet:
+    return replace(Parquet(root, "tiny", (3, 5, 4), 10, "p/train-*.parquet", "p/test-*.parquet"), **changes)
+
+
+def write_tiny(root: Path, image: str = "img", label: str = "label", channels: int = 3) -> tuple[Images, Images]:
+    train, test = random_images(7, (channels, 5, 4), 10), random_images(3, (channels, 5, 4), 10, seed=1)
+    for file, part, rows in (
+        ("train-0", train, slice(0, 4)),
+        ("train-1", train, slice(4, 7)),
+        ("test-0", test, slice(3)),
+    ):
+        blobs: list[bytes | None] = [encoded(p) for p in part.pixels[rows]]
+        write_parquet(root / f"p/{file}.parquet", blobs, part.labels[rows].tolist(), image, label)
+    return train, test
+
+
+@pytest.mark.parametrize(("image", "label"), [("img", "label"), ("image", "fine_label")])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_parquet_is_read_in_order(tmp_path: Path, image: str, label: str, channels: int) -> None:
+    train, test = write_tiny(tmp_path, image, label, channels)
+    dataset = parquet_source(tmp_path, shape=(channels, 5, 4)).load()
+    assert_same(dataset.train, train)
+    assert_same(dataset.test, test)
+
+
+def test_parquet_columns_can_be_named(tmp_path: Path) -> None:
+    train, _ = write_tiny(tmp_path, "picture", "coarse_label")
+    with pytest.raises(ValueError, match=r"train-0.parquet has the columns \['picture', .*\]; needed: img or image"):
+        parquet_source(tmp_path).load()
+    with pytest.raises(ValueError, match=r"has the columns .*; needed: label or fine_label\."):
+        parquet_source(tmp_path, image_column="picture").load()
+    assert_same(parquet_source(tmp_path, image_column="picture", label_column="coarse_label").load().train, train)
+
+
+def test_parquet_reads_jpeg_grey_and_palette_as_rgb(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    grey = torch.full((1, 5, 4), 77, dtype=torch.uint8)
+    palette = BytesIO()
+    Image.new("RGB", (4, 5), (10, 200, 30)).quantize().save(palette, "PNG")
+    write_parquet(tmp_path / "p/test-0.parquet", [encoded(grey, "JPEG"), encoded(grey), palette.getvalue()], [1, 2, 3])
+    pixels = parquet_source(tmp_path).load().test.pixels
+    assert (pixels[0].int() - 77).abs().max() <= 1
+    assert (pixels[1] == 77).all()
+    assert pixels[2, :, 0, 0].tolist() == [10, 200, 30]
+
+
+def test_parquet_errors_name_file_and_row(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    path = tmp_path / "p/train-1.parquet"
+    where = re.escape(str(path))
+    good, big = encoded(random_images(1, (3, 5, 4), 2).pixels[0]), encoded(random_images(1, (3, 4, 4), 2).pixels[0])
+    source = parquet_source(tmp_path)
+    cases: list[tuple[list[bytes | None], list[Any], str]] = [
+        ([good, b"no image"], [0, 1], rf"{where}, row 1 is not a readable image: cannot identify.*Correct"),
+        ([good, good, good[:70]], [0, 1, 1], rf"{where}, row 2 is not a readable image"),
+        ([None, good], [0, 1], rf"{where}, row 0 is not a readable image: it has no bytes"),
+        ([good, big], [0, 1], rf"{where}, row 1 is 4 x 4 pixels; allowed: 5 x 4\."),
+        ([good, good], [0, None], rf"{where}, row 1 has no label"),
+        ([good, good], ["a", "b"], rf"{where}: column 'img' is struct.* and 'label' is string; allowed"),
+        ([good, good], [0, 10], r"the training images in .* have labels from 0 to 10; allowed: 0 to 9\."),
+        ([good, good], [0, -1], r"the training images in .* have labels from -1 to"),
+    ]
+    for blobs, labels, message in cases:
+        write_parquet(path, blobs, labels)
+        with pytest.raises(ValueError, match=message):
+            source.load()
+    parquet.write_table(pa.table({"img": pa.array([{"path": "a"}]), "label": [1]}), path)
+    with pytest.raises(ValueError, match=rf"{where}: column 'img' has no field 'bytes'"):
+        source.load()
+    parquet.write_table(pa.table({"img": ["a"], "label": [1]}), path)
+    with pytest.raises(ValueError, match=rf"{where}: column 'img' is string"):
+        source.load()
+    path.write_bytes(b"PAR1 cut")
+    with pytest.raises(ValueError, match=rf"{where} is not a readable Parquet file"):
+        source.load()
+
+
+def test_parquet_without_files_or_images(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=rf"no file p/train-\*.parquet in {re.escape(str(tmp_path))}\. .*paths.data"
+    ):
+        parquet_source(tmp_path).load()
+    write_tiny(tmp_path)
+    write_parquet(tmp_path / "p/test-0.parquet", [], pa.array([], pa.int64()))
+    with pytest.raises(ValueError, match=r"the test images in .* have no image; allowed: at least one"):
+        parquet_source(tmp_path).load()
+    with pytest.raises(ValueError, match=r"shape \(2, 5, 4\) is not allowed"):
+        parquet_source(tmp_path, shape=(2, 5, 4))
+
+
+# Folder
+
+
+def save_image(path: Path, size: tuple[int, int], colour: Any, mode: str = "RGB") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    save_image(tmp_path / "train/n02/b.JPEG", (20, 10), (255, 0, 0))
+    save_image(tmp_path / "train/n02/a.png", (8, 8), 90, "L")
+    save_image(tmp_path / "train/n01/z.jpg", (9, 30), (0, 255, 0))
+    save_image(tmp_path / "val/n01/1.png", (8, 8), (1, 2, 3))
+    save_image(tmp_path / "val/n02/1.png", (8, 8), (4, 5, 6))
+    (tmp_path / "train/n01/notes.txt").write_text("no image")
+    return tmp_path
+
+
+def test_folder_is_read_by_sorted_names(tree: Path) -> None:
+    source = Folder(tree, "tiny", 8)
+    assert (source.shape, source.num_classes, source.classes) == ((3, 8, 8), 2, ("n01", "n02"))
+    dataset = source.load()
+    assert dataset.train.labels.tolist() == [0, 1, 1]
+    assert dataset.train.pixels.shape == (3, 3, 8, 8)
+    assert (dataset.train.pixels[1] == 90).all()  # grey, a.png before b.JPEG
+    colours = dataset.train.pixels[[0, 2], :, 4, 4].int()
+    assert (colours - torch.tensor([[0, 255, 0], [255, 0, 0]])).abs().max() < 3
+    assert dataset.test.pixels[:, :, 0, 0].tolist() == [[1, 2, 3], [4, 5, 6]]
+
+
+def test_folder_crops_the_centre(tree: Path) -> None:
+    wide = Image.new("RGB", (24, 8))
+    for x in range(24):
+        for y in range(8):
+            wide.putpixel((x, y), (10 * x, 20 * y, 0))
+    wide.save(tree / "val/n01/1.png")
+    wide.transpose(Image.Transpose.TRANSPOSE).resize((16, 48), Image.Resampling.NEAREST).save(tree / "val/n02/1.png")
+    wide, tall = Folder(tree, "tiny", 8).load().test.pixels
+    assert wide[0].tolist() == [[10 * x for x in range(8, 16)]] * 8
+    assert wide[1, :, 0].tolist() == [20 * y for y in range(8)]
+    middle = tall[:, 1:-1, 1:-1].int() - wide.transpose(1, 2)[:, 1:-1, 1:-1].int()  # halved in size: about the same
+    assert middle.abs().max() <= 3
+
+
+def test_folder_errors(tree: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none/train holds no folder"):
+        _ = Folder(tree / "none", "tiny", 8).num_classes
+    bad = tree / "val/n02/2.jpg"
+    bad.write_bytes((tree / "train/n02/b.JPEG").read_bytes()[:200])
+    with pytest.raises(ValueError, match=rf"{re.escape(str(bad))} is not a readable image"):
+        Folder(tree, "tiny", 8).load()
+    bad.unlink()
+    (tree / "val/n02/1.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no .jpg, .jpeg or .png file in .*val/n02"):
+        Folder(tree, "tiny", 8).load()
+    (tree / "val/n02").rename(tree / "val/n03")
+    with pytest.raises(ValueError, match=r"val are not those in train: without \['n02'\], with \['n03'\]\. Correct"):
+        Folder(tree, "tiny", 8).load()
+
+
+# Digits and the checks that all share
+
+
+def test_digits() -> None:
+    source, dataset = Digits(), Digits().load()
+    train, test = dataset.train, dataset.test
+    assert (len(train.labels), len(test.labels)) == (1433, 364)
+    assert train.pixels.shape[1:] == source.shape == (1, 8, 8)
+    levels = torch.cat([train.pixels, test.pixels]).unique()
+    assert levels.tolist() == [round(level * 255 / 16) for level in range(17)]
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    rows = {(bytes((row * 255 / 16).round().astype("uint8")), int(label)) for row, label in zip(x, y, strict=True)}
+    for images in (train, test):
+        found = zip(images.pixels.flatten(1).numpy(), images.labels.tolist(), strict=True)
+        assert {(bytes(row), label) for row, label in found} <= rows
+        share = images.labels.bincount() / len(images.labels)
+        assert (share - 0.1).abs().max() < 0.005
+    assert torch.equal(Digits().load().test.labels, test.labels)
+    assert (test.labels[:10].tolist(), train.labels[:3].tolist()) == (list(range(10)), [0, 1, 2])
+
+
+def test_fingerprint_changes_with_every_byte(toy: Dataset) -> None:
+    assert re.fullmatch("[0-9a-f]{16}", toy.fingerprint)
+    same = Dataset("other", Images(toy.train.pixels.clone(), toy.train.labels.clone()), toy.test, 5)
+    assert same.fingerprint == toy.fingerprint
+    for split in ("train", "test"):
+        for part in ("pixels", "labels"):
+            images = getattr(toy, split)
+            changed = getattr(images, part).clone()
+            changed.view(-1)[-1] += 1
+            other = replace(toy, **{split: replace(images, **{part: changed})})
+            assert other.fingerprint != toy.fingerprint
+
+
+def test_check_says_what_is_wrong() -> None:
+    class Declared(Source):
+        name, shape, num_classes, where, remedy = "made", (1, 2, 3), 4, "here", "Do this."
+
+        def read(self) -> tuple[Images, Images]:
+            raise NotImplementedError
+
+    def images(shape: tuple[int, ...] = (1, 2, 3), n: int = 5, labels: int = 5, dtype: Any = torch.uint8) -> Images:
+        return Images(torch.zeros(n, *shape, dtype=dtype), torch.zeros(labels, dtype=torch.int64))
+
+    check(images(), Declared(), "test", 5)
+    for bad, count, message in (
+        (images(dtype=torch.float32), None, "pixels of torch.float32; allowed: torch.uint8"),
+        (Images(images().pixels, torch.zeros(5)), None, "labels of torch.float32; allowed: torch.int64"),
+        (images((1, 3, 3)), None, "the shape (1, 3, 3); allowed: (1, 2, 3)"),
+        (images(labels=4), None, "labels of shape (4,) for 5 images; allowed: one label an image"),
+        (images(n=0, labels=0), None, "no image; allowed: at least one"),
+        (images(), 6, "5 images; allowed: 6"),
+        (Images(images().pixels, torch.tensor([0, 1, 2, 3, 4])), None, "labels from 0 to 4; allowed: 0 to 3"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"made: the test images in here have {message}. Do this.")):
+            check(bad, Declared(), "test", count)
+
+
+# Tasks
+
+
+def test_all_classes_keep_their_labels(toy: Dataset) -> None:
+    t = task(toy, 3)
+    assert t.classes == (0, 1, 2, 3, 4)
+    assert t.relabel.tolist() == [0, 1, 2, 3, 4]
+    assert t.test.tolist() == list(range(40))
+    assert len(t.validation) == 14
+    assert sorted(torch.cat([t.train, t.validation]).tolist()) == list(range(137))
+    again, other = task(toy, 3), task(toy, 4)
+    assert torch.equal(t.train, again.train)
+    assert not torch.equal(t.train, other.train)
+    assert len(task(toy, 3, validation=37).train) == 100
+
+
+def test_drawn_classes(toy: Dataset) -> None:
+    drawn = {seed: task(toy, seed, classes=3) for seed in range(20)}
+    assert len({t.classes for t in drawn.values()}) > 5
+    for seed, t in drawn.items():
+        assert t.classes == task(toy, seed, classes=3).classes
+        assert t.classes == tuple(torch.randperm(5, generator=stream(seed, "classes"))[:3].tolist())
+        assert [int(t.relabel[c]) for c in t.classes] == [0, 1, 2]
+        assert sorted(t.relabel.tolist()) == [-1, -1, 0, 1, 2]
+        everything = sorted(torch.cat([t.train, t.validation]).tolist())
+        assert everything == [i for i, y in enumerate(toy.train.labels.tolist()) if y in t.classes]
+        assert t.test.tolist() == [i for i, y in enumerate(toy.test.labels.tolist()) if y in t.classes]
+    shared = {task(toy, seed, classes=3, classes_seed=7).classes for seed in range(20)}
+    assert shared == {drawn[7].classes}
+
+
+@pytest.mark.parametrize("classes", [-1, 0, 1, 6])
+def test_bad_class_count(toy: Dataset, classes: int) -> None:
+    with pytest.raises(ValueError, match=rf"classes is {classes}; toy allows 2 to 5, or null"):
+        task(toy, 0, classes=classes)
+
+
+@pytest.mark.parametrize("validation", [0, 137, 200, -3, 0.0, 1.0, -0.1, 50.0, 0.001, 0.999])
+def test_bad_validation(toy: Dataset, validation: float) -> None:
+    with pytest.raises(ValueError, match=rf"validation is {validation}[;,]"):
+        task(toy, 0, validation=validation)
+
+
+def test_no_test_image_of_the_classes(toy: Dataset) -> None:
+    classes = task(toy, 0, classes=2).classes
+    keep = torch.tensor([y not in classes for y in toy.test.labels.tolist()])
+    without = replace(toy, test=Images(toy.test.pixels[keep], toy.test.labels[keep]))
+    with pytest.raises(ValueError, match="toy has no test image of the classes"):
+        task(without, 0, classes=2)
+
+
+# Batches
+
+
+def batches(toy: Dataset, tasks: list[Task], step: int = 0, **options: Any) -> TrainBatches:
+    return TrainBatches(toy, tasks, options.pop("batch_size", 10), lambda: step, "cpu", **options)
+
+
+def joined(iterable: TrainBatches) -> tuple[Tensor, Tensor]:
+    pixels, labels = zip(*iterable, strict=True)
+    return torch.cat(pixels), torch.cat(labels)
+
+
+AUGMENT = pytest.mark.parametrize("options", [{}, {"flip": True, "crop": 2}], ids=["plain", "augmented"])
+
+
+def test_an_epoch_holds_every_training_image_once(toy: Dataset) -> None:
+    t = task(toy, 3, classes=3)
+    b = batches(toy, [t], batch_size=len(t.train) // 7)
+    pixels, labels = joined(b)
+    assert b.per_epoch == len(pixels) == 7
+    seen = pixels[..., 0, 0, 0].flatten().tolist()
+    assert len(set(seen)) == len(seen)
+    assert set(seen) <= set(t.train.tolist())
+    assert torch.equal(toy.train.pixels[seen], pixels.flatten(0, 2))
+    assert [t.classes[y] for y in labels.flatten().tolist()] == toy.train.labels[seen].tolist()
+    order = torch.randperm(len(t.train), generator=stream(3, "order", 0))
+    assert seen == t.train[order][: len(seen)].tolist()
+
+
+@AUGMENT
+def test_order_is_a_function_of_seed_and_epoch(toy: Dataset, options: dict[str, Any]) -> None:
+    def epoch(seed: int, epoch: int) -> Tensor:
+        torch.manual_seed(epoch)
+        torch.rand(seed + 1)
+        return joined(batches(toy, [replace(task(toy, 1), seed=seed)], 12 * epoch, **options))[0]
+
+    assert torch.equal(epoch(1, 0), epoch(1, 0))
+    assert torch.equal(epoch(1, 5), epoch(1, 5))
+    assert not torch.equal(epoch(1, 0), epoch(1, 1))
+    assert not torch.equal(epoch(1, 0), epoch(2, 0))
+
+
+@AUGMENT
+def test_stack_equals_alone(toy: Dataset, options: dict[str, Any]) -> None:
+    tasks = [task(toy, seed) for seed in (5, 0, 9)]
+    pixels, labels = joined(batches(toy, tasks, **options))
+    assert pixels.shape == (12, 3, 10, 2, 4, 6)
+    assert labels.shape == (12, 3, 10)
+    for s, t in enumerate(tasks):
+        alone, alone_labels = joined(batches(toy, [t], **options))
+        assert torch.equal(pixels[:, s], alone[:, 0])
+        assert torch.equal(labels[:, s], alone_labels[:, 0])
+
+
+def test_stack_of_unequal_lengths_equals_alone(toy: Dataset) -> None:
+    tasks = [task(toy, seed, classes=3) for seed in range(4)]
+    assert len({len(t.train) for t in tasks}) > 1
+    pixels, _ = joined(batches(toy, tasks, batch_size=60, flip=True, crop=1))
+    for s, t in enumerate(tasks):
+        assert torch.equal(pixels[:, s], joined(batches(toy, [t], batch_size=60, flip=True, crop=1))[0][:, 0])
+
+
+@AUGMENT
+def test_resumed_epoch_is_the_tail(toy: Dataset, options: dict[str, Any]) -> None:
+    tasks = [task(toy, seed) for seed in (0, 1)]
+    pixels, labels = joined(batches(toy, tasks, 12, **options))
+    for done in range(1, 12):
+        tail, tail_labels = joined(batches(toy, tasks, 12 + done, **options))
+        assert torch.equal(tail, pixels[done:])
+        assert torch.equal(tail_labels, labels[done:])
+
+
+@AUGMENT
+def test_chunks_change_nothing(toy: Dataset, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    b = batches(toy, [task(toy, 0), task(toy, 1)], **options)
+    whole = joined(b)
+    assert len(list(b)) == 1
+    monkeypatch.setattr(data, "CHUNK_STEPS", 5)
+    assert [len(labels) for _, labels in b] == [5, 5, 2]
+    assert torch.equal(joined(b)[0], whole[0])
+    monkeypatch.setattr(data, "CHUNK_BYTES", 2 * 10 * 48 * 3 + 7)
+    assert [len(labels) for _, labels in b] == [3] * 4
+    assert torch.equal(joined(b)[0], whole[0])
+    monkeypatch.setattr(data, "CHUNK_BYTES", 1)
+    assert [len(labels) for _, labels in b] == [1] * 12
+    assert torch.equal(joined(b)[1], whole[1])
+
+
+def test_position_is_asked_again_and_max_steps_ends_it(toy: Dataset) -> None:
+    step = 0
+    b = TrainBatches(toy, [task(toy, 0)], 10, lambda: step, "cpu", max_steps=29)
+    counts = []
+    while (done := sum(len(labels) for _, labels in b)) > 0:
+        counts.append(done)
+        step += done
+    assert counts == [12, 12, 5]
+    assert not hasattr(b, "__len__")
+
+
+def test_bad_batches(toy: Dataset) -> None:
+    tasks = [task(toy, seed, classes=3) for seed in range(4)]
+    with pytest.raises(ValueError, match=r"batch_size is 200, but there are only 123 training images"):
+        batches(toy, [task(toy, 0)], batch_size=200)
+    with pytest.raises(
+        ValueError, match=r"equally many mini-batches an epoch, but have \(by seed\) \{0: \d+, 1:.*one by"
+    ):
+        batches(toy, tasks, batch_size=2)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        batches(toy, [task(toy, 0)], batch_size=0)
+    with pytest.raises(ValueError, match="crop -1"):
+        batches(toy, [task(toy, 0)], crop=-1)
+
+
+# Augmentation
+
+
+def test_flip_and_crop_of_a_hand_made_image() -> None:
+    image = torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.uint8)[None, None]
+    two = torch.cat([image, image + 10], 1).expand(4, -1, -1, -1)
+    flip = torch.tensor([False, True, False, True])
+    shift = torch.tensor([[1, 1], [1, 1], [0, 2], [2, 0]])
+    out = data._augment(two, flip, shift, crop=1)
+    assert out.dtype == torch.uint8
+    assert out[:, 0].tolist() == [
+        [[1, 2, 3], [4, 5, 6]],
+        [[3, 2, 1], [6, 5, 4]],
+        [[0, 0, 0], [2, 3, 0]],
+        [[5, 4, 0], [0, 0, 0]],
+    ]
+    assert out[1, 1].tolist() == [[13, 12, 11], [16, 15, 14]]
+
+
+def test_half_of_the_images_are_flipped_and_crops_are_uniform(toy: Dataset) -> None:
+    t = task(toy, 0)
+    plain, flipped, both, cropped = (
+        joined(batches(toy, [t], flip=flip, crop=crop))[0].flatten(0, 2)
+        for flip, crop in ((False, 0), (True, 0), (True, 1), (False, 1))
+    )
+    mirrored = [bool(torch.equal(a.flip(-1), b)) for a, b in zip(plain, flipped, strict=True)]
+    same = [bool(torch.equal(a, b)) for a, b in zip(plain, flipped, strict=True)]
+    assert [not m for m in mirrored] == same
+    assert 0.35 < sum(mirrored) / len(mirrored) < 0.65
+    assert [torch.equal(a.flip(-1), b) for a, b in zip(cropped, both, strict=True)] == mirrored
+    shifts = set()
+    for a, b in zip(plain, cropped, strict=True):
+        padded = torch.nn.functional.pad(a, (1, 1, 1, 1))
+        fits = [(y, x) for y in range(3) for x in range(3) if torch.equal(padded[:, y : y + 4, x : x + 6], b)]
+        assert len(fits) == 1
+        shifts.add(fits[0])
+    assert len(shifts) == 9
+    later = joined(batches(toy, [t], 12, flip=True))[0].flatten(0, 2)
+    assert not torch.equal(later, joined(batches(toy, [t], 12))[0].flatten(0, 2))
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_evaluation_covers_each_image_once(toy: Dataset, size: int) -> None:
+    tasks = [task(toy, seed, classes=3) for seed in range(4)]
+    assert len({len(t.validation) for t in tasks}) > 1
+    b = EvalBatches(toy.train, [t.validation for t in tasks], [t.relabel for t in tasks], "cpu", batch_size=size)
+    pixels, labels, mask = (torch.cat(column, 1) for column in zip(*b, strict=True))
+    assert (pixels.dtype, labels.dtype, mask.dtype) == (torch.uint8, torch.int64, torch.bool)
+    assert max(m.shape[1] for _, _, m in b) <= size
+    assert labels.min() >= 0
+    for s, t in enumerate(tasks):
+        assert pixels[s, mask[s], 0, 0, 0].tolist() == t.validation.tolist()
+        assert torch.equal(pixels[s, mask[s]], toy.train.pixels[t.validation])
+        assert [t.classes[y] for y in labels[s, mask[s]].tolist()] == toy.train.labels[t.validation].tolist()
+        assert (pixels[s, ~mask[s], 0, 0, 0] == t.validation[0]).all()
+
+
+def test_evaluation_in_small_chunks(toy: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "CHUNK_BYTES", 2 * 48 * 6)
+    t = task(toy, 0)
+    b = EvalBatches(toy.test, [t.test, t.test], [t.relabel] * 2, "cpu")
+    assert [pixels.shape[:2] for pixels, _, _ in b] == [(2, 6)] * 6 + [(2, 4)]
+
+
+def test_nothing_to_evaluate(toy: Dataset) -> None:
+    with pytest.raises(ValueError, match=r"the seeds have \[3, 0\]"):
+        EvalBatches(toy.test, [torch.arange(3), torch.arange(0)], [torch.arange(5)] * 2, "cpu")
+
+
+# Real images
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", ["MNIST", "FashionMNIST", "cifar10-jpeg"])
+def test_real_images(name: str) -> None:
+    root = os.environ.get("NOBACKPROP_DATA")
+    if not root:
+        pytest.skip("NOBACKPROP_DATA does not name a folder of real images")
+    source = (
+        Torchvision(name, root, download=False)
+        if name in FOLDERS
+        else Parquet(root, name, (3, 32, 32), 10, "cifar10-jpeg/train-*.parquet", "cifar10-jpeg/test-*.parquet")
+    )
+    dataset = source.load()
+    train, test = dataset.train, dataset.test
+    assert len(train.labels) == (60_000 if name in FOLDERS else 50_000)
+    assert len(test.labels) == 10_000
+    assert test.labels.bincount().min() >= (800 if name == "MNIST" else 1000)
+    mean = train.pixels.float().mean() / 255
+    assert mean == pytest.approx({"MNIST": 0.1307, "FashionMNIST": 0.2860, "cifar10-jpeg": 0.4734}[name], abs=2e-3)
+
+
+@pytest.mark.gpu
+@AUGMENT
+def test_device_holds_the_same_batches(toy: Dataset, options: dict[str, Any]) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    tasks = [task(toy, 0), task(toy, 1)]
+    here = batches(toy, tasks, **options)
+    there = replace(here, device="cuda")
+    for (a, b), (c, d) in zip(here, there, strict=True):
+        assert c.is_cuda
+        assert torch.equal(a, c.cpu())
+        assert torch.equal(b, d.cpu())
+    there_eval = EvalBatches(toy.test, [t.test for t in tasks], [t.relabel for t in tasks], "cuda")
+    here_eval = EvalBatches(toy.test, [t.test for t in tasks], [t.relabel for t in tasks], "cpu")
+    for a, b in zip(here_eval, there_eval, strict=True):
+        assert all(torch.equal(x, y.cpu()) for x, y in zip(a, b, strict=True))

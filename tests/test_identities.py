@@ -1,0 +1,231 @@
+"""What each rule computes, in float64: its identity with backpropagation, and what the papers say of it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import Problem
+from torch import Tensor
+
+from nobackprop.activations import ACTIVATIONS, activation
+from nobackprop.initializers import Uniform, initial_weights
+from nobackprop.losses import SigmoidCrossEntropy
+from nobackprop.network import mlp
+from nobackprop.rule import Batch, Rule
+from nobackprop.rules.bp import BP
+from nobackprop.rules.dfa import DFA
+from nobackprop.rules.fa import FA
+from nobackprop.rules.lra_e import LRAE
+from nobackprop.rules.mdfa import MDFA
+
+WITH_DERIVATIVE = [name for name, a in ACTIVATIONS.items() if a.derivative is not None]
+RULES_THAT_NEED_A_DERIVATIVE = [BP(), FA(), DFA(), MDFA()]
+
+
+def _with_activation(problem: Problem, name: str) -> Problem:
+    return replace(problem, net=replace(problem.net, activation=activation(name)))
+
+
+def _grads(rule: Rule, problem: Problem, w: dict[str, Tensor]) -> dict[str, Tensor]:
+    return rule.grads(problem.net, w, problem.batch)[0]
+
+
+def _standing_in(letter: str, w: dict[str, Tensor], problem: Problem) -> dict[str, Tensor]:
+    """The weights with B or E of every layer above the first set to W."""
+    return w | {f"{letter}{l}": w[f"W{l}"] for l in range(2, problem.net.L + 1)}
+
+
+@pytest.mark.parametrize("name", WITH_DERIVATIVE)
+def test_bp_is_autograd(problem: Problem, name: str) -> None:
+    problem = _with_activation(problem, name)
+    net, batch = problem.net, problem.batch
+    w = {name: t.requires_grad_() for name, t in problem.weights(BP()).items()}
+    loss = batch.loss.value(net.logits(w, batch.x), batch.y).mean()
+    expected = dict(zip(w, torch.autograd.grad(loss, list(w.values())), strict=True))
+    torch.testing.assert_close(_grads(BP(), problem, {name: t.detach() for name, t in w.items()}), expected)
+
+
+@pytest.mark.parametrize("name", ["tanh", "relu"])
+def test_fa_with_the_weights_themselves_is_bp(problem: Problem, name: str) -> None:
+    problem = _with_activation(problem, name)
+    w = _standing_in("B", problem.weights(FA()), problem)
+    torch.testing.assert_close(_grads(FA(), problem, w), _grads(BP(), problem, w))
+
+
+def test_fa_sends_the_error_through_b_and_not_w(problem: Problem) -> None:
+    w = problem.weights(FA())
+    other = w | {f"B{l}": 2 * w[f"B{l}"] for l in range(2, problem.net.L + 1)}
+    once, twice = _grads(FA(), problem, w), _grads(FA(), problem, other)
+    for l in range(1, problem.net.L + 1):
+        torch.testing.assert_close(twice[f"W{l}"], once[f"W{l}"] * 2 ** (problem.net.L - l))
+
+
+def test_dfa_of_a_linear_net_with_the_product_of_the_downstream_weights_is_bp(problem: Problem) -> None:
+    problem = _with_activation(problem, "identity")
+    net = problem.net
+    w = problem.weights(DFA())
+    _, h = net.forward(w, torch.zeros(net.units(net.L), *net.in_shape, dtype=torch.float64))
+    d = torch.eye(net.units(net.L), dtype=torch.float64)  # one sample for each output
+    for l in range(net.L, 1, -1):
+        d = net.feedback(l, w[f"W{l}"], d, like=h[l - 1])
+        w[f"B{l - 1}"] = d.flatten(1).T  # (units, outputs)
+    torch.testing.assert_close(_grads(DFA(), problem, w), _grads(BP(), problem, w))
+
+
+@pytest.mark.parametrize("name", ["tanh", "relu"])
+def test_dfa_is_the_closed_form(problem: Problem, name: str) -> None:
+    problem = _with_activation(problem, name)
+    net, batch = problem.net, problem.batch
+    w = problem.weights(DFA())
+    z, h = net.forward(w, batch.x)
+    e = batch.error(z[net.L])
+    expected = net.hebbian(net.L, h[net.L - 1], e)
+    for l in range(1, net.L):
+        d = torch.einsum("no,uo->nu", e, w[f"B{l}"]).view_as(z[l]) * net.df(z[l], h[l])
+        expected |= net.hebbian(l, h[l - 1], d)
+    torch.testing.assert_close(_grads(DFA(), problem, w), expected)
+
+
+def _distance_from_bp(problem: Problem, beta: float) -> dict[int, float]:
+    """For each hidden layer, how far LRA-E's gradients with E = W, over beta^(L-l), are from BP's, relatively."""
+    net = problem.net
+    w = _standing_in("E", problem.weights(LRAE()), problem)
+    local, expected = _grads(LRAE(beta=beta), problem, w), _grads(BP(), problem, w)
+    return {
+        l: max(
+            float((local[name] / beta ** (net.L - l) - expected[name]).norm() / expected[name].norm())
+            for name in (f"W{l}", f"b{l}")
+        )
+        for l in range(1, net.L)
+    }
+
+
+def test_lra_e_with_the_weights_themselves_tends_to_bp(problem: Problem) -> None:
+    coarse, fine = _distance_from_bp(problem, 1e-2), _distance_from_bp(problem, 1e-3)
+    for l in fine:
+        assert fine[l] < 1e-2
+        assert fine[l] < 0.15 * coarse[l]
+
+
+def test_lra_e_trains_the_output_layer_as_bp_does(problem: Problem) -> None:
+    w = problem.weights(LRAE())
+    local, expected = _grads(LRAE(), problem, w), _grads(BP(), problem, w)
+    for name in (f"W{problem.net.L}", f"b{problem.net.L}"):
+        torch.testing.assert_close(local[name], expected[name])
+
+
+def test_lra_e_trains_e_as_it_trains_w(problem: Problem) -> None:
+    grads = _grads(LRAE(), problem, problem.weights(LRAE()))
+    above_the_first = range(2, problem.net.L + 1)
+    assert {name for name in grads if name.startswith("E")} == {f"E{l}" for l in above_the_first}
+    assert all(torch.equal(grads[f"E{l}"], grads[f"W{l}"]) for l in above_the_first)
+
+
+def test_lra_e_leaves_e_alone_when_told_to(problem: Problem) -> None:
+    w = problem.weights(LRAE())
+    learned, fixed = _grads(LRAE(), problem, w), _grads(LRAE(learn_E=False), problem, w)
+    assert fixed.keys() == {name for name in learned if not name.startswith("E")}
+    torch.testing.assert_close(fixed, {name: learned[name] for name in fixed})
+
+
+@pytest.mark.parametrize("update", ["mean", "unit_norm"])
+def test_lra_e_gamma_scales_the_step_of_e_alone(problem: Problem, learner: Callable[..., Any], update: str) -> None:
+    w = problem.weights(LRAE())
+    steps = []
+    for gamma in (1.0, 0.25):
+        trained = learner(
+            problem.net,
+            LRAE(gamma=gamma),
+            problem.batch.loss,
+            w,
+            lambda p: torch.optim.SGD(p, lr=0.1),
+            update=update,
+        )
+        trained.step(problem.batch.x.unsqueeze(0), problem.batch.y.unsqueeze(0))
+        steps.append({name: p[0] - w[name] for name, p in trained.w.items()})
+    for name in w:
+        torch.testing.assert_close(steps[1][name], steps[0][name] * (0.25 if name.startswith("E") else 1), msg=name)
+
+
+def test_lra_e_trains_nets_of_sign_activations(problem: Problem, learner: Callable[..., Any]) -> None:
+    problem = _with_activation(problem, "sign")
+    net, batch = problem.net, problem.batch
+    w = problem.weights(LRAE())
+    assert all(g.isfinite().all() for g in _grads(LRAE(), problem, w).values())
+    trained = learner(net, LRAE(beta=1.0), batch.loss, w, lambda p: torch.optim.Adam(p, lr=0.01))
+    for _ in range(50):
+        z = trained.step(batch.x.unsqueeze(0), batch.y.unsqueeze(0))
+    before, now = (batch.loss.value(z, batch.y).mean() for z in (net.logits(w, batch.x), z[0]))
+    assert now < 0.8 * before
+
+
+@pytest.mark.parametrize("rule", RULES_THAT_NEED_A_DERIVATIVE, ids=lambda rule: type(rule).__name__)
+def test_other_rules_refuse_an_activation_without_derivative(rule: Rule) -> None:
+    net = mlp((4,), 1, hidden=[3], activation="sign")
+    w = initial_weights(net, rule, Uniform(), Uniform(), seed=0)
+    batch = Batch(torch.ones(2, 4), torch.ones(2, 1), SigmoidCrossEntropy(2))
+    with pytest.raises(ValueError, match="'sign' has no derivative and this rule needs one"):
+        rule.grads(net, w, batch)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LRAE(beta=0), "rule.beta is 0: it scales the error sent down, so it must be above 0"),
+        (lambda: LRAE(beta=-0.1), "rule.beta is -0.1"),
+        (lambda: LRAE(gamma=-1), "rule.gamma is -1: it scales the rate of E, so 0 or more"),
+        (lambda: MDFA(floor=-1e-6), "rule.floor is -1e-06: mDFA needs non-negative weights, so 0 or more"),
+    ],
+    ids=["beta_0", "beta_negative", "gamma_negative", "floor_negative"],
+)
+def test_hyper_parameters_out_of_range_are_refused(make: Callable[[], Rule], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("floor", [0.0, 1e-6, 0.1])
+def test_mdfa_keeps_weights_above_the_first_layer_at_the_floor(problem: Problem, floor: float) -> None:
+    rule = MDFA(floor=floor)
+    signed = problem.weights(DFA())
+    projected = rule.constrain(problem.net, signed)
+    assert projected.keys() == {f"W{l}" for l in range(2, problem.net.L + 1)}
+    for name, t in projected.items():
+        assert (signed[name] < floor).any()
+        assert torch.equal(t, torch.where(signed[name] < floor, floor, signed[name]))
+
+
+def test_mdfa_is_dfa_on_the_same_weights(problem: Problem) -> None:
+    w = problem.weights(MDFA())
+    torch.testing.assert_close(_grads(MDFA(), problem, w), _grads(DFA(), problem, w))
+
+
+def _violations(rule: Rule, activation: str, nets: int = 10, samples: int = 10) -> int:
+    """In how many layers of random nets with one output a sample's update opposes its gradient."""
+    loss = SigmoidCrossEntropy(2)
+    generator = torch.Generator().manual_seed(0)
+    count = 0
+    for seed in range(nets):
+        widths = torch.randint(2, 9, (1 + seed % 4,), generator=generator).tolist()
+        net = mlp((5,), 1, hidden=widths, activation=activation)
+        w = {k: t.double() for k, t in initial_weights(net, rule, Uniform(2.0), Uniform(2.0), seed).items()}
+        for l in range(1, net.L + 1):
+            w[f"b{l}"] = torch.randn(w[f"b{l}"].shape, dtype=torch.float64, generator=generator)
+        x = 2 * torch.randn(samples, 5, dtype=torch.float64, generator=generator)
+        y = torch.randint(2, (samples, 1), generator=generator).double()
+        for i in range(samples):
+            batch = Batch(x[i : i + 1], y[i : i + 1], loss)
+            update, gradient = rule.grads(net, w, batch)[0], BP().grads(net, w, batch)[0]
+            count += sum(bool((update[name] * gradient[name]).sum() < 0) for name in update)
+    return count
+
+
+@pytest.mark.parametrize("name", WITH_DERIVATIVE)
+def test_mdfas_updates_never_oppose_the_gradient_with_one_output(name: str) -> None:
+    assert _violations(MDFA(), name) == 0
+
+
+@pytest.mark.parametrize("name", WITH_DERIVATIVE)
+def test_dfas_updates_sometimes_do(name: str) -> None:
+    assert _violations(DFA(), name) > 10
