@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
+from nobackprop.data import Dataset, Images
 from nobackprop.initializers import Normal, initial_weights
 from nobackprop.losses import Loss, SigmoidCrossEntropy, SoftmaxCrossEntropy
 from nobackprop.network import Network, allconv, mlp
@@ -21,6 +22,10 @@ from nobackprop.rule import Batch, Rule
 
 if TYPE_CHECKING:
     from nobackprop.learner import Learner
+
+torch.set_num_threads(1)  # tensors are tiny here: more threads only wait for each other
+
+torch.set_num_threads(1)  # as a run does: two busy threads on a small net are slower than one
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -115,3 +120,34 @@ def learner(monkeypatch: pytest.MonkeyPatch) -> "Callable[..., Learner]":
         return learner
 
     return make
+
+
+@pytest.fixture
+def train(learner: Callable[..., Any]) -> Callable[[Problem, Rule], tuple[float, float]]:
+    """Fifty steps of Adam on a problem's one batch, from small weights: the loss at the start and at the end."""
+
+    def run(problem: Problem, rule: Rule) -> tuple[float, float]:
+        net, batch = problem.net, problem.batch
+        w = {name: t.double() for name, t in initial_weights(net, rule, Normal(0.1), Normal(0.4), seed=0).items()}
+        trained = learner(net, rule, batch.loss, w, partial(torch.optim.Adam, lr=0.01))
+        logits = [trained.step(batch.x.unsqueeze(0), batch.y.unsqueeze(0))[0] for _ in range(51)]
+        first, last = (batch.loss.value(z, batch.y).mean().item() for z in (logits[0], logits[-1]))
+        return first, last
+
+    return run
+
+
+def random_images(n: int, shape: tuple[int, int, int], classes: int, seed: int = 0) -> Images:
+    g = torch.Generator().manual_seed(seed)
+    return Images(
+        torch.randint(256, (n, *shape), generator=g, dtype=torch.uint8), torch.randint(classes, (n,), generator=g)
+    )
+
+
+@pytest.fixture(scope="session")
+def toy() -> Dataset:
+    """137 + 40 images of 5 classes; the first pixel of each is its index."""
+    train, test = random_images(137, (2, 4, 6), 5), random_images(40, (2, 4, 6), 5, seed=1)
+    for images in (train, test):
+        images.pixels[:, 0, 0, 0] = torch.arange(len(images.pixels))
+    return Dataset("toy", train, test, 5)

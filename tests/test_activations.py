@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from nobackprop.activations import ACTIVATIONS, activation
 
-SMOOTH_OR_PIECEWISE = [name for name, a in ACTIVATIONS.items() if a.derivative is not None]
+WITH_DERIVATIVE = [name for name, a in ACTIVATIONS.items() if a.derivative is not None]
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_values(name: str, function) -> None:
     torch.testing.assert_close(activation(name).f(z), function(z))
 
 
-@pytest.mark.parametrize("name", SMOOTH_OR_PIECEWISE)
+@pytest.mark.parametrize("name", WITH_DERIVATIVE)
 def test_derivative_is_autograds_away_from_kinks(name: str) -> None:
     a = activation(name)
     z = torch.linspace(-7.93, 7.93, 200, dtype=torch.float64, requires_grad=True)  # hits none of -1, 0, 1 and 6
@@ -47,9 +47,9 @@ def test_the_slope_at_a_kink_is_1(name: str, kink: float) -> None:
 
 def test_an_activation_without_derivative_says_what_to_do() -> None:
     z = torch.zeros(1)
-    with pytest.raises(ValueError, match=r"'sign' has no derivative and this rule needs one: .*lra_e.*tanh, relu, pl") as e:
+    message = r"'sign' has no derivative and this rule needs one: .*\(lra_e\).*tanh, relu, pl.*identity$"
+    with pytest.raises(ValueError, match=message):
         activation("sign").df(z, z)
-    assert not str(e.value).endswith("sign")
 
 
 def test_an_unknown_name_lists_the_names() -> None:

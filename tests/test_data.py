@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 import torch
 import torchvision.datasets
+from conftest import random_images
 from PIL import Image
 from pyarrow import parquet
 from torch import Tensor
@@ -23,18 +24,13 @@ from nobackprop import data
 from nobackprop.data import (
     Dataset,
     Digits,
-    EvalBatches,
     Folder,
     Images,
     Parquet,
     Source,
-    Task,
     Torchvision,
-    TrainBatches,
     check,
-    task,
 )
-from nobackprop.streams import stream
 
 FOLDERS = {"MNIST": "MNIST/raw", "FashionMNIST": "FashionMNIST/raw", "KMNIST": "KMNIST/raw"}
 
@@ -48,22 +44,6 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     data._load.cache_clear()
     yield
     data._load.cache_clear()
-
-
-def random_images(n: int, shape: tuple[int, int, int], classes: int, seed: int = 0) -> Images:
-    g = torch.Generator().manual_seed(seed)
-    return Images(
-        torch.randint(256, (n, *shape), generator=g, dtype=torch.uint8), torch.randint(classes, (n,), generator=g)
-    )
-
-
-@pytest.fixture(scope="module")
-def toy() -> Dataset:
-    """137 + 40 images of 5 classes; the first pixel of each is its index."""
-    train, test = random_images(137, (2, 4, 6), 5), random_images(40, (2, 4, 6), 5, seed=1)
-    for images in (train, test):
-        images.pixels[:, 0, 0, 0] = torch.arange(len(images.pixels))
-    return Dataset("toy", train, test, 5)
 
 
 def small(monkeypatch: pytest.MonkeyPatch, name: str, train: int, test: int) -> None:
@@ -126,6 +106,10 @@ def test_idx_file_of_another_kind_or_count_is_named(tmp_path: Path, monkeypatch:
         Torchvision("MNIST", tmp_path).load()
     small(monkeypatch, "MNIST", 7, 3)
     raw = tmp_path / "MNIST/raw"
+    write_idx(raw / "train-images-idx3-ubyte", torch.zeros(28, 7, 28))
+    with pytest.raises(ValueError, match=r"has 5504 bytes and the header \(2051, 28, 7, 28\), must have 5504 bytes"):
+        Torchvision("MNIST", tmp_path).load()
+    write_mnist(tmp_path)
     (raw / "t10k-labels-idx1-ubyte").write_bytes((raw / "t10k-images-idx3-ubyte").read_bytes())
     with pytest.raises(ValueError, match=r"t10k-labels-idx1-ubyte has .* header \(2051, 3\), .* \(2049, 3\)"):
         Torchvision("MNIST", tmp_path).load()
@@ -363,7 +347,9 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_folder_is_read_by_sorted_names(tree: Path) -> None:
+def test_folder_is_read_by_sorted_names(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter(sorted(listed(self), reverse=True)))
     source = Folder(tree, "tiny", 8)
     assert (source.shape, source.num_classes, source.classes) == ((3, 8, 8), 2, ("n01", "n02"))
     dataset = source.load()
@@ -468,242 +454,6 @@ def test_check_says_what_is_wrong() -> None:
 # Tasks
 
 
-def test_all_classes_keep_their_labels(toy: Dataset) -> None:
-    t = task(toy, 3)
-    assert t.classes == (0, 1, 2, 3, 4)
-    assert t.relabel.tolist() == [0, 1, 2, 3, 4]
-    assert t.test.tolist() == list(range(40))
-    assert len(t.validation) == 14
-    assert sorted(torch.cat([t.train, t.validation]).tolist()) == list(range(137))
-    again, other = task(toy, 3), task(toy, 4)
-    assert torch.equal(t.train, again.train)
-    assert not torch.equal(t.train, other.train)
-    assert len(task(toy, 3, validation=37).train) == 100
-
-
-def test_drawn_classes(toy: Dataset) -> None:
-    drawn = {seed: task(toy, seed, classes=3) for seed in range(20)}
-    assert len({t.classes for t in drawn.values()}) > 5
-    for seed, t in drawn.items():
-        assert t.classes == task(toy, seed, classes=3).classes
-        assert t.classes == tuple(torch.randperm(5, generator=stream(seed, "classes"))[:3].tolist())
-        assert [int(t.relabel[c]) for c in t.classes] == [0, 1, 2]
-        assert sorted(t.relabel.tolist()) == [-1, -1, 0, 1, 2]
-        everything = sorted(torch.cat([t.train, t.validation]).tolist())
-        assert everything == [i for i, y in enumerate(toy.train.labels.tolist()) if y in t.classes]
-        assert t.test.tolist() == [i for i, y in enumerate(toy.test.labels.tolist()) if y in t.classes]
-    shared = {task(toy, seed, classes=3, classes_seed=7).classes for seed in range(20)}
-    assert shared == {drawn[7].classes}
-
-
-@pytest.mark.parametrize("classes", [-1, 0, 1, 6])
-def test_bad_class_count(toy: Dataset, classes: int) -> None:
-    with pytest.raises(ValueError, match=rf"classes is {classes}; toy allows 2 to 5, or null"):
-        task(toy, 0, classes=classes)
-
-
-@pytest.mark.parametrize("validation", [0, 137, 200, -3, 0.0, 1.0, -0.1, 50.0, 0.001, 0.999])
-def test_bad_validation(toy: Dataset, validation: float) -> None:
-    with pytest.raises(ValueError, match=rf"validation is {validation}[;,]"):
-        task(toy, 0, validation=validation)
-
-
-def test_no_test_image_of_the_classes(toy: Dataset) -> None:
-    classes = task(toy, 0, classes=2).classes
-    keep = torch.tensor([y not in classes for y in toy.test.labels.tolist()])
-    without = replace(toy, test=Images(toy.test.pixels[keep], toy.test.labels[keep]))
-    with pytest.raises(ValueError, match="toy has no test image of the classes"):
-        task(without, 0, classes=2)
-
-
-# Batches
-
-
-def batches(toy: Dataset, tasks: list[Task], step: int = 0, **options: Any) -> TrainBatches:
-    return TrainBatches(toy, tasks, options.pop("batch_size", 10), lambda: step, "cpu", **options)
-
-
-def joined(iterable: TrainBatches) -> tuple[Tensor, Tensor]:
-    pixels, labels = zip(*iterable, strict=True)
-    return torch.cat(pixels), torch.cat(labels)
-
-
-AUGMENT = pytest.mark.parametrize("options", [{}, {"flip": True, "crop": 2}], ids=["plain", "augmented"])
-
-
-def test_an_epoch_holds_every_training_image_once(toy: Dataset) -> None:
-    t = task(toy, 3, classes=3)
-    b = batches(toy, [t], batch_size=len(t.train) // 7)
-    pixels, labels = joined(b)
-    assert b.per_epoch == len(pixels) == 7
-    seen = pixels[..., 0, 0, 0].flatten().tolist()
-    assert len(set(seen)) == len(seen)
-    assert set(seen) <= set(t.train.tolist())
-    assert torch.equal(toy.train.pixels[seen], pixels.flatten(0, 2))
-    assert [t.classes[y] for y in labels.flatten().tolist()] == toy.train.labels[seen].tolist()
-    order = torch.randperm(len(t.train), generator=stream(3, "order", 0))
-    assert seen == t.train[order][: len(seen)].tolist()
-
-
-@AUGMENT
-def test_order_is_a_function_of_seed_and_epoch(toy: Dataset, options: dict[str, Any]) -> None:
-    def epoch(seed: int, epoch: int) -> Tensor:
-        torch.manual_seed(epoch)
-        torch.rand(seed + 1)
-        return joined(batches(toy, [replace(task(toy, 1), seed=seed)], 12 * epoch, **options))[0]
-
-    assert torch.equal(epoch(1, 0), epoch(1, 0))
-    assert torch.equal(epoch(1, 5), epoch(1, 5))
-    assert not torch.equal(epoch(1, 0), epoch(1, 1))
-    assert not torch.equal(epoch(1, 0), epoch(2, 0))
-
-
-@AUGMENT
-def test_stack_equals_alone(toy: Dataset, options: dict[str, Any]) -> None:
-    tasks = [task(toy, seed) for seed in (5, 0, 9)]
-    pixels, labels = joined(batches(toy, tasks, **options))
-    assert pixels.shape == (12, 3, 10, 2, 4, 6)
-    assert labels.shape == (12, 3, 10)
-    for s, t in enumerate(tasks):
-        alone, alone_labels = joined(batches(toy, [t], **options))
-        assert torch.equal(pixels[:, s], alone[:, 0])
-        assert torch.equal(labels[:, s], alone_labels[:, 0])
-
-
-def test_stack_of_unequal_lengths_equals_alone(toy: Dataset) -> None:
-    tasks = [task(toy, seed, classes=3) for seed in range(4)]
-    assert len({len(t.train) for t in tasks}) > 1
-    pixels, _ = joined(batches(toy, tasks, batch_size=60, flip=True, crop=1))
-    for s, t in enumerate(tasks):
-        assert torch.equal(pixels[:, s], joined(batches(toy, [t], batch_size=60, flip=True, crop=1))[0][:, 0])
-
-
-@AUGMENT
-def test_resumed_epoch_is_the_tail(toy: Dataset, options: dict[str, Any]) -> None:
-    tasks = [task(toy, seed) for seed in (0, 1)]
-    pixels, labels = joined(batches(toy, tasks, 12, **options))
-    for done in range(1, 12):
-        tail, tail_labels = joined(batches(toy, tasks, 12 + done, **options))
-        assert torch.equal(tail, pixels[done:])
-        assert torch.equal(tail_labels, labels[done:])
-
-
-@AUGMENT
-def test_chunks_change_nothing(toy: Dataset, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
-    b = batches(toy, [task(toy, 0), task(toy, 1)], **options)
-    whole = joined(b)
-    assert len(list(b)) == 1
-    monkeypatch.setattr(data, "CHUNK_STEPS", 5)
-    assert [len(labels) for _, labels in b] == [5, 5, 2]
-    assert torch.equal(joined(b)[0], whole[0])
-    monkeypatch.setattr(data, "CHUNK_BYTES", 2 * 10 * 48 * 3 + 7)
-    assert [len(labels) for _, labels in b] == [3] * 4
-    assert torch.equal(joined(b)[0], whole[0])
-    monkeypatch.setattr(data, "CHUNK_BYTES", 1)
-    assert [len(labels) for _, labels in b] == [1] * 12
-    assert torch.equal(joined(b)[1], whole[1])
-
-
-def test_position_is_asked_again_and_max_steps_ends_it(toy: Dataset) -> None:
-    step = 0
-    b = TrainBatches(toy, [task(toy, 0)], 10, lambda: step, "cpu", max_steps=29)
-    counts = []
-    while (done := sum(len(labels) for _, labels in b)) > 0:
-        counts.append(done)
-        step += done
-    assert counts == [12, 12, 5]
-    assert not hasattr(b, "__len__")
-
-
-def test_bad_batches(toy: Dataset) -> None:
-    tasks = [task(toy, seed, classes=3) for seed in range(4)]
-    with pytest.raises(ValueError, match=r"batch_size is 200, but there are only 123 training images"):
-        batches(toy, [task(toy, 0)], batch_size=200)
-    with pytest.raises(
-        ValueError, match=r"equally many mini-batches an epoch, but have \(by seed\) \{0: \d+, 1:.*one by"
-    ):
-        batches(toy, tasks, batch_size=2)
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        batches(toy, [task(toy, 0)], batch_size=0)
-    with pytest.raises(ValueError, match="crop -1"):
-        batches(toy, [task(toy, 0)], crop=-1)
-
-
-# Augmentation
-
-
-def test_flip_and_crop_of_a_hand_made_image() -> None:
-    image = torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.uint8)[None, None]
-    two = torch.cat([image, image + 10], 1).expand(4, -1, -1, -1)
-    flip = torch.tensor([False, True, False, True])
-    shift = torch.tensor([[1, 1], [1, 1], [0, 2], [2, 0]])
-    out = data._augment(two, flip, shift, crop=1)
-    assert out.dtype == torch.uint8
-    assert out[:, 0].tolist() == [
-        [[1, 2, 3], [4, 5, 6]],
-        [[3, 2, 1], [6, 5, 4]],
-        [[0, 0, 0], [2, 3, 0]],
-        [[5, 4, 0], [0, 0, 0]],
-    ]
-    assert out[1, 1].tolist() == [[13, 12, 11], [16, 15, 14]]
-
-
-def test_half_of_the_images_are_flipped_and_crops_are_uniform(toy: Dataset) -> None:
-    t = task(toy, 0)
-    plain, flipped, both, cropped = (
-        joined(batches(toy, [t], flip=flip, crop=crop))[0].flatten(0, 2)
-        for flip, crop in ((False, 0), (True, 0), (True, 1), (False, 1))
-    )
-    mirrored = [bool(torch.equal(a.flip(-1), b)) for a, b in zip(plain, flipped, strict=True)]
-    same = [bool(torch.equal(a, b)) for a, b in zip(plain, flipped, strict=True)]
-    assert [not m for m in mirrored] == same
-    assert 0.35 < sum(mirrored) / len(mirrored) < 0.65
-    assert [torch.equal(a.flip(-1), b) for a, b in zip(cropped, both, strict=True)] == mirrored
-    shifts = set()
-    for a, b in zip(plain, cropped, strict=True):
-        padded = torch.nn.functional.pad(a, (1, 1, 1, 1))
-        fits = [(y, x) for y in range(3) for x in range(3) if torch.equal(padded[:, y : y + 4, x : x + 6], b)]
-        assert len(fits) == 1
-        shifts.add(fits[0])
-    assert len(shifts) == 9
-    later = joined(batches(toy, [t], 12, flip=True))[0].flatten(0, 2)
-    assert not torch.equal(later, joined(batches(toy, [t], 12))[0].flatten(0, 2))
-
-
-# Evaluation
-
-
-@pytest.mark.parametrize("size", [1, 7, 1000])
-def test_evaluation_covers_each_image_once(toy: Dataset, size: int) -> None:
-    tasks = [task(toy, seed, classes=3) for seed in range(4)]
-    assert len({len(t.validation) for t in tasks}) > 1
-    b = EvalBatches(toy.train, [t.validation for t in tasks], [t.relabel for t in tasks], "cpu", batch_size=size)
-    pixels, labels, mask = (torch.cat(column, 1) for column in zip(*b, strict=True))
-    assert (pixels.dtype, labels.dtype, mask.dtype) == (torch.uint8, torch.int64, torch.bool)
-    assert max(m.shape[1] for _, _, m in b) <= size
-    assert labels.min() >= 0
-    for s, t in enumerate(tasks):
-        assert pixels[s, mask[s], 0, 0, 0].tolist() == t.validation.tolist()
-        assert torch.equal(pixels[s, mask[s]], toy.train.pixels[t.validation])
-        assert [t.classes[y] for y in labels[s, mask[s]].tolist()] == toy.train.labels[t.validation].tolist()
-        assert (pixels[s, ~mask[s], 0, 0, 0] == t.validation[0]).all()
-
-
-def test_evaluation_in_small_chunks(toy: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "CHUNK_BYTES", 2 * 48 * 6)
-    t = task(toy, 0)
-    b = EvalBatches(toy.test, [t.test, t.test], [t.relabel] * 2, "cpu")
-    assert [pixels.shape[:2] for pixels, _, _ in b] == [(2, 6)] * 6 + [(2, 4)]
-
-
-def test_nothing_to_evaluate(toy: Dataset) -> None:
-    with pytest.raises(ValueError, match=r"the seeds have \[3, 0\]"):
-        EvalBatches(toy.test, [torch.arange(3), torch.arange(0)], [torch.arange(5)] * 2, "cpu")
-
-
-# Real images
-
-
 @pytest.mark.data
 @pytest.mark.parametrize("name", ["MNIST", "FashionMNIST", "cifar10-jpeg"])
 def test_real_images(name: str) -> None:
@@ -722,21 +472,3 @@ def test_real_images(name: str) -> None:
     assert test.labels.bincount().min() >= (800 if name == "MNIST" else 1000)
     mean = train.pixels.float().mean() / 255
     assert mean == pytest.approx({"MNIST": 0.1307, "FashionMNIST": 0.2860, "cifar10-jpeg": 0.4734}[name], abs=2e-3)
-
-
-@pytest.mark.gpu
-@AUGMENT
-def test_device_holds_the_same_batches(toy: Dataset, options: dict[str, Any]) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    tasks = [task(toy, 0), task(toy, 1)]
-    here = batches(toy, tasks, **options)
-    there = replace(here, device="cuda")
-    for (a, b), (c, d) in zip(here, there, strict=True):
-        assert c.is_cuda
-        assert torch.equal(a, c.cpu())
-        assert torch.equal(b, d.cpu())
-    there_eval = EvalBatches(toy.test, [t.test for t in tasks], [t.relabel for t in tasks], "cuda")
-    here_eval = EvalBatches(toy.test, [t.test for t in tasks], [t.relabel for t in tasks], "cpu")
-    for a, b in zip(here_eval, there_eval, strict=True):
-        assert all(torch.equal(x, y.cpu()) for x, y in zip(a, b, strict=True))

@@ -95,7 +95,9 @@ def test_shapes(layer: Layer, in_shape: Shape, weight_shape: Shape, out_shape: S
         pytest.param(
             lambda: Conv(4, 5).out_shape((2, 8, 4)), "does not fit a feature map of 8x4.*smaller kernel", id="too_large"
         ),
-        pytest.param(lambda: Conv(4, 3).out_shape((12,)), r"needs images \(C, H, W\), got shape \(12,\)", id="no_image"),
+        pytest.param(
+            lambda: Conv(4, 3).out_shape((12,)), r"needs images \(C, H, W\), got shape \(12,\)", id="no_image"
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(make, message: str) -> None:

@@ -43,10 +43,7 @@ OPTIMIZERS = pytest.mark.parametrize("optimizer", [TFRMSprop, TFAdam])
 @pytest.fixture
 def weights() -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
-    shapes = SHAPES
-    return [
-        nn.Parameter(torch.randn(s, dtype=torch.float64, generator=generator), requires_grad=False) for s in shapes
-    ]
+    return [nn.Parameter(torch.randn(s, dtype=torch.float64, generator=generator), requires_grad=False) for s in SHAPES]
 
 
 @pytest.fixture

@@ -3,13 +3,15 @@
 import logging
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import WandbLogger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from nobackprop.learner import Learner
 
 
 class ProgressBar(Callback):
@@ -35,6 +37,7 @@ class ProgressBar(Callback):
         self.bar.update(self.task, total=trainer.max_epochs, completed=trainer.current_epoch)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Learner)
         last = [p.epochs[-1] for p in pl_module.progress if p.epochs]
         accuracy = sum(e["val/accuracy"] for e in last) / len(last)
         self.bar.update(self.task, advance=1, scores=f"  validation {accuracy:.1%}")
@@ -74,7 +77,7 @@ def wandb_logger(
     config: dict[str, Any],
     *,
     project: str,
-    mode: str,
+    mode: Literal["online", "offline", "disabled"],
     entity: str | None,
     group: str | None,
     tags: list[str],

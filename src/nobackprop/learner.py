@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from nobackprop.data import EvalBatches, TrainBatches
+from nobackprop.batches import EvalBatches, TrainBatches
 from nobackprop.losses import Loss
 from nobackprop.metrics import Scores
 from nobackprop.network import Network
@@ -36,8 +36,8 @@ class Learner(LightningModule):
     """Trains the weights of S seeds, stacked on a leading axis, without autograd.
 
     A stack of one calls the rule directly, a larger one under `torch.func.vmap`. Of each seed the weights with the best
-    validation accuracy are kept, and tested at the end; a seed that diverges (NaN or infinite loss) or whose patience is
-    over counts as stopped, and the others go on. `batches` makes the training batches, given the position to start from.
+    validation accuracy are kept, and tested at the end. A seed that diverges (NaN or infinite loss) or whose patience
+    is over counts as stopped, and the others go on. `batches`, `validation` and `test` make the data loaders.
     """
 
     def __init__(
@@ -122,12 +122,13 @@ class Learner(LightningModule):
         self.train_scores.update(torch.cat(logits, 1), labels.transpose(0, 1).flatten(1))
 
     def on_train_epoch_start(self) -> None:
+        assert isinstance(self.trainer.train_dataloader, TrainBatches)
         if self.steps % self.trainer.train_dataloader.per_epoch == 0:  # else: resumed in mid-epoch, sums restored
             self.train_scores.reset()
 
     def on_train_epoch_end(self) -> None:
-        if (schedule := self.lr_schedulers()) is not None:
-            schedule.step()
+        for config in self.trainer.lr_scheduler_configs:
+            config.scheduler.step()  # pyright: ignore[reportCallIssue]
 
     # Evaluation
 
@@ -135,13 +136,13 @@ class Learner(LightningModule):
         """Adds a batch, pixels (S, M, C, H, W), labels and mask (S, M), to the evaluation's scores."""
         pixels, labels, mask = batch
         x = self.pixels(pixels, self.w["W1"].dtype)
-        self.eval_scores.update(_over_seeds(self.net.logits, self.seeds)(dict(weights), x), labels, mask)
+        self.eval_scores.update(_over_seeds(self.net.logits, self.seeds)(weights, x), labels, mask)
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> None:
-        self.evaluate(self.w, batch)
+        self.evaluate(dict(self.w), batch)
 
     def test_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> None:
-        self.evaluate(self.best, batch)
+        self.evaluate(dict(self.best), batch)
 
     def on_validation_epoch_start(self) -> None:
         self.eval_scores.reset()
@@ -172,7 +173,8 @@ class Learner(LightningModule):
         epoch = len(p.epochs) + 1
         finite = isfinite(train["loss"]) and isfinite(val["loss"])
         scores = {f"train/{k}": v for k, v in train.items()} | {f"val/{k}": v for k, v in val.items()}
-        p.epochs.append({"epoch": epoch, "step": self.steps, **{k: v if isfinite(v) else None for k, v in scores.items()}})
+        scores = {k: v if isfinite(v) else None for k, v in scores.items()}
+        p.epochs.append({"epoch": epoch, "step": self.steps, **scores})
         if not finite:
             p.diverged_epoch, p.stopped = epoch, True
             return False

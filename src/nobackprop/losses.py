@@ -64,7 +64,7 @@ class SquaredError(Loss):
 
 
 class SigmoidCrossEntropy(Loss):
-    """Binary cross-entropy on a single output unit: label 1 where z > 0. Raises ValueError unless there are two classes."""
+    """Binary cross-entropy on one output unit: label 1 where z > 0. Raises ValueError unless there are two classes."""
 
     def __post_init__(self) -> None:
         if self.classes != 2:

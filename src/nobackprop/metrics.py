@@ -10,7 +10,7 @@ from nobackprop.losses import Loss
 class Scores(Metric):
     """Mean loss, accuracy and (with more than five classes) top-5 accuracy of each seed, as vectors (S,).
 
-    `update` takes logits (S, N, outputs), labels (S, N) and, where rows are padded, mask (S, N), True where a row counts.
+    `update` takes logits (S, N, outputs), labels (S, N) and, where rows are padded, mask (S, N): True where one counts.
     """
 
     full_state_update = False

@@ -66,11 +66,11 @@ class Network:
         return self.activation.df(z, h)
 
     def feedback(self, l: int, M: Tensor, e: Tensor, like: Tensor) -> Tensor:
-        """The error e at layer l sent through M, in the shape of W of layer l, to the layer below: `M^T e`, like `like`."""
+        """The error e at layer l, sent down through M (in the shape of W of layer l): `M^T e`, like `like`."""
         return self.layers[l - 1].feedback(M, e, like)
 
     def hebbian(self, l: int, h: Tensor, d: Tensor) -> dict[str, Tensor]:
-        """Gradients of W and b of layer l from its input h and the error d at its z: `d h^T` and d, mean over samples."""
+        """Gradients of W and b of layer l, by name, from its input h and the error d at its z (means over samples)."""
         dW, db = self.layers[l - 1].hebbian(h, d)
         return {f"W{l}": dW, f"b{l}": db} if self.bias else {f"W{l}": dW}
 

@@ -32,7 +32,7 @@ class _ForeachOptimizer(Optimizer):
 class TFRMSprop(_ForeachOptimizer):
     """RMSProp as TensorFlow 1 computes it: epsilon under the root, and a mean square that starts at 1 (torch: 0).
 
-        s = decay * s + (1 - decay) * g^2,   w = w - lr * g / sqrt(s + eps)
+    s = decay * s + (1 - decay) * g^2,   w = w - lr * g / sqrt(s + eps)
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float = 1e-4, decay: float = 0.9, eps: float = 1e-10) -> None:
@@ -50,7 +50,7 @@ class TFRMSprop(_ForeachOptimizer):
 class TFAdam(_ForeachOptimizer):
     """Adam as TensorFlow 1 computes it: epsilon is added outside the bias correction.
 
-        w = w - lr * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps)
+    w = w - lr * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps)
     """
 
     def __init__(

@@ -80,7 +80,7 @@ class Settings(_Strict):
         except MissingMandatoryValue as e:
             raise ValueError(f"{e.full_key} must be given: add {e.full_key}=...") from None
         except PydanticError as e:
-            raise ValueError("; ".join(_sentence(error, cfg) for error in e.errors())) from None
+            raise ValueError("; ".join(_sentence(error) for error in e.errors())) from None
         if len(set(settings.seeds)) < len(settings.seeds):
             raise ValueError(f"seeds: {settings.seeds} names a seed twice; seeds=3 means [0,1,2], seeds=[0,4,7] a list")
         for key in ("devices", "num_nodes"):
@@ -131,7 +131,7 @@ def _parameters(target: Any) -> list[str]:
     return [p for p in signature(target).parameters if p not in ("params", "optimizer")]
 
 
-def _sentence(error: Any, cfg: DictConfig) -> str:
+def _sentence(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         parent = error["loc"][:-1]

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nobackprop import records
+from nobackprop.batches import EvalBatches, Task, TrainBatches, batches_per_epoch, task
 from nobackprop.callbacks import ProgressBar, ResumePoint
-from nobackprop.data import Dataset, EvalBatches, Task, TrainBatches, task
+from nobackprop.data import Dataset, Source
 from nobackprop.initializers import Initializer, from_string, initial_weights
 from nobackprop.learner import Learner
 from nobackprop.losses import Loss
@@ -47,7 +48,7 @@ class Run:
     schedule: Callable[..., Any] | None
     logger: Callable[..., Any] | None
     device: torch.device
-    source: Any
+    source: Source
 
     @property
     def folder(self) -> Path:
@@ -118,12 +119,12 @@ def keeps_seeds_apart(make_optimizer: Callable[..., Optimizer]) -> bool:
         p = torch.nn.Parameter(torch.ones(2, 3, 3), requires_grad=False)
         optimizer = make_optimizer([p])
         for _ in range(2):
-            p.grad = torch.stack([torch.eye(3), torch.full((3, 3), gradient)])
+            p.grad = torch.stack([torch.eye(3), gradient * torch.eye(3)])
             optimizer.step()
         return p[0].clone()
 
     try:
-        return torch.equal(other_seed(1.0), other_seed(100.0))
+        return torch.equal(other_seed(0.0), other_seed(100.0))
     except (TypeError, ValueError, RuntimeError):  # needs a closure, or matrices only
         return False
 
@@ -141,7 +142,9 @@ def train(cfg: DictConfig, console: Console | None = None) -> list[Record]:
     done = {seed: Record.read(path) for seed in s.seeds if (path := run.seed_folder(seed) / "record.json").exists()}
     missing = [seed for seed in s.seeds if seed not in done]
     if done:
-        console.print(f"{s.name}: {len(done)} of {len(s.seeds)} seeds are recorded already in {run.folder}", highlight=False)
+        console.print(
+            f"{s.name}: {len(done)} of {len(s.seeds)} seeds are recorded already in {run.folder}", highlight=False
+        )
     if missing:
         stack = run.device.type != "cpu" if s.stack is None else s.stack
         if stack and len(missing) > 1 and not keeps_seeds_apart(run.optimizer):
@@ -150,11 +153,8 @@ def train(cfg: DictConfig, console: Console | None = None) -> list[Record]:
                 "choose an elementwise optimizer (sgd, adam, adamw, rmsprop), or train one seed at a time: stack=false"
             )
         dataset = run.source.load()
-        options = s.dataset
-        tasks = [
-            task(dataset, seed, classes=options.classes, classes_seed=options.classes_seed, validation=options.validation)
-            for seed in missing
-        ]
+        choice = {k: getattr(s.dataset, k) for k in ("classes", "classes_seed", "validation")}
+        tasks = [task(dataset, seed, **choice) for seed in missing]
         groups = divide(tasks, s.batch_size, stack)
         for i, group in enumerate(groups):
             part = f" seed {','.join(str(t.seed) for t in group)} ({i + 1}/{len(groups)})"
@@ -168,7 +168,7 @@ def divide(tasks: Sequence[Task], batch_size: int, stack: bool) -> list[list[Tas
         return [[t] for t in tasks]
     groups = defaultdict(list)
     for t in tasks:
-        groups[len(t.train) // batch_size].append(t)
+        groups[batches_per_epoch(t, batch_size)].append(t)
     return list(groups.values())
 
 
@@ -199,7 +199,7 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console:
     loggers = [] if run.logger is None else [run.logger(run.folder, seed, s.identity()) for seed in seeds]
     epochs = s.max_epochs
     if s.max_steps is not None:
-        epochs = min(epochs, -(-s.max_steps // (len(tasks[0].train) // s.batch_size)))
+        epochs = min(epochs, -(-s.max_steps // batches_per_epoch(tasks[0], s.batch_size)))
     try:
         trainer = _trainer(
             s,

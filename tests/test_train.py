@@ -1,0 +1,358 @@
+"""A run from its config to its records: what is refused, skipped, resumed, and the same whatever runs beside it."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CONF, options
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from rich.console import Console
+
+import nobackprop
+from nobackprop.callbacks import ResumePoint
+from nobackprop.data import Digits
+from nobackprop.records import Record
+from nobackprop.train import prepare, summary, train
+
+# 161 mini-batches an epoch, so two chunks: the first ends in mid-epoch.
+SMALL = ["logger=none", "arch.hidden=[12]", "batch_size=8", "max_epochs=2"]
+Config = Callable[..., DictConfig]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """`config("rule=bp", ...)` is a small run on digits, with those overrides."""
+
+    def make(*overrides: str) -> DictConfig:
+        other_net = any(o.startswith("arch=allconv") for o in overrides)
+        small = [o for o in SMALL if not (other_net and o.startswith("arch.hidden"))]
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose("train", [*small, f"paths.runs={tmp_path}/runs", *overrides])
+
+    return make
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "best.pt", weights_only=True)["weights"]
+
+
+def same(a: Record, b: Record) -> bool:
+    """Whether two records agree in all but the time and the machine's state."""
+    changing = {"finished", "wall_s", "command", "dirty", "commit"}
+    return a.model_dump(exclude=changing) == b.model_dump(exclude=changing)
+
+
+def folder(cfg: DictConfig) -> Path:
+    return prepare(cfg).folder
+
+
+GROUPS = ("rule", "dataset", "arch", "init", "loss", "optimizer", "schedule", "trainer", "logger")
+
+
+@pytest.mark.parametrize(("group", "option"), [(g, o) for g in GROUPS for o in options(g)])
+def test_every_config_composes(config: Config, tmp_path: Path, group: str, option: str) -> None:
+    overrides = [f"{group}={option}"]
+    if option == "folder":
+        (tmp_path / "train" / "a").mkdir(parents=True)
+        (tmp_path / "train" / "b").mkdir()
+        overrides.append(f"dataset.source.root={tmp_path}")
+    if option.startswith("allconv"):
+        overrides = ["dataset=cifar10", *overrides]
+        if option == "allconv_224":
+            overrides.append("arch.filters=[[4,9,4],[4,3,2]]")
+    if option == "sigmoid":
+        overrides.append("dataset.classes=2")
+    prepare(config(*overrides))
+
+
+def test_the_224_net_fits_224_images(config: Config, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / "train" / name).mkdir(parents=True)
+    net = prepare(config("dataset=folder", f"dataset.source.root={tmp_path}", "arch=allconv_224", "init=zeros")).net
+    assert net.shapes[1:-1] == (
+        *((96, 54, 54), (96, 26, 26), (128, 22, 22), (128, 10, 10)),
+        *((192, 8, 8), (192, 3, 3), (384, 1, 1)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+foo=1"], "unknown key 'foo'; choose from: rule, dataset,"),
+        (["+dataset.foo=1"], "unknown key 'dataset.foo'; choose from: name, source, classes,"),
+        (["+init.foo=1"], "unknown key 'init.foo'; choose from: forward, backward"),
+        (["+rule.foo=1"], "rule: unknown key foo; choose from: beta, gamma, learn_E"),
+        (["+optimizer.foo=1"], "optimizer: unknown key foo; choose from: lr, betas,"),
+        (["+trainer.foo=1"], "trainer: unknown key foo; choose from: accelerator,"),
+        (["rule._target_=nobackprop.rules.none.None"], "rule: no such _target_, 'nobackprop.rules.none.None'"),
+        (["rule.beta=0"], "rule.beta is 0: it scales the error sent down, so it must be above 0"),
+        (["rule=mdfa", "rule.floor=-1"], "rule.floor is -1: mDFA needs non-negative weights, so 0 or more"),
+        (["rule=bp", "arch.activation=sign"], "activation 'sign' has no derivative and this rule needs one"),
+        (["arch.activation=gelu"], "unknown activation 'gelu': choose one of tanh, relu, pl,"),
+        (["arch=allconv"], "does not fit a feature map of 2x2: use a smaller kernel"),
+        (["arch.hidden=[12,0]"], "Dense(units=0): units must be 1 or more"),
+        (["rule=mdfa", "init=orthogonal"], "rule MDFA needs non-negative weights (W2)"),
+        (["init.forward=Q1"], "init.forward: unknown initializer 'Q1': write one of 0 (zeros), U<v>"),
+        (["loss=sigmoid"], "sigmoid cross-entropy has one output unit, for 2 classes; got 10"),
+        (["dataset.classes=11"], "dataset.classes is 11: digits has 10 classes, so 2 to 10"),
+        (["dataset=folder"], "dataset.source.root must be given: add dataset.source.root=..."),
+        (["seeds=0"], "seeds: List should have at least 1 item"),
+        (["seeds=[3,3]"], "seeds: [3, 3] names a seed twice"),
+        (["seeds=-1"], "seeds: List should have at least 1 item"),
+        (["max_epochs=0"], "max_epochs: Input should be greater than 0, got 0"),
+        (["update=median"], "update: Input should be 'mean', 'sum' or 'unit_norm', got 'median'"),
+        (["optimizer.lr=-1"], "optimizer: Invalid learning rate: -1"),
+        (["trainer.devices=2"], "trainer.devices: use 1; a rule's gradients are not reduced"),
+        (["trainer.accelerator=abacus"], "trainer: You selected an invalid accelerator name"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_cannot_work_is_refused_before_data_is_loaded(
+    config: Config, monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
+) -> None:
+    monkeypatch.setattr(Digits, "load", lambda _: pytest.fail("data was loaded"))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train(config(*overrides))
+
+
+def test_an_optimizer_that_mixes_seeds_is_refused_for_a_stack(config: Config) -> None:
+    mixing = ["~optimizer", "+optimizer={_target_: torch.optim.Adafactor, _partial_: true}", "seeds=2"]
+    with pytest.raises(ValueError, match=r"Adafactor mixes the seeds of a stack.*stack=false"):
+        train(config(*mixing, "stack=true"))
+    assert len(train(config(*mixing, "stack=false", "max_epochs=1"))) == 2
+
+
+def test_a_record_says_what_was_run(config: Config) -> None:
+    cfg = config("rule=dfa", "dataset.classes=3", "seeds=[4]", "dataset.validation=100")
+    (record,) = train(cfg)
+    assert record == Record.read(folder(cfg) / "seed4" / "record.json")
+    assert (record.seed, record.name, record.steps) == (4, "dfa_mlp_digits", 2 * (record.data.train // 8))
+    assert record.config["rule"] == {"_target_": "nobackprop.rules.dfa.DFA"}
+    assert record.data.validation == 100
+    assert len(record.data.classes) == 3
+    assert [e["epoch"] for e in record.epochs] == [1, 2]
+    assert record.test is not None
+    assert set(record.test) == {"loss", "accuracy"}
+    assert record.machine.threads == 1
+    assert torch.__version__.startswith(record.versions["torch"])
+    assert str(Path.cwd()) not in record.model_dump_json()  # a record may be published
+
+
+def test_top5_is_recorded_above_five_classes(config: Config) -> None:
+    (record,) = train(config("max_epochs=1"))
+    assert record.test is not None
+    assert record.test["accuracy"] <= record.test["top5"] <= 1
+
+
+def test_recorded_seeds_are_not_trained_again(config: Config) -> None:
+    first = train(config("seeds=2"))
+    more = train(config("seeds=3", "threads=1", "checkpoint_minutes=1"))  # neither can change a result
+    assert more[:2] == first
+    assert more[2].seed == 2
+
+
+@pytest.mark.parametrize("change", ["rule.beta=0.2", "optimizer.lr=0.01", "max_epochs=1", "dataset.validation=0.2"])
+def test_whatever_changes_the_result_changes_the_signature(config: Config, change: str) -> None:
+    assert prepare(config(change)).settings.signature != prepare(config()).settings.signature
+
+
+def test_what_cannot_change_the_result_keeps_the_signature(config: Config) -> None:
+    other = config("seeds=5", "logger=wandb", "paths.data=elsewhere", "trainer.accelerator=cpu", "threads=2")
+    assert prepare(other).settings.signature == prepare(config()).settings.signature
+
+
+@pytest.mark.parametrize("rule", options("rule"))
+def test_a_seeds_record_does_not_depend_on_what_runs_beside_it(config: Config, tmp_path: Path, rule: str) -> None:
+    overrides = [f"rule={rule}", "dataset.classes=3", "max_epochs=1"]
+    alone = train(config(*overrides, "seeds=[1]", f"paths.runs={tmp_path}/alone"))[0]
+    beside = train(config(*overrides, "seeds=[0,1,2]"))[1]
+    assert same(alone, beside)
+    a, b = (
+        weights(tmp_path / "alone" / folder(config(*overrides)).name / "seed1"),
+        weights(folder(config(*overrides)) / "seed1"),
+    )
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_every_rule_starts_from_the_same_classes_split_and_weights(config: Config) -> None:
+    """With a rate of zero nothing moves, so the best weights are the first ones."""
+    still = ["dataset.classes=4", "optimizer=sgd", "optimizer.lr=0", "max_epochs=1", "seeds=[7]"]
+    runs = {rule: config(f"rule={rule}", *still) for rule in options("rule")}
+    records = {rule: train(cfg)[0] for rule, cfg in runs.items()}
+    assert len({tuple(r.data.classes) for r in records.values()}) == 1
+    start = {rule: weights(folder(cfg) / "seed7") for rule, cfg in runs.items()}
+    for rule, w in start.items():
+        for name in ("W1", "b1", "W2", "b2"):
+            expected = start["bp"][name]
+            if rule == "mdfa" and name == "W2":
+                expected = expected.abs()
+            torch.testing.assert_close(w[name], expected, rtol=0, atol=1e-6)  # mDFA's floor
+
+
+def test_a_resumed_run_ends_like_one_left_alone(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From every checkpoint: in mid-epoch, between epochs, after the last; momentum, schedule, best weights too."""
+    overrides = ["optimizer=sgd", "optimizer.momentum=0.9", "schedule=cosine", "rule=mdfa", "checkpoint_minutes=0"]
+    cfg = config(*overrides)
+    copies: dict[int, bytes] = {}
+    save = ResumePoint.save
+
+    def save_and_copy(self: ResumePoint, trainer: Any) -> None:
+        save(self, trainer)
+        copies[trainer.lightning_module.steps] = self.path.read_bytes()
+
+    monkeypatch.setattr(ResumePoint, "save", save_and_copy)
+    (alone,) = train(cfg)
+    monkeypatch.undo()
+    assert list(copies) == [100, 161, 261, 322]
+    for steps, checkpoint in copies.items():
+        again = config(*overrides, f"paths.runs={tmp_path}/{steps}")
+        path = folder(again) / "checkpoints" / "0.ckpt"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(checkpoint)
+        (resumed,) = train(again)
+        assert same(resumed, alone)
+        assert not path.exists()
+        a, b = weights(folder(cfg) / "seed0"), weights(folder(again) / "seed0")
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_killed_run_ends_like_one_left_alone(config: Config, tmp_path: Path) -> None:
+    overrides = [*SMALL, "max_epochs=60", "checkpoint_minutes=0"]
+    command = [sys.executable, "-m", "nobackprop.cli", *overrides, "paths.runs=killed"]
+    environment = {**os.environ, "NOBACKPROP_DATA": "data"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("killed/*/checkpoints/0.ckpt")):
+        assert process.poll() is None, "ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    name = folder(config("max_epochs=60")).name
+    assert not (tmp_path / "killed" / name / "seed0" / "record.json").exists()
+    killed = config("max_epochs=60", f"paths.runs={tmp_path}/killed")
+    (resumed,), (alone,) = train(killed), train(config("max_epochs=60"))
+    assert same(resumed, alone)
+    a, b = weights(folder(killed) / "seed0"), weights(folder(config("max_epochs=60")) / "seed0")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_max_steps_ends_a_run_in_mid_epoch(config: Config) -> None:
+    (record,) = train(config("max_steps=200", "max_epochs=5"))
+    assert (record.steps, len(record.epochs)) == (200, 2)
+
+
+def test_debug_is_quick_and_keeps_to_itself() -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", ["+experiment=debug"])
+    settings = prepare(cfg).settings
+    assert (settings.max_steps, settings.paths.runs, settings.logger) == (50, "runs/debug", {})
+
+
+def test_wandb_runs_are_separate_offline_and_finished(config: Config) -> None:
+    cfg = config("logger=wandb", "seeds=2", "max_epochs=1")
+    train(cfg)
+    for seed in range(2):
+        (run,) = (folder(cfg) / f"seed{seed}" / "wandb").glob("offline-run-*/*.wandb")
+        shown = subprocess.run(
+            [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", "--summary", run.parent],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        content = json.loads(shown)
+        assert content["state"] == "finished"
+        assert content["config"]["seed"] == seed
+        assert content["config"]["arch"]["hidden"] == [12]
+        record = Record.read(folder(cfg) / f"seed{seed}" / "record.json")
+        assert record.test is not None
+        assert content["summary"]["test/accuracy"] == pytest.approx(record.test["accuracy"])
+        assert content["summary"]["trainer/global_step"] == record.steps
+
+
+def test_the_summary_shows_each_seed_and_the_mean(config: Config) -> None:
+    records = train(config("seeds=2", "max_epochs=1"))
+    lost = records[1].model_copy(update={"test": None, "best_epoch": None, "diverged_epoch": 1})
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(summary(records))
+    console.print(summary([records[0], lost]))
+    shown = console.export_text()
+    assert records[0].test is not None
+    assert f"{records[0].test['accuracy']:.2%}" in shown
+    assert "mean" in shown
+    assert "- (diverged in 1)" in shown
+
+
+def test_a_trained_net_predicts_as_it_was_tested(config: Config) -> None:
+    cfg = config("seeds=[3]", "dataset.classes=3", "dataset.normalize=true")
+    (record,) = train(cfg)
+    trained = nobackprop.load(folder(cfg) / "seed3")
+    test = Digits().load().test
+    assert trained.evaluate(test) == pytest.approx(record.test)
+    known = torch.isin(test.labels, torch.tensor(record.data.classes))
+    predicted = trained.predict(test.pixels[known])
+    assert record.test is not None
+    assert (predicted == test.labels[known]).double().mean().item() == pytest.approx(record.test["accuracy"])
+    z, h = trained.activations(test.pixels[:5])
+    assert [t.shape for t in z[1:]] == [(5, 12), (5, 3)]
+    assert torch.equal(z[2], trained.logits(test.pixels[:5]))
+    assert torch.equal(h[1], z[1].tanh())
+
+
+def test_a_net_refuses_other_images(config: Config) -> None:
+    cfg = config("max_epochs=1")
+    train(cfg)
+    trained = nobackprop.load(folder(cfg) / "seed0")
+    with pytest.raises(ValueError, match=r"this net takes torch.uint8 of shape \(N, 1, 8, 8\)"):
+        trained.predict(torch.zeros(2, 1, 28, 28, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"got images of type torch\.float32"):
+        trained.predict(torch.zeros(2, 1, 8, 8))
+
+
+def test_loading_says_what_is_wrong(config: Config, tmp_path: Path) -> None:
+    cfg = config("max_epochs=1")
+    train(cfg)
+    with pytest.raises(FileNotFoundError, match=r"choose one of its seeds: .*seed0"):
+        nobackprop.load(folder(cfg))
+    with pytest.raises(FileNotFoundError, match="train it first"):
+        nobackprop.load(tmp_path)
+    path = folder(cfg) / "seed0" / "best.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"best.pt is damaged .* train this seed again"):
+        nobackprop.load(path.parent)
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (pytest.fail, ("a run folder was unpickled",))
+
+
+def test_nothing_in_a_run_folder_is_unpickled(config: Config) -> None:
+    cfg = config("max_epochs=1")
+    train(cfg)
+    path = folder(cfg) / "seed0" / "best.pt"
+    torch.save({"net": Evil()}, path)
+    with pytest.raises(ValueError, match=r"best\.pt is damaged"):
+        nobackprop.load(path.parent)
+
+
+def test_a_damaged_record_is_named(config: Config) -> None:
+    cfg = config("max_epochs=1")
+    train(cfg)
+    path = folder(cfg) / "seed0" / "record.json"
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(ValueError, match=r"record.json is no valid run record .* delete it to run this seed again"):
+        train(cfg)
