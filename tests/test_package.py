@@ -1,0 +1,89 @@
+"""The command and the package as a user meets them: from a checkout, from a wheel, with a mistyped key."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import CONF
+
+ROOT = CONF.parent
+
+
+def nobackprop(*overrides: str, cwd: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": "" if path is None else str(path)}
+    command = [sys.executable, "-m", "nobackprop.cli", *overrides]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_a_wheel_trains_outside_the_checkout(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    site, work = tmp_path / "site", tmp_path / "work"
+    zipfile.ZipFile(wheel).extractall(site)
+    work.mkdir()
+    names = {str(path.relative_to(site / "nobackprop/conf")) for path in (site / "nobackprop/conf").rglob("*.yaml")}
+    assert names == {str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml")}
+    shown = nobackprop("rule=dfa", "--info", "searchpath", cwd=work, path=site)
+    assert str(site / "nobackprop/conf") in shown.stdout
+    ended = nobackprop("rule=dfa", "max_epochs=1", "logger=none", "arch.hidden=[8]", cwd=work, path=site)
+    assert ended.returncode == 0, ended.stderr
+    assert "dfa_mlp_digits" in ended.stdout
+    (record,) = work.glob("runs/dfa_mlp_digits-*/seed0/record.json")
+    assert '"commit":null' in record.read_text()  # the wheel is in nobody's repository
+
+
+def test_an_editable_install_finds_its_configs_from_anywhere(tmp_path: Path) -> None:
+    shown = nobackprop("rule=dfa", "--cfg", "job", cwd=tmp_path)
+    assert "_target_: nobackprop.rules.dfa.DFA" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rule=hebb"], r"Could not find 'rule/hebb'\s+Available options in 'rule':\s+bp\s+dfa\s+fa"),
+        (["foo=1"], r"Key 'foo' is not in struct"),
+    ],
+    ids=["rule", "key"],
+)
+def test_hydra_names_the_choices(tmp_path: Path, overrides: list[str], message: str) -> None:
+    ended = nobackprop(*overrides, cwd=tmp_path)
+    assert ended.returncode == 1
+    assert re.search(message, ended.stderr)
+
+
+def test_a_users_mistake_ends_in_one_sentence(tmp_path: Path) -> None:
+    ended = nobackprop("rule=mdfa", "init=orthogonal", cwd=tmp_path)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("nobackprop: rule MDFA needs non-negative weights")
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_the_core_needs_torch_alone() -> None:
+    others = ["hydra", "pytorch_lightning", "wandb", "torchvision", "pydantic", "rich"]
+    core = ["initializers", "updates", "optimizers", "rules.bp", "rules.fa", "rules.lra_e", "rules.mdfa"]
+    code = f"import sys, {', '.join(f'nobackprop.{name}' for name in core)}; print({{*sys.modules}} & {{*{others}}})"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "set()"
+
+
+def test_the_lock_is_whole_and_holds_no_address() -> None:
+    lock = (ROOT / "requirements.lock").read_text()
+    assert "://" not in lock
+    pinned = set(re.findall(r"^([a-z0-9.-]+)==", lock, re.MULTILINE))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    assert {re.split(r"[><=]", name)[0] for name in wanted} <= pinned
+    assert not re.findall(r"^\S+==.*\n(?!    --hash=sha256:)", lock, re.MULTILINE)
+
+
+def test_python_314_gets_a_clear_message() -> None:
+    code = "import sys; sys.version_info = (3, 14, 0); import nobackprop"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("nobackprop runs on Python 3.11, 3.12 and 3.13")
