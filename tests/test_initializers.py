@@ -117,6 +117,8 @@ def test_variance_is_the_numerator_over_the_fan(
     assert tensor.dtype == torch.float32
     assert tensor.mean().item() == pytest.approx(0, abs=0.02 * std)
     assert tensor.std().item() == pytest.approx(std, rel=0.02)
+    beyond_uniform = (tensor.abs() > 1.75 * std).any()  # uniform draws end at sqrt(3) times their standard deviation
+    assert beyond_uniform == ("Normal" in type(initializer).__name__)
 
 
 def test_orthogonal_is_orthogonal() -> None:

@@ -40,6 +40,15 @@ def test_error_is_the_derivative_of_each_samples_value(loss: Loss, torchs) -> No
     torch.testing.assert_close(loss.error(z.detach(), y), expected)
 
 
+@pytest.mark.parametrize("loss", [SoftmaxCrossEntropy(4), SigmoidCrossEntropy(2)], ids=["softmax", "sigmoid"])
+def test_large_logits_stay_finite(loss: Loss) -> None:
+    z = torch.tensor([[1000.0, -1000.0, 0.0, 1.0][: loss.outputs]])
+    y = loss.target(torch.tensor([loss.classes - 1]), z.dtype)
+    for large in (z, -z):
+        assert loss.value(large, y).isfinite().all()
+        assert loss.error(large, y).isfinite().all()
+
+
 @pytest.mark.parametrize("loss", [SoftmaxCrossEntropy(4), SquaredError(4)], ids=["softmax", "squared_error"])
 def test_one_output_a_class(loss: Loss) -> None:
     assert loss.outputs == 4

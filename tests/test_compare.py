@@ -1,0 +1,72 @@
+"""scripts/compare.py: what it shows of the records in a folder."""
+
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CONF
+from rich.console import Console
+from test_records import RECORD
+
+from nobackprop.records import Record
+
+sys.path.insert(0, str(CONF.parent / "scripts"))
+import compare
+
+Write = Callable[..., None]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def record(signature: str, seed: int, **fields: Any) -> None:
+        made = Record(**RECORD | {"signature": signature, "seed": seed} | fields)
+        made.write(tmp_path / f"{made.name}-{signature}" / f"seed{seed}" / "record.json")
+
+    return record
+
+
+def shown(folder: Path) -> str:
+    console = Console(width=120, file=io.StringIO(), record=True)
+    console.print(compare.table(compare.read(folder)))
+    return console.export_text()
+
+
+def test_the_table_has_mean_and_standard_deviation_best_first(write: Write, tmp_path: Path) -> None:
+    for seed, accuracy in enumerate([0.90, 0.92, 0.94]):
+        write("a" * 12, seed, name="bp_mlp_digits", test={"accuracy": accuracy})
+    write("b" * 12, 0, name="fa_mlp_digits", test={"accuracy": 0.95}, stacked=3, wall_s=6.0)
+    rows = [line for line in shown(tmp_path).splitlines() if "_mlp_" in line]
+    assert [cell.strip() for cell in rows[0].strip("│").split("│")] == ["fa_mlp_digits", "1", "95.00%", "2.0 s"]
+    assert [c.strip() for c in rows[1].strip("│").split("│")] == ["bp_mlp_digits", "3", "92.00% ± 2.00%", "4.5 s"]
+
+
+def test_runs_of_one_name_are_told_apart_and_diverged_seeds_counted(write: Write, tmp_path: Path) -> None:
+    write("a" * 12, 0)
+    write("a" * 12, 1, test=None)
+    write("b" * 12, 0, test=None)
+    text = shown(tmp_path)
+    assert "bp_mlp_digits-aaaaaaaaaaaa" in text
+    assert "50.00% (1 diverged)" in text
+    assert "- (1 diverged)" in text
+
+
+def test_the_figure_is_written_where_it_says(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write("a" * 12, 0)
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(tmp_path)])
+    compare.main()
+    assert (tmp_path / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert f"learning curves: {tmp_path}/learning_curves.png" in capsys.readouterr().out
+
+
+def test_a_folder_without_records_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(tmp_path)])
+    with pytest.raises(SystemExit, match="1"):
+        compare.main()
+    assert f"no run records in {tmp_path}" in capsys.readouterr().err
