@@ -113,6 +113,8 @@ def test_the_224_net_fits_224_images(config: Config, tmp_path: Path) -> None:
         (["max_epochs=0"], "max_epochs: Input should be greater than 0, got 0"),
         (["update=median"], "update: Input should be 'mean', 'sum' or 'unit_norm', got 'median'"),
         (["optimizer.lr=-1"], "optimizer: Invalid learning rate: -1"),
+        (["+trainer.max_epochs=3"], "trainer.max_epochs can't be set: the program sets it"),
+        (["dataset.validation=0"], "dataset.validation: write a fraction between 0 and 1, or how many images, got 0"),
         (["trainer.devices=2"], "trainer.devices: use 1; a rule's gradients are not reduced"),
         (["trainer.accelerator=abacus"], "trainer: You selected an invalid accelerator name"),
     ],

@@ -100,7 +100,7 @@ class Learner(LightningModule):
         for name, p in w.items():
             if (g := grads.get(name)) is None:
                 continue  # p.grad stays None, so the optimizer leaves p alone, weight decay included
-            g = self.update(g, x.shape[1])
+            g = self.update(g.to(p.dtype), x.shape[1])  # mixed precision computes in a shorter type
             if (gain := self.rule.gain(name)) != 1:
                 g = g * gain
             p.grad = g.add(p, alpha=self.l2) if self.l2 else g

@@ -28,14 +28,13 @@ class Scores(Metric):
         self.persistent(True)  # a checkpoint in mid-epoch keeps what the epoch has summed up
 
     def update(self, logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> None:
-        z = logits.float()
+        z = logits.double()
         y = self.loss.target(labels.flatten(), z.dtype).unflatten(0, labels.shape)
         values = [self.loss.value(z, y), self.loss.predict(z) == labels]
         if len(self.names) == 3:
             values.append((z.topk(5).indices == labels.unsqueeze(-1)).any(-1))
         for i, value in enumerate(values):
-            value = value.double() if mask is None else torch.where(mask, value, 0).double()
-            self.sums[i] += value.sum(1)
+            self.sums[i] += (value if mask is None else torch.where(mask, value, 0)).double().sum(1)
         self.count += labels.shape[1] if mask is None else mask.sum(1)
 
     def compute(self) -> dict[str, Tensor]:

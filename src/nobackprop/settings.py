@@ -9,7 +9,16 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+)
 from pydantic import ValidationError as PydanticError
 
 Component = dict[str, Any]  # a mapping with Hydra's `_target_`
@@ -17,6 +26,12 @@ Component = dict[str, Any]  # a mapping with Hydra's `_target_`
 
 def _seed_list(seeds: Any) -> Any:
     return list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else seeds
+
+
+def _fraction_or_count(value: float) -> float:
+    if 0 < value < 1 or (isinstance(value, int) and value > 0):
+        return value
+    raise ValueError("write a fraction between 0 and 1, or how many images")
 
 
 class _Strict(BaseModel):
@@ -30,7 +45,7 @@ class DatasetSettings(_Strict):
     source: Component
     classes: int | None
     classes_seed: NonNegativeInt | None
-    validation: float | PositiveInt
+    validation: Annotated[float | int, AfterValidator(_fraction_or_count)]
     normalize: bool
     flip: bool
     crop: NonNegativeInt
@@ -137,4 +152,4 @@ def _sentence(error: Any) -> str:
         parent = error["loc"][:-1]
         model = DatasetSettings if parent == ("dataset",) else InitSettings if parent == ("init",) else Settings
         return f"unknown key {where!r}; choose from: {', '.join(model.model_fields)}"
-    return f"{where}: {error['msg']}, got {error['input']!r}"
+    return f"{where}: {error['msg'].removeprefix('Value error, ')}, got {error['input']!r}"

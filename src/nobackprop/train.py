@@ -81,7 +81,7 @@ def prepare(cfg: DictConfig) -> Run:
         optimizer=build(s.optimizer, "optimizer"),
         schedule=build(s.schedule, "schedule") if s.schedule else None,
         logger=build(s.logger, "logger") if s.logger else None,
-        device=_trainer(s, logger=False).strategy.root_device,
+        device=_trainer(s, logger=False, max_epochs=s.max_epochs, callbacks=[]).strategy.root_device,
         source=source,
     )
     _try_step(run)
@@ -217,7 +217,7 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console:
                 logger.experiment.summary[f"test/{name}"] = value
     finally:
         for logger in loggers:
-            logger.experiment.finish()
+            logger.experiment.finish(exit_code=int(sys.exc_info()[0] is not None))
     finished = [
         _record(run, dataset, t, learner, i, wall, precision=str(trainer.precision)) for i, t in enumerate(tasks)
     ]
@@ -232,8 +232,12 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console:
 
 def _trainer(settings: Settings, **options: Any) -> Trainer:
     """Lightning's Trainer, without its own bar, summary and sanity check."""
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    return build(settings.trainer, "trainer", **quiet, **options)
+    options |= {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    if taken := [key for key in settings.trainer if key in options]:
+        raise ValueError(
+            f"trainer.{taken[0]} can't be set: the program sets it, some by top-level keys (max_epochs=...)"
+        )
+    return build(settings.trainer, "trainer", **options)
 
 
 def _record(run: Run, dataset: Dataset, t: Task, learner: Learner, i: int, wall: float, precision: str) -> Record:
