@@ -23,8 +23,6 @@ from nobackprop.rule import Batch, Rule
 if TYPE_CHECKING:
     from nobackprop.learner import Learner
 
-torch.set_num_threads(1)  # tensors are tiny here: more threads only wait for each other
-
 torch.set_num_threads(1)  # as a run does: two busy threads on a small net are slower than one
 
 CONF = Path(__file__).parents[1] / "conf"

@@ -229,3 +229,18 @@ def test_every_config_works(configured: Callable[..., Any], rule: Rule, option: 
     w = initial_weights(net, rule, forward, backward, seed=0)
     assert all(tensor.isfinite().all() for tensor in w.values())
     assert w["W1"].any() != (option == "zeros")
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("normal", Normal(0.1)),
+        ("uniform", Uniform(1.0, -0.5)),
+        ("glorot_normal", GlorotNormal(1.0)),
+        ("glorot_uniform", GlorotUniform(1.0)),
+        ("orthogonal", Orthogonal(1.0)),
+    ],
+)
+def test_configs_state_the_defaults(configured: Callable[..., Any], option: str, expected: Initializer) -> None:
+    assert configured("init", option) == {"forward": expected, "backward": expected}
+    assert type(expected)() == expected

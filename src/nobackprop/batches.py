@@ -1,12 +1,18 @@
 """What one seed trains on, and the mini-batches of several seeds at once.
 
 A `Task` says which images of a dataset one seed trains, validates and tests on; `TrainBatches` and `EvalBatches` gather
-them as uint8, with a leading axis of seeds, on the device: without worker processes, all being in memory.
+them as uint8, with a leading axis of seeds, on the device. There are no worker processes: images that fit are kept on
+the device, and where they don't, a thread reads ahead.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,14 +23,16 @@ from nobackprop.streams import stream
 
 CHUNK_STEPS = 100  # the most mini-batches that are gathered at once
 CHUNK_BYTES = 8_000_000  # and about how many bytes of pixels
+READ_AHEAD = 2  # chunks that are gathered before they are asked for, where images do not fit
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
     """What one seed trains on.
 
-    `train` and `validation` are indices (int64) of training images, `test` of test images. The original label
-    classes[i] became label i; `relabel` (num_classes,) maps each original label to the new one, -1 where unused.
+    `train` are indices (int64) of training images, `validation` of `dataset.validation`, `test` of test images. The
+    original label classes[i] became label i; `relabel` (num_classes,) maps each original label to the new one, -1 where
+    unused.
     """
 
     seed: int
@@ -45,8 +53,9 @@ def task(
 ) -> Task:
     """The task of a seed: all classes, or `classes` of them drawn from `classes_seed` (the seed itself if None).
 
-    `validation` is a fraction of the training images of these classes, or how many; the rest trains. Raises ValueError
-    where that leaves no image on one side, or the data set doesn't have that many classes.
+    `validation` is a fraction of the training images of these classes, or how many; the rest trains. A data set that
+    validates on its test images has no use for it: all training images train. Raises ValueError where no image is left
+    on one side, or the data set doesn't have that many classes.
     """
     if classes is None:
         chosen = torch.arange(dataset.num_classes)
@@ -62,7 +71,9 @@ def task(
     if isinstance(validation, float) and not 0 < validation < 1:
         raise ValueError(f"validation is {validation}; allowed: a fraction between 0 and 1, or a number of images")
     count = round(validation * n) if isinstance(validation, float) else validation
-    if not 0 < count < n:
+    if dataset.validate_on_test:
+        count = 0
+    elif not 0 < count < n:
         raise ValueError(
             f"validation is {validation}, {count} of the {n} training images of {dataset.name}; it must leave at least "
             "one image for training and one for validation"
@@ -70,7 +81,8 @@ def task(
     if len(test) == 0:
         raise ValueError(f"{dataset.name} has no test image of the classes {chosen.tolist()}")
     mixed = selected[torch.randperm(n, generator=stream(seed, "split"))]
-    return Task(seed, tuple(chosen.tolist()), mixed[count:], mixed[:count], test, relabel)
+    held_out = test if dataset.validate_on_test else mixed[:count]
+    return Task(seed, tuple(chosen.tolist()), mixed[count:], held_out, test, relabel)
 
 
 def batches_per_epoch(task: Task, batch_size: int) -> int:
@@ -80,15 +92,60 @@ def batches_per_epoch(task: Task, batch_size: int) -> int:
     return len(task.train) // batch_size
 
 
+def _memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU; elsewhere all memory that this process may have."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    membership = Path("/proc/self/cgroup")  # Linux: "0::/path", of version 1 "4:memory:/path"
+    for line in membership.read_text().splitlines() if membership.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        top, name = (
+            ("/sys/fs/cgroup/memory", "memory.limit_in_bytes") if controllers else ("/sys/fs/cgroup", "memory.max")
+        )
+        for folder in (Path(top + path), *Path(top + path).parents):  # the limits of all groups above hold as well
+            if (limit := folder / name).exists() and (text := limit.read_text().strip()).isdigit():
+                limits.append(int(text))
+    return min(limits)
+
+
+@dataclass(frozen=True, eq=False)
+class _Store:
+    """Pixels to gather from: `resident` on the device, or where they are, to be moved there as they are gathered."""
+
+    pixels: Tensor
+    device: torch.device
+    resident: bool
+
+    def chunks(self, indices: Iterable[Tensor]) -> Iterator[Tensor]:
+        """For each index, of any shape and on the device of `pixels`, its images (..., C, H, W) on `device`."""
+        if self.resident:
+            yield from map(self._gather, indices)
+            return
+        pool, ahead = ThreadPoolExecutor(1, "read-ahead"), deque[Future[Tensor]]()
+        try:
+            for index in indices:
+                ahead.append(pool.submit(self._gather, index))
+                if len(ahead) > READ_AHEAD:
+                    yield ahead.popleft().result().to(self.device, non_blocking=True)
+            while ahead:
+                yield ahead.popleft().result().to(self.device, non_blocking=True)
+        finally:  # also where the consumer stops early
+            pool.shutdown(cancel_futures=True)
+
+    def _gather(self, index: Tensor) -> Tensor:
+        pinned = not self.resident and self.device.type == "cuda"
+        out = torch.empty(
+            index.numel(), *self.pixels.shape[1:], dtype=torch.uint8, device=self.pixels.device, pin_memory=pinned
+        )
+        return torch.index_select(self.pixels, 0, index.reshape(-1), out=out).view(*index.shape, *self.pixels.shape[1:])
+
+
 @lru_cache(maxsize=4)
-def _resident(images: Images, device: torch.device) -> Tensor:
-    """The pixels on the device: moved once, whoever asks."""
-    return images.pixels.to(device).contiguous()
-
-
-def _gather(pixels: Tensor, index: Tensor) -> Tensor:
-    """The pixels (..., C, H, W) of images (n, C, H, W) by an index of any shape."""
-    return pixels.index_select(0, index.reshape(-1)).view(*index.shape, *pixels.shape[1:])
+def _store(images: Images, device: torch.device) -> _Store:
+    """The pixels on the device if they take at most half of its memory: moved once, whoever asks."""
+    resident = images.pixels.nbytes <= _memory(device) // 2
+    return _Store(images.pixels.to(device).contiguous() if resident else images.pixels, device, resident)
 
 
 def _augment(pixels: Tensor, flip: Tensor, shift: Tensor, crop: int) -> Tensor:
@@ -143,23 +200,23 @@ class TrainBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         device, images = torch.device(self.device), self.dataset.train
-        pixels = _resident(images, device)
+        store = _store(images, device)
         epoch, start = divmod(self.position(), self.per_epoch)
         end = self.per_epoch
         if self.max_steps is not None:
             end = min(end, self.max_steps - epoch * self.per_epoch)
-        tables = [torch.stack(column).to(device) for column in zip(*self._epoch(epoch), strict=True)]
-        bytes_a_step = len(self.tasks) * self.batch_size * pixels[0].numel()
+        tables = (torch.stack(column) for column in zip(*self._epoch(epoch), strict=True))
+        # with the seed first; chunks have the mini-batch first
+        index, labels, flip, shift = (table[:, start:end].transpose(0, 1).contiguous() for table in tables)
+        bytes_a_step = len(self.tasks) * self.batch_size * images.pixels[0].numel()
         size = max(1, min(CHUNK_STEPS, CHUNK_BYTES // bytes_a_step))
-        for first in range(start, end, size):
-            last = min(first + size, end)
-            # tables have the seed first, chunks the mini-batch
-            index, labels, flip, shift = (table[:, first:last].transpose(0, 1).contiguous() for table in tables)
-            chunk = _gather(pixels, index)
-            if self.flip or self.crop:
-                flat = chunk.flatten(0, 2)
-                chunk = _augment(flat, flip.flatten(), shift.flatten(0, 2), self.crop).view_as(chunk)
-            yield chunk, labels
+        others = (table.to(device).split(size) for table in (labels, flip, shift))
+        with closing(store.chunks(index.to(store.pixels.device).split(size))) as chunks:
+            for chunk, labels, flip, shift in zip(chunks, *others, strict=True):
+                if self.flip or self.crop:
+                    flat = chunk.flatten(0, 2)
+                    chunk = _augment(flat, flip.flatten(), shift.flatten(0, 2), self.crop).view_as(chunk)
+                yield chunk, labels
 
     def _epoch(self, epoch: int) -> Iterator[tuple[Tensor, ...]]:
         """For each task the images of an epoch: indices, labels, flips (each steps, N) and shifts (steps, N, 2)."""
@@ -199,11 +256,12 @@ class EvalBatches:
         mask = position < lengths[:, None]
         index = torch.stack([table[position * row] for table, row in zip(tables, mask, strict=True)])
         labels = torch.stack([relabel[images.labels[row]] for relabel, row in zip(relabels, index, strict=True)])
-        self._pixels = _resident(images, torch.device(device))
-        self._index, self._labels, self._mask = (table.to(device) for table in (index, labels, mask))
-        self._size = max(1, min(batch_size, CHUNK_BYTES // (len(tables) * self._pixels[0].numel())))
+        self._store = _store(images, torch.device(device))
+        self._index = index.to(self._store.pixels.device)
+        self._labels, self._mask = labels.to(device), mask.to(device)
+        self._size = max(1, min(batch_size, CHUNK_BYTES // (len(tables) * images.pixels[0].numel())))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        tables = (table.split(self._size, dim=1) for table in (self._index, self._labels, self._mask))
-        for index, labels, mask in zip(*tables, strict=True):
-            yield _gather(self._pixels, index), labels, mask
+        index, labels, mask = (table.split(self._size, dim=1) for table in (self._index, self._labels, self._mask))
+        with closing(self._store.chunks(index)) as chunks:
+            yield from zip(chunks, labels, mask, strict=True)

@@ -1,4 +1,4 @@
-"""Images and where they come from: a `Source` reads a `Dataset`, which is held in memory as uint8."""
+"""Images and where they come from: a `Source` reads a `Dataset` of uint8 pixels, in memory or mapped from a file."""
 
 import struct
 from abc import ABC, abstractmethod
@@ -11,10 +11,13 @@ from http.client import HTTPException
 from io import BytesIO
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Shape = tuple[int, int, int]
 
@@ -29,16 +32,29 @@ class Images:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """The training and test images of a data set; labels are 0..num_classes-1."""
+    """The training and test images of a data set; labels are 0..num_classes-1.
+
+    `checksum` is the fingerprint where it is known already. `validate_on_test` marks a protocol that selects and
+    reports on the same images.
+    """
 
     name: str
     train: Images
     test: Images
     num_classes: int
+    checksum: str | None = None
+    validate_on_test: bool = False
+
+    @property
+    def validation(self) -> Images:
+        """The images that the validation images of a task are among."""
+        return self.test if self.validate_on_test else self.train
 
     @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that change with any pixel or label: of sha256 over all bytes, train before test."""
+        if self.checksum is not None:
+            return self.checksum
         digest = sha256()
         for images in (self.train, self.test):
             for tensor in (images.pixels, images.labels):
@@ -53,6 +69,8 @@ class Source(ABC):
     shape: Shape
     num_classes: int
     counts: tuple[int | None, int | None] = (None, None)  # training and test images; None: any number
+    checksum: str | None = None  # the fingerprint of what was read; None: made from all bytes when asked for
+    validate_on_test: bool = False  # select and report on the same images
     where: str  # the folder it is read from
     remedy: str  # what to do when the images are not as declared
 
@@ -74,7 +92,7 @@ def _load(source: Source) -> Dataset:
     train, test = source.read()
     check(train, source, "training", source.counts[0])
     check(test, source, "test", source.counts[1])
-    return Dataset(source.name, train, test, source.num_classes)
+    return Dataset(source.name, train, test, source.num_classes, source.checksum, source.validate_on_test)
 
 
 def check(images: Images, source: Source, split: str, count: int | None = None) -> None:
@@ -337,111 +355,38 @@ class Parquet(Source):
         raise ValueError(f"{path} has the columns {found}; needed: {' or '.join(allowed)}. {self.remedy}")
 
 
-@dataclass(frozen=True)
-class Folder(Source):
-    """ImageNet's layout: root/train/<class>/*.jpg and root/val/<class>/*.jpg; class i is the i-th folder by name.
+def open_image(source: bytes | Path | None, where: str, remedy: str, mode: str = "RGB") -> "Image.Image":
+    """A decoded image file, converted to RGB or, with mode "L", grey; ValueError, with `where`, if it can't be read."""
+    from PIL import Image
 
-    Each image becomes RGB, its shorter side `size`, and is cropped about its centre to (3, size, size). All are held
-    in memory, size * size * 3 bytes each.
-    """
-
-    root: str | Path
-    name: str
-    size: int
-    train: str = "train"
-    test: str = "val"
-
-    @property
-    def shape(self) -> Shape:
-        return (3, self.size, self.size)
-
-    @property
-    def where(self) -> str:
-        return str(Path(self.root).expanduser())
-
-    @property
-    def remedy(self) -> str:
-        return "Correct `dataset.source`, or put whole files there."
-
-    @cached_property
-    def classes(self) -> tuple[str, ...]:
-        """The names of the classes; raises FileNotFoundError without a folder of training images."""
-        return self._classes(self.train)
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes)
-
-    def _classes(self, split: str) -> tuple[str, ...]:
-        folder = Path(self.where, split)
-        names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-        if not names:
-            raise FileNotFoundError(
-                f"{self.name}: {folder} holds no folder; needed: one folder of images for each class. {self.remedy}"
-            )
-        return tuple(names)
-
-    def read(self) -> tuple[Images, Images]:
-        names = self._classes(self.test)
-        if names != self.classes:
-            raise ValueError(
-                f"{self.name}: the classes in {Path(self.where, self.test)} are not those in {self.train}: without "
-                f"{sorted({*self.classes} - {*names})}, with {sorted({*names} - {*self.classes})}. {self.remedy}"
-            )
-        return self._split(self.train), self._split(self.test)
-
-    def _split(self, split: str) -> Images:
-        files: list[Path] = []
-        labels: list[int] = []
-        for label, name in enumerate(self.classes):
-            folder = Path(self.where, split, name)
-            found = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
-            if not found:
-                raise FileNotFoundError(f"{self.name}: no .jpg, .jpeg or .png file in {folder}. {self.remedy}")
-            files += found
-            labels += [label] * len(found)
-        pixels = _decode(files, self.shape, lambda i: str(files[i]), self.remedy, fit=True)
-        return Images(pixels, torch.tensor(labels, dtype=torch.int64))
+    try:
+        if source is None:
+            raise ValueError("it has no bytes")
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as file:
+            return file.convert(mode)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all that Pillow raises for it
+        raise ValueError(f"{where} is not a readable image: {error}. {remedy}") from error
 
 
-def _decode(
-    images: Sequence[bytes | Path | None],
-    shape: Shape,
-    where: Callable[[int], str],
-    remedy: str,
-    fit: bool = False,
-) -> Tensor:
-    """The pixels (n, *shape) of encoded images; `fit` scales and crops them to the shape.
+def _decode(images: Sequence[bytes | None], shape: Shape, where: Callable[[int], str], remedy: str) -> Tensor:
+    """The pixels (n, *shape) of encoded images.
 
-    Raises ValueError, with `where` of its index, for an image that can't be read or, without `fit`, has another size.
+    Raises ValueError, with `where` of its index, for an image that can't be read or has another size.
     """
     import numpy as np
-    from PIL import Image, ImageOps
 
     channels, height, width = shape
     pixels = torch.empty(len(images), height, width, channels, dtype=torch.uint8)
     array = pixels.numpy()
 
-    def decode(i: int) -> None:
-        source = images[i]
-        try:
-            if source is None:
-                raise ValueError("it has no bytes")
-            with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as file:
-                image = file.convert("L" if channels == 1 else "RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three for broken files
-            raise ValueError(f"{where(i)} is not a readable image: {error}. {remedy}") from error
-        if fit:
-            image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
-        elif image.size != (width, height):
-            raise ValueError(
-                f"{where(i)} is {image.height} x {image.width} pixels; allowed: {height} x {width}. {remedy}"
-            )
-        array[i] = np.asarray(image).reshape(height, width, channels)
-
     def decode_some(start: int) -> None:
         for i in range(start, min(start + 256, len(images))):
-            decode(i)
+            image = open_image(images[i], where(i), remedy, "L" if channels == 1 else "RGB")
+            if image.size != (width, height):
+                raise ValueError(
+                    f"{where(i)} is {image.height} x {image.width} pixels; allowed: {height} x {width}. {remedy}"
+                )
+            array[i] = np.asarray(image).reshape(height, width, channels)
 
     with ThreadPoolExecutor() as pool:
         for _ in pool.map(decode_some, range(0, len(images), 256)):

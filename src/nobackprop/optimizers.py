@@ -1,4 +1,4 @@
-"""TensorFlow 1's RMSProp and Adam, which differ from torch's, for runs that follow programs written with them."""
+"""Optimizers of the two original programs that torch does not have, or computes differently."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -45,6 +45,41 @@ class TFRMSprop(_ForeachOptimizer):
         root = torch._foreach_add(mean_square, group["eps"])
         torch._foreach_sqrt_(root)
         torch._foreach_addcdiv_(weights, grads, root, -group["lr"])
+
+
+class SignSGD(_ForeachOptimizer):
+    """`w = w - lr * sign(g)` (Bernstein et al., 2018), which the mDFA program holds but gives no way to choose."""
+
+    def __init__(self, params: Iterable[Tensor], lr: float = 1e-4) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def _update(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor]) -> None:
+        torch._foreach_add_(weights, torch._foreach_sign(grads), alpha=-group["lr"])
+
+
+class MemorylessAdamW(_ForeachOptimizer):
+    """Keras' AdamW as the LRA-E program for TensorFlow 2 uses it: made anew at every step, so always at its first one.
+
+        w = w - lr * weight_decay * w,   w = w - lr * g / (|g| + eps / sqrt(1 - beta2))
+
+    The defaults of eps, beta2 and weight_decay are Keras'.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float = 1e-3,
+        beta2: float = 0.999,
+        eps: float = 1e-7,
+        weight_decay: float = 0.004,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "beta2": beta2, "eps": eps, "weight_decay": weight_decay})
+
+    def _update(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor]) -> None:
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        size = torch._foreach_abs(grads)
+        torch._foreach_add_(size, group["eps"] / (1 - group["beta2"]) ** 0.5)
+        torch._foreach_addcdiv_(weights, grads, size, -group["lr"])
 
 
 class TFAdam(_ForeachOptimizer):
