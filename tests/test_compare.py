@@ -6,15 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import compare
 import pytest
-from conftest import CONF
 from rich.console import Console
 from test_records import RECORD
 
 from nobackprop.records import Record
-
-sys.path.insert(0, str(CONF.parent / "scripts"))
-import compare
 
 Write = Callable[..., None]
 

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import warnings
 from pathlib import Path
 
 import hydra
@@ -17,14 +16,10 @@ CONF = _here / "conf" if (_here / "conf").is_dir() else _here.parents[1] / "conf
 
 def run(cfg: DictConfig) -> None:
     """Trains one config and prints its summary; a user's mistake ends in one sentence, without a traceback."""
-    import logging
-
     from rich.console import Console
 
     from nobackprop.train import summary, train
 
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own, with recent torch
     console = Console()
     try:
         recorded = train(cfg, console)

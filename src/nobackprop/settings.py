@@ -46,6 +46,7 @@ class DatasetSettings(_Strict):
     classes: int | None
     classes_seed: NonNegativeInt | None
     validation: Annotated[float | int, AfterValidator(_fraction_or_count)]
+    split: Literal["random", "first", "last"]
     normalize: bool
     flip: bool
     crop: NonNegativeInt

@@ -1,8 +1,10 @@
 """Runs one config: checks it, loads the data, trains every seed that has no record yet, and writes the records."""
 
+import logging
 import shlex
 import sys
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +34,10 @@ from nobackprop.records import Record
 from nobackprop.rule import Batch, Rule
 from nobackprop.settings import Component, Settings, build
 from nobackprop.trained import save
+
+# Lightning's lines about devices and products, and a warning of its own under recent torch, are no news to a user.
+logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", message=".*LeafSpec.*")
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,7 @@ def train(cfg: DictConfig, console: Console | None = None) -> list[Record]:
     run = prepare(cfg)
     s = run.settings
     torch.set_num_threads(s.threads)
-    done = {seed: Record.read(path) for seed in s.seeds if (path := run.seed_folder(seed) / "record.json").exists()}
+    done = recorded(run)
     missing = [seed for seed in s.seeds if seed not in done]
     if done:
         console.print(
@@ -153,13 +159,19 @@ def train(cfg: DictConfig, console: Console | None = None) -> list[Record]:
                 "choose an elementwise optimizer (sgd, adam, adamw, rmsprop), or train one seed at a time: stack=false"
             )
         dataset = run.source.load()
-        choice = {k: getattr(s.dataset, k) for k in ("classes", "classes_seed", "validation")}
+        choice = {k: getattr(s.dataset, k) for k in ("classes", "classes_seed", "validation", "split")}
         tasks = [task(dataset, seed, **choice) for seed in missing]
         groups = divide(tasks, s.batch_size, stack)
         for i, group in enumerate(groups):
             part = f" seed {','.join(str(t.seed) for t in group)} ({i + 1}/{len(groups)})"
             done |= {record.seed: record for record in _fit(run, dataset, group, s.name + part, console)}
     return [done[seed] for seed in s.seeds]
+
+
+def recorded(run: Run) -> dict[int, Record]:
+    """The records there are of this run's seeds, by seed. Raises ValueError for a damaged one."""
+    paths = {seed: run.seed_folder(seed) / "record.json" for seed in run.settings.seeds}
+    return {seed: Record.read(path) for seed, path in paths.items() if path.exists()}
 
 
 def divide(tasks: Sequence[Task], batch_size: int, stack: bool) -> list[list[Task]]:
@@ -273,13 +285,13 @@ def _record(run: Run, dataset: Dataset, t: Task, learner: Learner, i: int, wall:
     )
 
 
-def summary(recorded: Sequence[Record]) -> Table:
+def summary(seeds: Sequence[Record]) -> Table:
     """A table of the seeds of one run and their mean."""
-    table = Table(title=f"{recorded[0].name}  {recorded[0].signature}")
+    table = Table(title=f"{seeds[0].name}  {seeds[0].signature}")
     for column in ("seed", "best epoch", "validation", "test", "wall time"):
         table.add_column(column, justify="right")
-    tested = [r.test["accuracy"] for r in recorded if r.test]
-    for r in recorded:
+    tested = [r.test["accuracy"] for r in seeds if r.test]
+    for r in seeds:
         best = "-" if r.best_epoch is None else f"{r.epochs[r.best_epoch - 1]['val/accuracy']:.2%}"
         test = "-" if r.test is None else f"{r.test['accuracy']:.2%}"
         note = f" (diverged in {r.diverged_epoch})" if r.diverged_epoch else ""

@@ -49,7 +49,13 @@ class LRAE(Rule):
         return g, z[net.L]
 
     def feedback(self, net: Network, draw: Draw) -> dict[str, Tensor]:
-        return {f"E{l}": draw(f"E{l}", net.weight_shape(l)) for l in range(2, net.L + 1)}
+        """Drawn as the paper's E, W's transpose, so that its fan-in is the number of errors that come in."""
+
+        def drawn(l: int) -> Tensor:
+            outputs, inputs, *kernel = net.weight_shape(l)
+            return draw(f"E{l}", (inputs, outputs, *kernel)).transpose(0, 1).contiguous()
+
+        return {f"E{l}": drawn(l) for l in range(2, net.L + 1)}
 
     def gain(self, name: str) -> float:
         return self.gamma if name.startswith("E") else 1.0

@@ -1,0 +1,131 @@
+"""Runs a paper's experiments: every cell of its grid, conf/grid/<paper>.yaml, or a part of it.
+
+    python scripts/reproduce.py lra_e --seeds 3 --epochs 10
+    python scripts/reproduce.py mdfa --only net=mlp_mnist classes=2,3 --dry-run
+    python scripts/reproduce.py mdfa --only net=mlp_cifar10 --set dataset=cifar10_jpeg
+
+What is recorded already is not run again; a cell that fails does not end the others. `--set` takes further overrides
+for every cell, as the command `nobackprop` takes them. Ends with a table of all cells; exit status 1 if any failed.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import product
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from nobackprop.cli import CONF
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One experiment of a grid: its choice on each axis, and what they mean as overrides."""
+
+    labels: Mapping[str, str]
+    overrides: Sequence[str]
+
+    def __str__(self) -> str:
+        return " ".join(f"{axis}={choice}" for axis, choice in self.labels.items())
+
+    def config(self, further: Sequence[str] = ()) -> DictConfig:
+        """The composed config; of several overrides of one key the last one counts."""
+        by_key = {text.split("=", 1)[0]: text for text in (*self.overrides, *further)}
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose("train", list(by_key.values()))
+
+
+def cells(paper: str) -> Iterator[Cell]:
+    """Every cell of a paper's grid. Raises ValueError, with the papers there are, for another one."""
+    papers = sorted(path.stem for path in (CONF / "grid").glob("*.yaml"))
+    if paper not in papers:
+        raise ValueError(f"no grid for paper {paper!r}: choose one of {', '.join(papers)}")
+    grids: Any = OmegaConf.to_container(OmegaConf.load(CONF / "grid" / f"{paper}.yaml"))
+    for grid in grids:
+        for choices in product(*(axis.items() for axis in grid.values())):
+            labels = {axis: str(label) for axis, (label, _) in zip(grid, choices, strict=True)}
+            yield Cell(labels, [override for _, overrides in choices for override in overrides])
+
+
+def select(every: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
+    """The cells with one of the choices given for each axis, as in `classes=2,3`. Raises ValueError where none fits."""
+    wanted = {axis: choices.split(",") for axis, _, choices in (text.partition("=") for text in only)}
+    known: dict[str, set[str]] = {}
+    for cell in every:
+        for axis, label in cell.labels.items():
+            known.setdefault(axis, set()).add(label)
+    for axis, choices in wanted.items():
+        if axis not in known:
+            raise ValueError(f"--only {axis}=...: no such axis; choose from {', '.join(known)}")
+        if unknown := set(choices) - known[axis]:
+            raise ValueError(f"--only {axis}={','.join(sorted(unknown))}: choose from {', '.join(sorted(known[axis]))}")
+    fitting = [c for c in every if all(c.labels.get(axis) in choices for axis, choices in wanted.items())]
+    if not fitting:
+        raise ValueError(f"no cell fits --only {' '.join(only)}: these choices do not occur together")
+    return fitting
+
+
+def run(chosen: Sequence[Cell], further: Sequence[str], console: Console, dry: bool) -> bool:
+    """Runs cells one after another and prints a table of them; whether all went well."""
+    from nobackprop.train import prepare, recorded, train  # torch takes seconds to import
+
+    table = Table("cell", "seeds", "test accuracy", "seconds", title="dry run" if dry else None)
+    failures, spent = 0, []
+    for i, cell in enumerate(chosen):
+        left = ""
+        if spent:
+            left = f", about {timedelta(seconds=round(mean(spent) * (len(chosen) - i)))} left at this rate"
+        console.rule(f"cell {i + 1} of {len(chosen)}{left}: {cell}", align="left")
+        try:
+            cfg = cell.config(further)
+            ready = prepare(cfg)
+            done = recorded(ready)
+            missing = len(ready.settings.seeds) - len(done)
+            start = time.monotonic()
+            if missing and not dry:
+                done = {r.seed: r for r in train(cfg, console)}
+                spent.append(time.monotonic() - start)
+        except Exception as error:  # whatever went wrong in this cell, the others have their turn
+            failures += 1
+            first = (str(error).splitlines() or [""])[0]
+            console.print(f"failed: {type(error).__name__}: {first}", style="red", markup=False, highlight=False)
+            table.add_row(str(cell), "-", f"failed: {first}", "")
+            continue
+        tested = [r.test["accuracy"] for r in done.values() if r.test]
+        spread = f" ± {stdev(tested):.2%}" if len(tested) > 1 else ""
+        accuracy = f"{mean(tested):.2%}{spread}" if tested else "-"
+        state = f"{len(done)}" if not (missing and dry) else f"{len(done)} recorded, {missing} to run"
+        table.add_row(str(cell), state, accuracy, f"{sum(r.wall_s / r.stacked for r in done.values()):.0f}")
+    console.print(table)
+    return not failures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paper", help="a file of conf/grid, without .yaml")
+    parser.add_argument("--only", nargs="+", default=[], metavar="AXIS=CHOICE,...", help="a part of the grid")
+    parser.add_argument("--seeds", help="how many, or a list such as [0,4,7]")
+    parser.add_argument("--epochs", type=int, help="instead of the paper's")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides for every cell")
+    parser.add_argument("--dry-run", action="store_true", help="show what is recorded and what would run")
+    options = parser.parse_args()
+    further = [*options.set]
+    further += [f"seeds={options.seeds}"] if options.seeds else []
+    further += [f"max_epochs={options.epochs}"] if options.epochs else []
+    try:
+        chosen = select(list(cells(options.paper)), options.only)
+    except ValueError as error:
+        parser.exit(2, f"{Path(__file__).name}: {error}\n")
+    parser.exit(0 if run(chosen, further, Console(), options.dry_run) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The papers' grids: every cell is a config that can run, and the script runs the part it is asked for."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import reproduce
+from conftest import CONF, options
+from rich.console import Console
+
+from nobackprop.settings import Settings
+from nobackprop.train import prepare
+
+PAPERS = options("grid")
+QUICK = ["dataset=digits", "arch.hidden=[6]", "max_epochs=1", "logger=none"]
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_every_cell_is_another_valid_config(paper: str) -> None:
+    every = list(reproduce.cells(paper))
+    assert len({str(cell) for cell in every}) == len(every)
+    here = ["dataset.source.root=here"]  # ImageNet has no default
+    settings = [Settings.of(cell.config(here if "imagenet" in str(cell) else [])) for cell in every]
+    twice = [name for name, n in Counter(s.signature for s in settings).items() if n > 1]
+    assert not twice
+    named = {name for cell in every for name in cell.overrides if name.startswith("+experiment=")}
+    files = {f"+experiment={paper}/{path.stem}" for path in (CONF / "experiment" / paper).glob("*.yaml")}
+    assert named == files - {"+experiment=mdfa/base"}
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_one_cell_of_each_setting_makes_a_net(paper: str) -> None:
+    """All else in a grid is a rule, a rate, an initializer or a number of classes, which other tests cover."""
+    seen = set()
+    for cell in reproduce.cells(paper):
+        key = (cell.overrides[0], cell.labels.get("rule"))
+        if "imagenet" not in str(cell) and key not in seen:
+            seen.add(key)
+            prepare(cell.config())
+    assert len(seen) >= 7
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*/*.yaml")), ids=lambda path: path.stem)
+def test_an_experiment_says_what_it_reproduces_and_how_to_run_it(path: Path) -> None:
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    name = f"{path.parent.name}/{path.stem}"
+    assert len(header) >= 3
+    assert name == "mdfa/base" or f"nobackprop +experiment={name}" in header[-1]
+
+
+def test_a_part_runs_then_is_skipped_and_a_failure_does_not_end_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = reproduce.select(
+        list(reproduce.cells("lra_e")),
+        ["setting=variance", "update=mean", "dataset=mnist", "hidden_layers=3", "rule=bp,fa"],
+    )
+    assert [cell.labels["rule"] for cell in chosen] == ["bp", "fa"]
+    further = [*QUICK, "seeds=2", f"paths.runs={tmp_path}", "dataset.validation=100"]
+    console = Console(width=200)
+    broken = reproduce.Cell({"rule": "none"}, ["rule=none"])
+    assert not reproduce.run([chosen[0], broken, chosen[1]], further, console, dry=False)
+    shown = capsys.readouterr().out
+    assert "failed: MissingConfigException: In 'train': Could not find 'rule/none'" in shown
+    assert "cell 2 of 3, about" in shown
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/seed*/record.json")}
+    assert len(written) == 4
+    assert reproduce.run(chosen, further, console, dry=False)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/seed*/record.json")} == written
+    assert reproduce.run(chosen, [*further, "seeds=3"], console, dry=True)
+    assert "2 recorded, 1 to run" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("*/seed*/record.json"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("only", "message"),
+    [
+        (["depth=3"], "--only depth=...: no such axis; choose from setting, update, dataset, hidden_layers, rule"),
+        (["rule=bp,hebb"], "--only rule=hebb: choose from bp, dfa, fa, lra_e"),
+        (["setting=tf1", "rule=bp"], "no cell fits --only setting=tf1 rule=bp"),
+    ],
+)
+def test_a_choice_that_is_not_there_is_named(only: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("...", r"\.\.\.")):
+        reproduce.select(list(reproduce.cells("lra_e")), only)
+    with pytest.raises(ValueError, match="no grid for paper 'none': choose one of lra_e, mdfa"):
+        list(reproduce.cells("none"))
