@@ -1,4 +1,4 @@
-"""TensorFlow 1's RMSProp and Adam against the same formulas written in numpy, one weight at a time."""
+"""The original programs' optimizers against the same formulas written in numpy, one weight at a time."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nobackprop.optimizers import TFAdam, TFRMSprop
+from nobackprop.optimizers import MemorylessAdamW, SignSGD, TFAdam, TFRMSprop
 
 STEPS = 6
 SHAPES = [(3, 4), (2, 3, 3, 3), (5,)]
@@ -31,13 +31,41 @@ def _numpy_adam(w: np.ndarray, grads: np.ndarray, lr: float, beta1: float, beta2
     return w
 
 
+def _numpy_sign(w: np.ndarray, grads: np.ndarray, lr: float) -> np.ndarray:
+    for g in grads:
+        w = w - lr * np.sign(g)
+    return w
+
+
+def _numpy_first_adamw_steps(
+    w: np.ndarray, grads: np.ndarray, lr: float, beta2: float, eps: float, weight_decay: float
+) -> np.ndarray:
+    """Keras' AdamW at t = 1 with new moments, over and over."""
+    beta1 = 0.9
+    for g in grads:
+        w = w - lr * weight_decay * w
+        m, v = (1 - beta1) * g, (1 - beta2) * g**2
+        w = w - lr * np.sqrt(1 - beta2) / (1 - beta1) * m / (np.sqrt(v) + eps)
+    return w
+
+
+KERAS = {"lr": 1e-3, "beta2": 0.999, "eps": 1e-7, "weight_decay": 0.004}
 CASES = [
     pytest.param(TFRMSprop, _numpy_rmsprop, {"lr": 1e-4, "decay": 0.9, "eps": 1e-10}, id="rmsprop_defaults"),
     pytest.param(TFRMSprop, _numpy_rmsprop, {"lr": 0.03, "decay": 0.5, "eps": 0.1}, id="rmsprop"),
     pytest.param(TFAdam, _numpy_adam, {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}, id="adam_defaults"),
     pytest.param(TFAdam, _numpy_adam, {"lr": 0.03, "beta1": 0.6, "beta2": 0.8, "eps": 0.1}, id="adam"),
+    pytest.param(SignSGD, _numpy_sign, {"lr": 1e-4}, id="sign_defaults"),
+    pytest.param(SignSGD, _numpy_sign, {"lr": 0.1}, id="sign"),
+    pytest.param(MemorylessAdamW, _numpy_first_adamw_steps, KERAS, id="memoryless_defaults"),
+    pytest.param(
+        MemorylessAdamW,
+        _numpy_first_adamw_steps,
+        {"lr": 0.03, "beta2": 0.8, "eps": 0.1, "weight_decay": 0.5},
+        id="memoryless",
+    ),
 ]
-OPTIMIZERS = pytest.mark.parametrize("optimizer", [TFRMSprop, TFAdam])
+OPTIMIZERS = pytest.mark.parametrize("optimizer", [TFRMSprop, TFAdam, SignSGD, MemorylessAdamW])
 
 
 @pytest.fixture

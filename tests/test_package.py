@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import CONF
 
 ROOT = CONF.parent
@@ -87,3 +88,12 @@ def test_python_314_gets_a_clear_message() -> None:
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.returncode == 1
     assert ended.stderr.startswith("nobackprop runs on Python 3.11, 3.12 and 3.13")
+
+
+def test_the_readmes_loop_learns(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "README.md").read_text()
+    (loop,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "optimizer.step()" in block)
+    assert len(loop.splitlines()) < 20
+    torch.manual_seed(0)
+    exec(loop, {})
+    assert float(re.findall(r"tensor\((.*)\)", capsys.readouterr().out)[0]) > 0.85
