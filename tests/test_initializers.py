@@ -31,6 +31,7 @@ from nobackprop.rule import Rule
 from nobackprop.rules.bp import BP
 from nobackprop.rules.dfa import DFA
 from nobackprop.rules.fa import FA
+from nobackprop.rules.lra_e import LRAE
 from nobackprop.rules.mdfa import MDFA
 
 
@@ -149,6 +150,17 @@ def test_the_fan_in_of_direct_feedback_is_the_number_of_outputs(wide: Network, c
     one_output = mlp((10,), 1, hidden=[20000], activation="tanh")
     _assert_uniform(_weights(one_output, DFA(), "U1")["B1"], -1, 1)
     _assert_uniform(_weights(one_output, MDFA(), "U1")["B1"], 0, 1)
+
+
+def test_the_fan_in_of_lra_es_error_weights_is_the_layer_above(wide: Network, conv: Network) -> None:
+    """As in its program, which draws E, the transpose of what is stored here, like any other matrix."""
+    w = _weights(wide, LRAE(), "U1")
+    assert w["E3"].shape == (4, 300)
+    _assert_uniform(w["E3"], -0.5, 0.5)
+    _assert_uniform(w["E2"], -(300**-0.5), 300**-0.5)
+    kernel = _weights(conv, LRAE(), "U1")["E2"]
+    assert kernel.shape == (30, 20, 3, 3)
+    _assert_uniform(kernel, -(270**-0.5), 270**-0.5)  # 30 channels x 3 x 3
 
 
 def test_literal_u1_is_bounded_by_the_fourth_root_of_the_fan_in(wide: Network) -> None:
