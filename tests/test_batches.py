@@ -1,8 +1,13 @@
 """Tasks and mini-batches: functions of seed and epoch, however they are stacked, chunked and resumed."""
 
+import os
+import threading
+import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -51,6 +56,27 @@ def test_bad_class_count(toy: Dataset, classes: int) -> None:
 def test_bad_validation(toy: Dataset, validation: float) -> None:
     with pytest.raises(ValueError, match=rf"validation is {validation}[;,]"):
         task(toy, 0, validation=validation)
+
+
+@pytest.mark.parametrize("split", ["first", "last"])
+def test_a_split_by_position(toy: Dataset, split: str) -> None:
+    made = task(toy, 3, validation=37, split=split)
+    held_out = torch.arange(37) if split == "first" else torch.arange(100, 137)
+    assert torch.equal(made.validation.sort().values, held_out)
+    assert torch.equal(torch.cat([made.train, held_out]).sort().values, torch.arange(137))
+    assert torch.equal(task(toy, 4, validation=37, split=split).train, made.train)  # whatever the seed
+
+
+def test_a_dataset_that_validates_on_its_test_images_trains_on_all_others(toy: Dataset) -> None:
+    assert toy.validation is toy.train
+    literal = replace(toy, validate_on_test=True)
+    assert literal.validation is toy.test
+    for classes in (None, 3):
+        ours, t = task(toy, 3, classes=classes), task(literal, 3, classes=classes, validation=10_000)
+        assert t.classes == ours.classes
+        assert torch.equal(t.validation, t.test)
+        assert torch.equal(t.test, ours.test)
+        assert torch.equal(t.train.sort().values, torch.cat([ours.train, ours.validation]).sort().values)
 
 
 def test_no_test_image_of_the_classes(toy: Dataset) -> None:
@@ -160,6 +186,11 @@ def test_position_is_asked_again_and_max_steps_ends_it(toy: Dataset) -> None:
     assert not hasattr(b, "__len__")
 
 
+def test_nothing_comes_after_max_steps(toy: Dataset) -> None:
+    for step in (29, 30, 35, 36, 50):
+        assert list(batches(toy, [task(toy, 0)], step, max_steps=29)) == []
+
+
 def test_bad_batches(toy: Dataset) -> None:
     tasks = [task(toy, seed, classes=3) for seed in range(4)]
     with pytest.raises(ValueError, match=r"batch_size is 200, but there are only 123 training images"):
@@ -215,6 +246,111 @@ def test_half_of_the_images_are_flipped_and_crops_are_uniform(toy: Dataset) -> N
     assert not torch.equal(later, joined(batches(toy, [t], 12))[0].flatten(0, 2))
 
 
+# Images that do not fit
+
+
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+
+
+def mapped(images: Images, path: Path) -> Images:
+    path.write_bytes(images.pixels.numpy().tobytes())
+    array = np.memmap(path, np.uint8, "r+", shape=tuple(images.pixels.shape))
+    return Images(torch.from_numpy(array), images.labels, path)
+
+
+@pytest.fixture(params=["memory", "file"])
+def large(request: pytest.FixtureRequest, toy: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
+    """The toy images in chunks of one to three mini-batches, read ahead from memory or from a file."""
+    monkeypatch.setattr(module, "CHUNK_BYTES", 2 * 10 * 48 * 3)
+    if request.param == "memory":
+        images = [replace(toy.train), replace(toy.test)]
+        monkeypatch.setattr(module, "_fits", lambda images, _: images not in large)
+    else:
+        images = [mapped(toy.train, tmp_path / "train"), mapped(toy.test, tmp_path / "test")]
+    large = images
+    return replace(toy, train=large[0], test=large[1])
+
+
+@AUGMENT
+@pytest.mark.parametrize("ahead", [1, 2, 20])
+def test_reading_ahead_changes_nothing(
+    toy: Dataset, large: Dataset, monkeypatch: pytest.MonkeyPatch, ahead: int, options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(module, "READ_AHEAD", ahead)
+    tasks = [task(toy, 0), task(toy, 1)]
+    assert module._store(toy.train, torch.device("cpu")).resident
+    assert not module._store(large.train, torch.device("cpu")).resident
+    for step, steps in ((0, None), (12, None), (17, None), (12, 13), (24, 31), (29, 29)):
+        ours = list(batches(toy, tasks, step, max_steps=steps, **options))
+        theirs = list(batches(large, tasks, step, max_steps=steps, **options))
+        for (a, b), (c, d) in zip(ours, theirs, strict=True):
+            assert torch.equal(a, c)
+            assert torch.equal(b, d)
+    tables, relabels = [task(toy, s, classes=3).test for s in (0, 1)], [t.relabel for t in tasks]
+    ours, theirs = (EvalBatches(d.test, tables, relabels, "cpu", batch_size=7) for d in (toy, large))
+    for _ in range(2):
+        for a, b in zip(ours, theirs, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert not readers()
+
+
+def test_reading_stays_a_little_ahead(large: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, threads = [], set()
+    gather = module._Store._read
+
+    def count(self: Any, index: Tensor) -> Tensor:
+        read.append(index)
+        threads.add(threading.current_thread())
+        return gather(self, index)
+
+    monkeypatch.setattr(module._Store, "_read", count)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 1)
+    iterator = iter(batches(large, [task(large, 0)]))
+    for used in range(1, 8):
+        next(iterator)
+        deadline = time.monotonic() + 20
+        while len(read) < used + module.READ_AHEAD and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.005)
+        assert len(read) == used + module.READ_AHEAD
+    assert len(threads) == 1
+    assert threading.current_thread() not in threads
+
+
+def test_reading_ends_with_the_iteration(large: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_BYTES", 1)
+    train = batches(large, [task(large, 0)])
+    evaluation = EvalBatches(large.test, [torch.arange(40)], [torch.arange(5)], "cpu", batch_size=3)
+    for loader in (train, evaluation):
+        for _ in loader:
+            assert len(readers()) == 1
+            break
+        assert not readers()
+        with pytest.raises(KeyError):  # noqa: PT012
+            for _ in loader:
+                raise KeyError
+        assert not readers()
+        first, second = iter(loader), iter(loader)  # side by side
+        assert torch.equal(next(first)[0], next(second)[0])
+        assert len(readers()) == 2
+        del first, second
+        assert not readers()
+
+
+def test_a_failure_to_read_is_raised(toy: Dataset, tmp_path: Path) -> None:
+    images = mapped(toy.train, tmp_path / "train")
+    loader = TrainBatches(replace(toy, train=images), [task(toy, 0)], 10, lambda: 0, "cpu")
+    path = tmp_path / "train"
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(ValueError, match=r"train was cut short while it was read"):
+        list(loader)
+    assert not readers()
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        list(loader)
+
+
 # Evaluation
 
 
@@ -250,10 +386,17 @@ def test_nothing_to_evaluate(toy: Dataset) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("fits", [True, False])
 @AUGMENT
-def test_device_holds_the_same_batches(toy: Dataset, options: dict[str, Any]) -> None:
+def test_device_holds_the_same_batches(
+    toy: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], fits: bool
+) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    toy = replace(toy, train=mapped(toy.train, tmp_path / "train"), test=mapped(toy.test, tmp_path / "test"))
+    if not fits:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2 * toy.test.pixels.nbytes - 1, 1 << 40))
+    assert module._store(toy.train, torch.device("cuda")).resident == fits
     tasks = [task(toy, 0), task(toy, 1)]
     here = batches(toy, tasks, **options)
     there = replace(here, device="cuda")

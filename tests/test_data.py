@@ -24,7 +24,6 @@ from nobackprop import data
 from nobackprop.data import (
     Dataset,
     Digits,
-    Folder,
     Images,
     Parquet,
     Source,
@@ -328,69 +327,6 @@ def test_parquet_without_files_or_images(tmp_path: Path) -> None:
         parquet_source(tmp_path, shape=(2, 5, 4))
 
 
-# Folder
-
-
-def save_image(path: Path, size: tuple[int, int], colour: Any, mode: str = "RGB") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, colour).save(path)
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    save_image(tmp_path / "train/n02/b.JPEG", (20, 10), (255, 0, 0))
-    save_image(tmp_path / "train/n02/a.png", (8, 8), 90, "L")
-    save_image(tmp_path / "train/n01/z.jpg", (9, 30), (0, 255, 0))
-    save_image(tmp_path / "val/n01/1.png", (8, 8), (1, 2, 3))
-    save_image(tmp_path / "val/n02/1.png", (8, 8), (4, 5, 6))
-    (tmp_path / "train/n01/notes.txt").write_text("no image")
-    return tmp_path
-
-
-def test_folder_is_read_by_sorted_names(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    listed = Path.iterdir
-    monkeypatch.setattr(Path, "iterdir", lambda self: iter(sorted(listed(self), reverse=True)))
-    source = Folder(tree, "tiny", 8)
-    assert (source.shape, source.num_classes, source.classes) == ((3, 8, 8), 2, ("n01", "n02"))
-    dataset = source.load()
-    assert dataset.train.labels.tolist() == [0, 1, 1]
-    assert dataset.train.pixels.shape == (3, 3, 8, 8)
-    assert (dataset.train.pixels[1] == 90).all()  # grey, a.png before b.JPEG
-    colours = dataset.train.pixels[[0, 2], :, 4, 4].int()
-    assert (colours - torch.tensor([[0, 255, 0], [255, 0, 0]])).abs().max() < 3
-    assert dataset.test.pixels[:, :, 0, 0].tolist() == [[1, 2, 3], [4, 5, 6]]
-
-
-def test_folder_crops_the_centre(tree: Path) -> None:
-    wide = Image.new("RGB", (24, 8))
-    for x in range(24):
-        for y in range(8):
-            wide.putpixel((x, y), (10 * x, 20 * y, 0))
-    wide.save(tree / "val/n01/1.png")
-    wide.transpose(Image.Transpose.TRANSPOSE).resize((16, 48), Image.Resampling.NEAREST).save(tree / "val/n02/1.png")
-    wide, tall = Folder(tree, "tiny", 8).load().test.pixels
-    assert wide[0].tolist() == [[10 * x for x in range(8, 16)]] * 8
-    assert wide[1, :, 0].tolist() == [20 * y for y in range(8)]
-    middle = tall[:, 1:-1, 1:-1].int() - wide.transpose(1, 2)[:, 1:-1, 1:-1].int()  # halved in size: about the same
-    assert middle.abs().max() <= 3
-
-
-def test_folder_errors(tree: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none/train holds no folder"):
-        _ = Folder(tree / "none", "tiny", 8).num_classes
-    bad = tree / "val/n02/2.jpg"
-    bad.write_bytes((tree / "train/n02/b.JPEG").read_bytes()[:200])
-    with pytest.raises(ValueError, match=rf"{re.escape(str(bad))} is not a readable image"):
-        Folder(tree, "tiny", 8).load()
-    bad.unlink()
-    (tree / "val/n02/1.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no .jpg, .jpeg or .png file in .*val/n02"):
-        Folder(tree, "tiny", 8).load()
-    (tree / "val/n02").rename(tree / "val/n03")
-    with pytest.raises(ValueError, match=r"val are not those in train: without \['n02'\], with \['n03'\]\. Correct"):
-        Folder(tree, "tiny", 8).load()
-
-
 # Digits and the checks that all share
 
 
@@ -425,6 +361,7 @@ def test_fingerprint_changes_with_every_byte(toy: Dataset) -> None:
             changed.view(-1)[-1] += 1
             other = replace(toy, **{split: replace(images, **{part: changed})})
             assert other.fingerprint != toy.fingerprint
+    assert replace(toy, checksum="known").fingerprint == "known"
 
 
 def test_check_says_what_is_wrong() -> None:

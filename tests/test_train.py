@@ -63,7 +63,7 @@ GROUPS = ("rule", "dataset", "arch", "init", "loss", "optimizer", "schedule", "t
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g in GROUPS for o in options(g)])
 def test_every_config_composes(config: Config, tmp_path: Path, group: str, option: str) -> None:
     overrides = [f"{group}={option}"]
-    if option == "folder":
+    if option in ("folder", "imagenet", "imagenet_literal"):
         (tmp_path / "train" / "a").mkdir(parents=True)
         (tmp_path / "train" / "b").mkdir()
         overrides.append(f"dataset.source.root={tmp_path}")

@@ -2,17 +2,15 @@
 
 A `Task` says which images of a dataset one seed trains, validates and tests on; `TrainBatches` and `EvalBatches` gather
 them as uint8, with a leading axis of seeds, on the device. There are no worker processes: images that fit are kept on
-the device, and where they don't, a thread reads ahead.
+the device, and of those that don't, or are in a file, a thread reads the next chunks while the last one is used.
 """
 
-import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,7 +21,7 @@ from nobackprop.streams import stream
 
 CHUNK_STEPS = 100  # the most mini-batches that are gathered at once
 CHUNK_BYTES = 8_000_000  # and about how many bytes of pixels
-READ_AHEAD = 2  # chunks that are gathered before they are asked for, where images do not fit
+READ_AHEAD = 2  # chunks that are read before they are asked for, where images do not fit
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +41,14 @@ class Task:
     relabel: Tensor
 
 
+# In which order images go to validation first.
+SPLITS: dict[str, Callable[[int, int], Tensor]] = {
+    "random": lambda n, seed: torch.randperm(n, generator=stream(seed, "split")),
+    "first": lambda n, _: torch.arange(n),
+    "last": lambda n, _: torch.arange(n).flip(0),
+}
+
+
 def task(
     dataset: Dataset,
     seed: int,
@@ -50,12 +56,14 @@ def task(
     classes: int | None = None,
     classes_seed: int | None = None,
     validation: float = 0.1,
+    split: str = "random",
 ) -> Task:
     """The task of a seed: all classes, or `classes` of them drawn from `classes_seed` (the seed itself if None).
 
-    `validation` is a fraction of the training images of these classes, or how many; the rest trains. A data set that
-    validates on its test images has no use for it: all training images train. Raises ValueError where no image is left
-    on one side, or the data set doesn't have that many classes.
+    `validation` is a fraction of the training images of these classes, or how many; the rest trains. They are drawn by
+    the seed, or (`split`) they are the "first" or "last" of the file. A data set that validates on its test images has
+    no use for either: all training images train. Raises ValueError where no image is left on one side, or the data set
+    doesn't have that many classes.
     """
     if classes is None:
         chosen = torch.arange(dataset.num_classes)
@@ -80,7 +88,7 @@ def task(
         )
     if len(test) == 0:
         raise ValueError(f"{dataset.name} has no test image of the classes {chosen.tolist()}")
-    mixed = selected[torch.randperm(n, generator=stream(seed, "split"))]
+    mixed = selected[SPLITS[split](n, seed)]
     held_out = test if dataset.validate_on_test else mixed[:count]
     return Task(seed, tuple(chosen.tolist()), mixed[count:], held_out, test, relabel)
 
@@ -92,40 +100,37 @@ def batches_per_epoch(task: Task, batch_size: int) -> int:
     return len(task.train) // batch_size
 
 
-def _memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU; elsewhere all memory that this process may have."""
+def _fits(images: Images, device: torch.device) -> bool:
+    """Whether to keep the pixels on the device: half of a GPU's free memory, or those that are in memory anyway."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    membership = Path("/proc/self/cgroup")  # Linux: "0::/path", of version 1 "4:memory:/path"
-    for line in membership.read_text().splitlines() if membership.exists() else []:
-        _, controllers, path = line.split(":", 2)
-        top, name = (
-            ("/sys/fs/cgroup/memory", "memory.limit_in_bytes") if controllers else ("/sys/fs/cgroup", "memory.max")
-        )
-        for folder in (Path(top + path), *Path(top + path).parents):  # the limits of all groups above hold as well
-            if (limit := folder / name).exists() and (text := limit.read_text().strip()).isdigit():
-                limits.append(int(text))
-    return min(limits)
+        return images.pixels.nbytes <= torch.cuda.mem_get_info(device)[0] / 2
+    return images.file is None  # the system keeps in memory what fits of a file
 
 
 @dataclass(frozen=True, eq=False)
 class _Store:
-    """Pixels to gather from: `resident` on the device, or where they are, to be moved there as they are gathered."""
+    """Images to gather chunks from: `resident` on the device, or read, and moved there, as they are needed."""
 
-    pixels: Tensor
+    images: Images
     device: torch.device
     resident: bool
 
-    def chunks(self, indices: Iterable[Tensor]) -> Iterator[Tensor]:
-        """For each index, of any shape and on the device of `pixels`, its images (..., C, H, W) on `device`."""
+    @property
+    def index_device(self) -> torch.device:
+        """Where indices have to be."""
+        return self.images.pixels.device
+
+    def chunks(self, indices: Iterable[Tensor]) -> Generator[Tensor, None, None]:
+        """For each index, of any shape, its pixels (..., C, H, W) on the device."""
         if self.resident:
-            yield from map(self._gather, indices)
+            pixels = self.images.pixels
+            for index in indices:
+                yield pixels.index_select(0, index.flatten()).view(*index.shape, *pixels.shape[1:])
             return
         pool, ahead = ThreadPoolExecutor(1, "read-ahead"), deque[Future[Tensor]]()
         try:
             for index in indices:
-                ahead.append(pool.submit(self._gather, index))
+                ahead.append(pool.submit(self._read, index))
                 if len(ahead) > READ_AHEAD:
                     yield ahead.popleft().result().to(self.device, non_blocking=True)
             while ahead:
@@ -133,19 +138,27 @@ class _Store:
         finally:  # also where the consumer stops early
             pool.shutdown(cancel_futures=True)
 
-    def _gather(self, index: Tensor) -> Tensor:
-        pinned = not self.resident and self.device.type == "cuda"
-        out = torch.empty(
-            index.numel(), *self.pixels.shape[1:], dtype=torch.uint8, device=self.pixels.device, pin_memory=pinned
-        )
-        return torch.index_select(self.pixels, 0, index.reshape(-1), out=out).view(*index.shape, *self.pixels.shape[1:])
+    def _read(self, index: Tensor) -> Tensor:
+        """In memory; pinned for a GPU, so that nothing waits for the way there."""
+        shape, file = self.images.pixels.shape[1:], self.images.file
+        out = torch.empty(index.numel(), *shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        if file is None:
+            torch.index_select(self.images.pixels, 0, index.flatten(), out=out)
+        else:  # not by the map, which reads pages one by one: five times slower where the system has not kept them
+            with file.open("rb", buffering=0) as opened:
+                for row, i in zip(out.numpy(), index.flatten().tolist(), strict=True):
+                    opened.seek(i * row.nbytes)
+                    if opened.readinto(row) != row.nbytes:
+                        raise ValueError(f"{file} was cut short while it was read: start again")
+        return out.view(*index.shape, *shape)
 
 
 @lru_cache(maxsize=4)
 def _store(images: Images, device: torch.device) -> _Store:
-    """The pixels on the device if they take at most half of its memory: moved once, whoever asks."""
-    resident = images.pixels.nbytes <= _memory(device) // 2
-    return _Store(images.pixels.to(device).contiguous() if resident else images.pixels, device, resident)
+    """The images on the device, if they fit: moved once, whoever asks."""
+    if not _fits(images, device):
+        return _Store(images, device, resident=False)
+    return _Store(replace(images, pixels=images.pixels.to(device).contiguous(), file=None), device, resident=True)
 
 
 def _augment(pixels: Tensor, flip: Tensor, shift: Tensor, crop: int) -> Tensor:
@@ -205,13 +218,15 @@ class TrainBatches:
         end = self.per_epoch
         if self.max_steps is not None:
             end = min(end, self.max_steps - epoch * self.per_epoch)
+        if end <= start:
+            return
         tables = (torch.stack(column) for column in zip(*self._epoch(epoch), strict=True))
         # with the seed first; chunks have the mini-batch first
         index, labels, flip, shift = (table[:, start:end].transpose(0, 1).contiguous() for table in tables)
         bytes_a_step = len(self.tasks) * self.batch_size * images.pixels[0].numel()
         size = max(1, min(CHUNK_STEPS, CHUNK_BYTES // bytes_a_step))
         others = (table.to(device).split(size) for table in (labels, flip, shift))
-        with closing(store.chunks(index.to(store.pixels.device).split(size))) as chunks:
+        with closing(store.chunks(index.to(store.index_device).split(size))) as chunks:
             for chunk, labels, flip, shift in zip(chunks, *others, strict=True):
                 if self.flip or self.crop:
                     flat = chunk.flatten(0, 2)
@@ -257,7 +272,7 @@ class EvalBatches:
         index = torch.stack([table[position * row] for table, row in zip(tables, mask, strict=True)])
         labels = torch.stack([relabel[images.labels[row]] for relabel, row in zip(relabels, index, strict=True)])
         self._store = _store(images, torch.device(device))
-        self._index = index.to(self._store.pixels.device)
+        self._index = index.to(self._store.index_device)
         self._labels, self._mask = labels.to(device), mask.to(device)
         self._size = max(1, min(batch_size, CHUNK_BYTES // (len(tables) * images.pixels[0].numel())))
 

@@ -24,10 +24,11 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Pixels (n, C, H, W) uint8 and labels (n,) int64."""
+    """Pixels (n, C, H, W) uint8 and labels (n,) int64. Pixels may be mapped from a file of nothing else."""
 
     pixels: Tensor
     labels: Tensor
+    file: Path | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -67,6 +67,7 @@ class Learner(LightningModule):
         self.w = nn.ParameterDict({name: _fixed(torch.stack([w[name] for w in weights])) for name in weights[0]})
         self.best = nn.ParameterDict({name: _fixed(p.clone()) for name, p in self.w.items()})
         self.train_scores, self.eval_scores = Scores(loss, self.seeds), Scores(loss, self.seeds)
+        self.extra_scores: list[dict[str, float]] = [{} for _ in range(self.seeds)]  # a callback's, for this epoch
         self.steps = 0  # mini-batches trained so far: the truth for data order, logs and records
         self.progress = [Progress() for _ in range(self.seeds)]
 
@@ -146,13 +147,15 @@ class Learner(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.eval_scores.reset()
+        for extra in self.extra_scores:
+            extra.clear()
 
     def on_test_epoch_start(self) -> None:
         self.eval_scores.reset()
 
     def on_validation_epoch_end(self) -> None:
         train, val = per_seed(self.train_scores.compute()), per_seed(self.eval_scores.compute())
-        improved = [self._advance(p, train[s], val[s]) for s, p in enumerate(self.progress)]
+        improved = [self._advance(p, train[s], val[s], self.extra_scores[s]) for s, p in enumerate(self.progress)]
         if any(improved):
             mask = torch.tensor(improved, device=self.device)
             for name, p in self.w.items():
@@ -166,13 +169,13 @@ class Learner(LightningModule):
         for p, scores in zip(self.progress, per_seed(self.eval_scores.compute()), strict=True):
             p.test = scores if p.best_epoch is not None else None
 
-    def _advance(self, p: Progress, train: dict[str, float], val: dict[str, float]) -> bool:
+    def _advance(self, p: Progress, train: dict[str, float], val: dict[str, float], extra: dict[str, float]) -> bool:
         """Notes a finished epoch of one seed; whether its weights are now its best."""
         if p.stopped:
             return False
         epoch = len(p.epochs) + 1
         finite = isfinite(train["loss"]) and isfinite(val["loss"])
-        scores = {f"train/{k}": v for k, v in train.items()} | {f"val/{k}": v for k, v in val.items()}
+        scores = {f"train/{k}": v for k, v in train.items()} | {f"val/{k}": v for k, v in val.items()} | extra
         scores = {k: v if isfinite(v) else None for k, v in scores.items()}
         p.epochs.append({"epoch": epoch, "step": self.steps, **scores})
         if not finite:

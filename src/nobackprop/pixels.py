@@ -1,6 +1,5 @@
 """From uint8 pixels to a net's input."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +16,15 @@ class Pixels:
     @classmethod
     def normalized(cls, images: Tensor) -> "Pixels":
         """With the mean and standard deviation of each channel over uint8 images (n, C, H, W)."""
-        std, mean = zip(*(torch.std_mean(channel / 255) for channel in images.unbind(1)), strict=True)
-        return cls(_floats(mean), tuple(max(s, 1e-6) for s in _floats(std)))
+        values = torch.arange(256, dtype=torch.float64) / 255
+        counts = torch.zeros(images.shape[1], 256, dtype=torch.float64)
+        for part in images.split(1000):  # images may be mapped from a file larger than memory
+            for channel, pixels in enumerate(part.unbind(1)):
+                counts[channel] += torch.bincount(pixels.flatten(), minlength=256)
+        share = counts / counts.sum(1, keepdim=True)
+        mean = share @ values
+        std = (share @ values.square() - mean.square()).clamp(min=0).sqrt()
+        return cls(tuple(mean.tolist()), tuple(std.clamp(min=1e-6).tolist()))
 
     def __call__(self, pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The input for uint8 pixels (..., C, H, W), in the same shape."""
@@ -27,7 +33,3 @@ class Pixels:
             return x
         mean, std = (torch.tensor(v, dtype=dtype, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
         return (x - mean) / std
-
-
-def _floats(values: Iterable[Tensor]) -> tuple[float, ...]:
-    return tuple(float(v) for v in values)

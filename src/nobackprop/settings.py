@@ -116,7 +116,7 @@ class Settings(_Strict):
         The last two change float32 rounding; a record states them beside its config.
         """
         config = self.model_dump(exclude={"seeds", "logger", "paths", "stack", "threads", "checkpoint_minutes"})
-        for key in ("root", "download"):
+        for key in ("root", "download", "cache", "verify"):
             config["dataset"]["source"].pop(key, None)
         for key in ("accelerator", "devices", "num_nodes"):
             config["trainer"].pop(key, None)

@@ -198,7 +198,7 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console:
         batches=partial(
             TrainBatches, dataset, tasks, s.batch_size, max_steps=s.max_steps, flip=s.dataset.flip, crop=s.dataset.crop
         ),
-        validation=partial(EvalBatches, dataset.train, [t.validation for t in tasks], relabels),
+        validation=partial(EvalBatches, dataset.validation, [t.validation for t in tasks], relabels),
         test=partial(EvalBatches, dataset.test, [t.test for t in tasks], relabels),
         pixels=pixels,
         optimizer=run.optimizer,

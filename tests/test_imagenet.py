@@ -1,0 +1,437 @@
+"""Image files through their cache: what is made of them, what interrupts it, and what is noticed afterwards."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CONF
+from hydra import compose, initialize_config_dir
+from PIL import Image
+
+from nobackprop import data
+from nobackprop import imagenet as module
+from nobackprop.batches import TrainBatches, task
+from nobackprop.data import Dataset, Images
+from nobackprop.imagenet import ImageNet
+from nobackprop.train import train
+
+CLASSES = [f"n{i:02}" for i in range(6)]
+MODES = {"RGB": "JPEG", "L": "JPEG", "CMYK": "JPEG", "P": "png", "RGBA": "PNG", "LA": "png"}
+
+
+def picture(seed: int, size: tuple[int, int]) -> Image.Image:
+    noise = torch.randint(256, (3, 4, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(noise.numpy()).resize(size, Image.Resampling.BICUBIC)
+
+
+def save(path: Path, image: Image.Image) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, quality=95)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """5 + 2 images of each of six classes: non-square, of every mode."""
+    seed = 0
+    for split, n in (("train", 5), ("val", 2)):
+        for label, name in enumerate(CLASSES):
+            for i in range(n):
+                mode = list(MODES)[(label + i) % len(MODES)]
+                size = (30 + 7 * i, 41 - 6 * i)
+                save(tmp_path / "tree" / split / name / f"{i}.{MODES[mode]}", picture(seed, size).convert(mode))
+                seed += 1
+    (tmp_path / "tree/train/n01/notes.txt").write_text("no image")
+    return tmp_path / "tree"
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(module, "BLOCK", 4)
+    data._load.cache_clear()
+    yield
+    data._load.cache_clear()
+
+
+def source(tree: Path, **changes: Any) -> ImageNet:
+    return ImageNet("six", tree, **{"cache": tree.parent / "cache", "size": 12, **changes})
+
+
+def loaded(source: ImageNet) -> Dataset:
+    """As another process would load it."""
+    data._load.cache_clear()
+    return replace(source).load()
+
+
+def content(cache: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in cache.iterdir()}
+
+
+def expected(path: Path, size: int) -> torch.Tensor:
+    """The square about the centre, to half a pixel, scaled."""
+    image = Image.open(path).convert("RGB")
+    w, h = image.size
+    side = min(w, h)
+    left, top = (w - side) / 2, (h - side) / 2
+    box = (left, top, left + side, top + side)
+    image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    return torch.tensor(list(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
+
+
+def assert_same(a: Images, b: Images) -> None:
+    assert torch.equal(a.pixels, b.pixels)
+    assert torch.equal(a.labels, b.labels)
+
+
+# What is made
+
+
+def test_images_are_cut_scaled_and_in_order(tree: Path) -> None:
+    s = source(tree)
+    assert (s.shape, s.num_classes, s.classes) == ((3, 12, 12), 6, tuple(CLASSES))
+    dataset = s.load()
+    for images, split, n in ((dataset.train, "train", 5), (dataset.test, "val", 2)):
+        assert (images.pixels.dtype, images.labels.dtype) == (torch.uint8, torch.int64)
+        assert images.labels.tolist() == [label for label in range(6) for _ in range(n)]
+        files = [p for name in CLASSES for p in sorted((tree / split / name).iterdir()) if p.suffix != ".txt"]
+        assert len(files) == len(images.pixels)
+        for pixels, path in zip(images.pixels, files, strict=True):
+            assert torch.equal(pixels, expected(path, 12)), path
+    assert (dataset.name, dataset.num_classes, dataset.validate_on_test) == ("six", 6, False)
+    assert sorted(content(tree.parent / "cache")) == ["blocks.txt", "index.json", "lock", "test.pixels", "train.pixels"]
+
+
+def test_order_is_by_name_whatever_the_file_system_says(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = source(tree).load()
+    listed, scan = Path.iterdir, os.scandir
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter(sorted(listed(self), reverse=True)))
+
+    class Reversed:
+        def __init__(self, path: Path) -> None:
+            self.entries = sorted(scan(path), key=lambda entry: entry.name, reverse=True)
+
+        def __enter__(self) -> list[Any]:
+            return self.entries
+
+        def __exit__(self, *_: Any) -> None:
+            pass
+
+    monkeypatch.setattr(module.os, "scandir", Reversed)
+    other = source(tree, cache=tree.parent / "other").load()
+    assert_same(dataset.train, other.train)
+    assert dataset.fingerprint == other.fingerprint
+
+
+def test_a_finished_cache_needs_no_tree_and_decodes_nothing(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = source(tree).load()
+    train, test, fingerprint = first.train.pixels.clone(), first.test.pixels.clone(), first.fingerprint
+    monkeypatch.setattr(ImageNet, "_decoded", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(module, "_cores", lambda: 1)
+    loaded(source(tree))
+    tree.rename(tree.parent / "gone")
+    again = loaded(source(tree))
+    assert torch.equal(again.train.pixels, train)
+    assert torch.equal(again.test.pixels, test)
+    assert again.fingerprint == fingerprint
+    assert source(tree).num_classes == 6
+
+
+def test_fingerprint_is_of_the_pixels(tree: Path) -> None:
+    first = source(tree).load().fingerprint
+    assert re.fullmatch("[0-9a-f]{16}", first)
+    assert replace(source(tree), name="other", cache=tree.parent / "b").load().fingerprint == first
+    changed = tree / "val/n05/1.JPEG"
+    assert changed.exists()
+    save(changed, picture(99, (20, 20)))
+    assert source(tree, cache=tree.parent / "c").load().fingerprint != first
+    assert source(tree, cache=tree.parent / "d", size=13).load().fingerprint != first
+
+
+def test_literal_is_bgr_and_validates_on_test(tree: Path) -> None:
+    ours, literal = source(tree).load(), source(tree, literal=True, cache=tree.parent / "literal").load()
+    assert torch.equal(literal.train.pixels, ours.train.pixels.flip(1))
+    assert torch.equal(literal.train.labels, ours.train.labels)
+    assert literal.validate_on_test
+    t = task(literal, 0, classes=3)
+    assert torch.equal(t.validation, t.test)
+    assert len(t.train) == 15
+    with pytest.raises(
+        ValueError, match=r"holds RGB images of shape \(3, 12, 12\), but BGR of .*dataset\.source\.cache"
+    ):
+        source(tree, literal=True).load()
+
+
+def test_odd_metadata_passes_in_silence(tree: Path) -> None:
+    """Pillow warns of it, and warnings are errors here."""
+    image = picture(0, (12, 12)).quantize(4)
+    image.info["transparency"] = bytes([0, 128, 255, 255])
+    image.save(tree / "train/n00/z.png", transparency=image.info["transparency"])
+    assert len(source(tree).load().train.labels) == 31
+
+
+# What interrupts it
+
+
+def test_a_corrupt_file_is_named_and_the_build_goes_on(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_cores", lambda: 1)
+    whole = source(tree, cache=tree.parent / "whole").load()
+    (bad,) = (tree / "train/n03").glob("2.*")
+    good = bad.read_bytes()
+    for damaged in (good[: len(good) // 2], b"no image", b""):
+        bad.write_bytes(damaged)
+        with pytest.raises(
+            ValueError, match=rf"{re.escape(str(bad))} is not a readable image: .*Replace it .*or remove"
+        ):
+            source(tree).load()
+        assert not (tree.parent / "cache/index.json").exists()
+    decoded, decode = [], ImageNet._decoded
+    monkeypatch.setattr(ImageNet, "_decoded", lambda self, path: decoded.append(path) or decode(self, path))
+    bad.write_bytes(good)
+    repaired = source(tree).load()
+    assert_same(repaired.train, whole.train)
+    assert len(decoded) <= 42 - 16  # four blocks were made before it
+    assert bad in decoded
+    assert content(tree.parent / "cache") == content(tree.parent / "whole")
+    for name in ("cache", "whole"):
+        (tree.parent / name / "index.json").unlink()
+    bad.unlink()
+    decoded.clear()
+    removed = loaded(source(tree))
+    assert len(decoded) == 29 - 16  # what comes behind it in the same split has moved
+    assert removed.train.pixels.shape[0] == 29
+    assert_same(removed.train, source(tree, cache=tree.parent / "third").load().train)
+
+
+CHILD = """
+import sys, time
+from nobackprop import imagenet
+imagenet.BLOCK = 4
+imagenet._cores = lambda: 2
+decode = imagenet.ImageNet._decoded
+def slow(self, path):
+    time.sleep(0.02)
+    return decode(self, path)
+imagenet.ImageNet._decoded = slow
+imagenet.ImageNet("six", sys.argv[1], sys.argv[2], 12).load()
+"""
+
+
+def started(tree: Path, cache: Path, blocks: int) -> subprocess.Popen[bytes]:
+    """A process that is making the cache, slowly, and has made some blocks."""
+    child = subprocess.Popen([sys.executable, "-c", CHILD, tree, cache])
+    journal, deadline = cache / "blocks.txt", time.monotonic() + 120
+    while not journal.exists() or journal.read_bytes().count(b"\n") < blocks:
+        assert child.poll() is None, "ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return child
+
+
+def test_a_killed_build_goes_on(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tree.parent / "cache"
+    child = started(tree, cache, blocks=3)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not (cache / "index.json").exists()
+    with (cache / "blocks.txt").open("ab") as file:
+        file.write(b"train 7 0123")  # cut short
+    decoded, decode = [], ImageNet._decoded
+    monkeypatch.setattr(ImageNet, "_decoded", lambda self, path: decoded.append(path) or decode(self, path))
+    source(tree).load()
+    assert 0 < len(decoded) <= 42 - 3 * 4
+    source(tree, cache=tree.parent / "alone").load()
+    assert content(cache) == content(tree.parent / "alone")
+
+
+def test_a_half_written_block_is_made_again(tree: Path) -> None:
+    source(tree).load()
+    cache = tree.parent / "cache"
+    before = content(cache)
+    (cache / "index.json").unlink()
+    with (cache / "train.pixels").open("r+b") as file:
+        file.seek(5 * 4 * 3 * 144 + 100)
+        file.write(bytes(300))
+    (cache / "test.pixels").unlink()
+    loaded(source(tree))
+    assert content(cache) == before
+
+
+def test_a_second_process_waits_for_the_cache(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tree.parent / "cache"
+    child = started(tree, cache, blocks=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageNet, "_decoded", lambda *_: pytest.fail("both made it"))
+        source(tree).load()
+    assert child.wait(120) == 0
+    source(tree, cache=tree.parent / "alone").load()
+    assert content(cache) == content(tree.parent / "alone")
+
+
+def test_a_full_disk_is_foreseen(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need = 42 * 3 * 144
+    usage = type(module.disk_usage(tree))
+    monkeypatch.setattr(module, "disk_usage", lambda _: usage(0, 0, need - 1))
+    with pytest.raises(
+        ValueError, match=r"needs another 0\.0 GB, the disk has .*choose another dataset\.source\.cache"
+    ):
+        source(tree).load()
+    monkeypatch.setattr(module, "disk_usage", lambda _: usage(0, 0, need))
+    source(tree).load()
+    (tree.parent / "cache/index.json").unlink()
+    monkeypatch.setattr(module, "disk_usage", lambda _: usage(0, 0, 0))
+    loaded(source(tree))  # what is written already needs no more room
+
+
+# What is noticed afterwards
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_damaged_block_is_named_and_made_again(tree: Path, split: str) -> None:
+    source(tree).load()
+    cache = tree.parent / "cache"
+    before = content(cache)
+    path = cache / f"{split}.pixels"
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([before[path.name][-1] ^ 1]))
+    block = {"train": 7, "test": 2}[split]
+    with pytest.raises(
+        ValueError, match=rf"{path} is damaged in block {block} of 4 .*Delete .*index\.json: the next run"
+    ):
+        loaded(source(tree))
+    (cache / "index.json").unlink()
+    loaded(source(tree))
+    assert content(cache) == before
+
+
+def test_verify_reads_every_block(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source(tree).load()
+    monkeypatch.setattr(module, "SAMPLE", 1)
+    hashed, hash_ = [], ImageNet._hash
+    monkeypatch.setattr(ImageNet, "_hash", lambda self, *key: hashed.append(key) or hash_(self, *key))
+    loaded(source(tree))
+    assert [key[0] for key in sorted(hashed)] == ["test", "train"]
+    hashed.clear()
+    loaded(source(tree, verify=True))
+    assert sorted(hashed) == [("test", 4, i) for i in range(3)] + [("train", 4, i) for i in range(8)]
+
+
+def test_other_damage_is_named(tree: Path) -> None:
+    source(tree).load()
+    cache = tree.parent / "cache"
+    whole = content(cache)
+    for name, damaged, message in (
+        ("train.pixels", whole["train.pixels"][:-7], r"train.pixels has 12953 bytes, must have 12960\. Delete"),
+        ("blocks.txt", whole["blocks.txt"][:-70], r"blocks.txt is damaged\. Delete"),
+        ("blocks.txt", whole["blocks.txt"].replace(b"test 1", b"test 9"), r"blocks.txt is damaged\. Delete"),
+        ("blocks.txt", b"\xff\n\n a b c d", r"blocks.txt is damaged\. Delete"),
+        ("index.json", whole["index.json"][:-5], r"index.json is damaged, or of another version .*Delete"),
+        ("index.json", whole["index.json"].replace(b'"format":1', b'"format":2'), r"index.json is .*Delete"),
+    ):
+        (cache / name).write_bytes(damaged)
+        with pytest.raises(ValueError, match=message):
+            loaded(source(tree))
+        (cache / "index.json").unlink()
+        loaded(source(tree))
+        assert content(cache) == whole
+    (cache / "test.pixels").unlink()
+    with pytest.raises(ValueError, match=r"test.pixels has 0 bytes, must have 5184"):
+        loaded(source(tree))
+
+
+def test_a_changed_tree_is_noticed(tree: Path) -> None:
+    source(tree).load()
+    cut = r"not those that .*cache was made from, "
+    first, second = tree / "train/n02/0.JPEG", tree / "train/n02/new.jpg"
+    assert first.exists()
+    first.rename(second)
+    with pytest.raises(ValueError, match=cut + r"30 then and 30 now: some have other names\. Put the old files back"):
+        loaded(source(tree))
+    second.rename(tree / "val/n04/new.jpg")
+    with pytest.raises(
+        ValueError, match=cut + r"30 then and 29 now: numbers differ in \['n02'\]\..*Delete .*index\.json"
+    ):
+        loaded(source(tree))
+    (tree.parent / "cache/index.json").unlink()
+    assert len(loaded(source(tree)).test.labels) == 13
+    (tree / "val/n04/new.jpg").rename(first)
+    with pytest.raises(ValueError, match="30 now"):
+        loaded(source(tree))
+    (tree / "train").rename(tree / "elsewhere")  # a split that is not there can't be compared
+    with pytest.raises(ValueError, match=r"/val are " + cut + r"13 then and 12 now: numbers differ in \['n04'\]"):
+        loaded(source(tree))
+
+
+def test_trees_that_do_not_fit(tree: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"none/train holds no folder; needed: .*or a finished cache in .*cache"
+    ):
+        _ = source(tree / "none").num_classes
+    with pytest.raises(ValueError, match=r"size is 0; allowed: 1"):
+        source(tree, size=0)
+    for path in (tree / "val/n02").iterdir():
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no .jpg, .jpeg or .png file in .*val/n02\. Correct"):
+        source(tree).load()
+    (tree / "val/n02").rename(tree / "val/n09")
+    with pytest.raises(ValueError, match=r"val are not those in train: without \['n02'\], with \['n09'\]\. Correct"):
+        source(tree).load()
+    (tree / "val").rename(tree / "away")
+    (tree / "val").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"val holds no folder; needed: one folder of images for each class"):
+        source(tree).load()
+    assert module._some([f"n{i}" for i in range(7)]) == "['n0', 'n1', 'n2', 'n3', 'n4', ... 7 in all]"
+
+
+# Trained on
+
+
+def test_batches_are_those_of_images_in_memory(tree: Path) -> None:
+    dataset = source(tree).load()
+    copy = replace(dataset, train=Images(dataset.train.pixels.clone(), dataset.train.labels))
+    t = task(dataset, 1, classes=4, validation=3)
+    assert dataset.train.file is not None
+    for flip, crop, max_steps in ((False, 0, None), (False, 0, 5), (True, 2, None)):
+        for step in (0, 3, 4):
+            made = (TrainBatches(d, [t], 4, partial(int, step), "cpu", max_steps, flip, crop) for d in (dataset, copy))
+            for (a, b), (c, d) in zip(*made, strict=True):
+                assert torch.equal(a, c)
+                assert torch.equal(b, d)
+
+
+RUNS = [
+    *[(dataset, ["arch=mlp", "arch.hidden=[16,16,16,16]"]) for dataset in ("folder", "imagenet", "imagenet_literal")],
+    ("imagenet", ["arch=allconv_224"]),
+    pytest.param("imagenet", ["arch=mlp", "arch.hidden=[1024,1024,1024,1024]"], marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("dataset", "net"), RUNS)
+def test_an_epoch_at_224(tree: Path, dataset: str, net: list[str]) -> None:
+    """24 images train, 6 validate, 12 test; the program's protocol has all 30 train, and validates on the 12."""
+    overrides = [f"dataset={dataset}", f"dataset.source.root={tree}", "dataset.validation=0.2", *net, "rule=mdfa"]
+    runs = [f"paths.data={tree.parent}", f"paths.runs={tree.parent}/runs", "logger=none"]
+    small = ["batch_size=4", "max_epochs=1", "init.forward=U1", "init.backward=U1", "optimizer.lr=1e-4"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", [*overrides, *runs, *small])
+    (record,) = train(cfg)
+    literal = dataset == "imagenet_literal"
+    counts = (record.data.train, record.data.validation, record.data.test)
+    assert counts == ((30, 12, 12) if literal else (24, 6, 12))
+    assert record.steps == (7 if literal else 6)
+    assert record.data.name == dataset
+    assert record.diverged_epoch is None
+    assert record.test is not None
+    assert (tree.parent / f"{dataset}-224" / "index.json").exists()
+    if literal:
+        assert record.config["dataset"]["source"]["literal"]
+        assert record.test["accuracy"] == record.epochs[0]["val/accuracy"]  # of the same images
