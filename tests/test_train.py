@@ -57,7 +57,7 @@ def folder(cfg: DictConfig) -> Path:
     return prepare(cfg).folder
 
 
-GROUPS = ("rule", "dataset", "arch", "init", "loss", "optimizer", "schedule", "trainer", "logger")
+GROUPS = ("rule", "dataset", "arch", "init", "loss", "optimizer", "schedule", "trainer", "logger", "diagnostics")
 
 
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g in GROUPS for o in options(g)])
@@ -170,7 +170,14 @@ def test_whatever_changes_the_result_changes_the_signature(config: Config, chang
 
 
 def test_what_cannot_change_the_result_keeps_the_signature(config: Config) -> None:
-    other = config("seeds=5", "logger=wandb", "paths.data=elsewhere", "trainer.accelerator=cpu", "threads=2")
+    other = config(
+        "seeds=5",
+        "logger=wandb",
+        "diagnostics=alignment",
+        "paths.data=elsewhere",
+        "trainer.accelerator=cpu",
+        "threads=2",
+    )
     assert prepare(other).settings.signature == prepare(config()).settings.signature
 
 

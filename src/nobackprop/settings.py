@@ -76,6 +76,7 @@ class Settings(_Strict):
     schedule: Component  # empty: none
     trainer: Component
     logger: Component  # empty: none
+    diagnostics: Component  # empty: none
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1), BeforeValidator(_seed_list)]
     max_epochs: PositiveInt
     max_steps: PositiveInt | None
@@ -111,11 +112,12 @@ class Settings(_Strict):
         return f"{rule}_{arch}_{self.dataset.name}"
 
     def identity(self) -> dict[str, Any]:
-        """All that can change a seed's result, and nothing else: no seeds, logger, paths, device or thread count.
+        """All that can change a seed's result, and nothing else: no seeds, loggers, paths, device or thread count.
 
         The last two change float32 rounding; a record states them beside its config.
         """
-        config = self.model_dump(exclude={"seeds", "logger", "paths", "stack", "threads", "checkpoint_minutes"})
+        others = {"seeds", "logger", "diagnostics", "paths", "stack", "threads", "checkpoint_minutes"}
+        config = self.model_dump(exclude=others)
         for key in ("root", "download", "cache", "verify"):
             config["dataset"]["source"].pop(key, None)
         for key in ("accelerator", "devices", "num_nodes"):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from pytorch_lightning import Trainer
+from pytorch_lightning import Callback, Trainer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -53,6 +53,7 @@ class Run:
     optimizer: Callable[..., Optimizer]
     schedule: Callable[..., Any] | None
     logger: Callable[..., Any] | None
+    diagnostics: list[Callback]
     device: torch.device
     source: Source
 
@@ -87,6 +88,7 @@ def prepare(cfg: DictConfig) -> Run:
         optimizer=build(s.optimizer, "optimizer"),
         schedule=build(s.schedule, "schedule") if s.schedule else None,
         logger=build(s.logger, "logger") if s.logger else None,
+        diagnostics=[build(s.diagnostics, "diagnostics")] if s.diagnostics else [],
         device=_trainer(s, logger=False, max_epochs=s.max_epochs, callbacks=[]).strategy.root_device,
         source=source,
     )
@@ -217,7 +219,7 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console:
             s,
             max_epochs=epochs,
             logger=loggers or False,
-            callbacks=[ProgressBar(title, console), ResumePoint(checkpoint, s.checkpoint_minutes)],
+            callbacks=[ProgressBar(title, console), ResumePoint(checkpoint, s.checkpoint_minutes), *run.diagnostics],
         )
         resumed = str(checkpoint) if checkpoint.exists() else None
         start = time.monotonic()

@@ -1,0 +1,124 @@
+"""What goes on inside a net as it trains: angles to the gradient, saturation, norms. Off unless asked for.
+
+It stands outside the rules and knows none of them but backpropagation, the measure of the others.
+"""
+
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from nobackprop.learner import Learner
+from nobackprop.network import Network, Weights
+from nobackprop.rule import Batch, Rule
+from nobackprop.rules.bp import BP
+
+SATURATED = 0.05  # a unit is saturated where its activation's derivative is smaller
+ROUNDING = 1e-6  # a cosine above minus this may be zero but for rounding
+CHUNK = 10_000_000  # about how many numbers the gradients of single samples may take at once
+
+
+class Diagnostics(Callback):
+    """Adds what `diagnose` finds to each epoch's entry of each seed; training stays as it is, to the bit.
+
+    The images are the first `samples` of the seed's validation images, all of them where there are fewer.
+    """
+
+    def __init__(self, samples: int) -> None:
+        if samples < 1:
+            raise ValueError(f"diagnostics.samples is {samples}: it must be 1 or more")
+        self.samples = samples
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seen: list[list[Tensor]] = []
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
+    ) -> None:
+        if (missing := self.samples - sum(mask.shape[1] for _, _, mask in self.seen)) > 0:
+            self.seen.append([t[:, :missing] for t in batch])
+
+    @torch.no_grad()
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Learner)
+        pixels, labels, masks = (torch.cat(parts, 1) for parts in zip(*self.seen, strict=True))
+        for s, mask in enumerate(masks):
+            if not pl_module.progress[s].stopped:
+                w = {name: p[s] for name, p in pl_module.w.items()}
+                x = pl_module.pixels(pixels[s, mask], w["W1"].dtype)
+                y = pl_module.loss.target(labels[s, mask], x.dtype)
+                pl_module.extra_scores[s] |= diagnose(pl_module.net, pl_module.rule, w, Batch(x, y, pl_module.loss))
+
+
+def diagnose(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, float]:
+    """What one seed's weights do on a batch of images, by name; empty where its logits are not finite.
+
+    | name | what | where |
+    | --- | --- | --- |
+    | `norm/W{l}` | Frobenius norm of the weights | every layer |
+    | `norm/update_W{l}` | Frobenius norm of the rule's gradient | the rule gives one |
+    | `angle/update_W{l}` | from the rule's gradient to backpropagation's | and f has a derivative |
+    | `angle/feedback_W{l}` | from the rule's own weight of layer l to what it stands in for | see below |
+    | `saturation/h{l}` | share of units, over all images, where abs(df) < 0.05 | hidden, f has a derivative |
+    | `opposed/W{l}` | share of images whose own update of W and b opposes their own gradient | one output unit |
+
+    Angles are in degrees; one with a zero vector is left out. Shapes tell what the rule's own weights (`B2`, `E3`, ...)
+    stand in for. If all of a letter are shaped like W, that is the W of their layer; if all are (units, outputs), it is
+    the product of the weights above their layer, where those layers are dense. An update opposes a gradient where their
+    inner product is negative.
+    """
+    update, logits = rule.grads(net, w, batch)
+    if not logits.isfinite().all():
+        return {}
+    found = {f"norm/W{l}": w[f"W{l}"].norm() for l in range(1, net.L + 1)}
+    found |= {f"norm/update_{name}": g.norm() for name, g in update.items() if name.startswith("W")}
+    found |= _feedback_angles(net, w)
+    if net.activation.derivative is not None:
+        gradient, _ = BP().grads(net, w, batch)
+        found |= {f"angle/update_{name}": angle(g, gradient[name]) for name, g in update.items() if name[0] == "W"}
+        z, h = net.forward(w, batch.x)
+        for l in range(1, net.L):
+            found[f"saturation/h{l}"] = (net.df(z[l], h[l]).abs() < SATURATED).float().mean()
+        if net.units(net.L) == 1:
+            found |= _opposed(net, rule, w, batch)
+    return {name: float(value) for name, value in found.items() if not value.isnan()}
+
+
+def angle(u: Tensor, v: Tensor) -> Tensor:
+    """The angle between two tensors in degrees, NaN where one is zero; also exact for small angles (Kahan)."""
+    u, v = u / u.norm(), v / v.norm()
+    return torch.rad2deg(2 * torch.atan2((u - v).norm(), (u + v).norm()))
+
+
+def _feedback_angles(net: Network, w: Weights) -> dict[str, Tensor]:
+    layers = range(1, net.L + 1)
+    above = {net.L: torch.eye(net.units(net.L)).to(w["W1"])}  # the product of the weights above, (units, outputs)
+    for l in range(net.L, 1, -1):
+        if w[f"W{l}"].ndim > 2:
+            break  # a convolution
+        above[l - 1] = w[f"W{l}"].mT @ above[l]
+    found = {}
+    for letter in sorted({name.rstrip("0123456789") for name in w} - {"W", "b"}):
+        own = {l: w[f"{letter}{l}"] for l in layers if f"{letter}{l}" in w}
+        if all(t.shape == net.weight_shape(l) for l, t in own.items()):
+            found |= {f"angle/feedback_W{l}": angle(t, w[f"W{l}"]) for l, t in own.items()}
+        elif all(t.shape == (net.units(l), net.units(net.L)) for l, t in own.items()):
+            found |= {f"angle/feedback_W{l}": angle(t, above[l]) for l, t in own.items() if l in above}
+    return found
+
+
+def _opposed(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, Tensor]:
+    def of_one_sample(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        single = Batch(x.unsqueeze(0), y.unsqueeze(0), batch.loss)
+        update, gradient = rule.grads(net, w, single)[0], BP().grads(net, w, single)[0]
+        found = {}
+        for l in range(1, net.L + 1):
+            if names := [name for name in (f"W{l}", f"b{l}") if name in update]:
+                u, g = (torch.cat([grads[name].flatten() for name in names]) for grads in (update, gradient))
+                found[f"opposed/W{l}"] = u @ g < -ROUNDING * u.norm() * g.norm()
+        return found
+
+    numbers = sum(t.numel() for t in w.values()) + sum(net.units(l) for l in range(net.L + 1))
+    over_samples = torch.func.vmap(of_one_sample, chunk_size=max(1, CHUNK // numbers))
+    return {name: opposed.float().mean() for name, opposed in over_samples(batch.x, batch.y).items()}
