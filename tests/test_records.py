@@ -22,7 +22,7 @@ RECORD: dict[str, Any] = {
     "dirty": None,
     "versions": {"torch": "2.15.0"},
     "data": {"name": "digits", "fingerprint": "f", "classes": [4, 2], "train": 9, "validation": 1, "test": 2},
-    "machine": {"system": "Linux", "processor": "p", "cores": 2, "device": "cpu", "threads": 1},
+    "machine": {"system": "Linux", "processor": "p", "cores": 2, "device": "cpu", "threads": 1, "matmul": "highest"},
     "precision": "32-true",
     "stacked": 1,
     "finished": "2026-01-01T00:00:00+00:00",

@@ -23,7 +23,7 @@ import nobackprop
 from nobackprop.callbacks import ResumePoint
 from nobackprop.data import Digits
 from nobackprop.records import Record
-from nobackprop.train import prepare, summary, train
+from nobackprop.train import choose_matmul, prepare, summary, train
 
 # 161 mini-batches an epoch, so two chunks: the first ends in mid-epoch.
 SMALL = ["logger=none", "arch.hidden=[12]", "batch_size=8", "max_epochs=2"]
@@ -149,6 +149,14 @@ def test_a_record_says_what_was_run(config: Config) -> None:
     assert record.machine.threads == 1
     assert torch.__version__.startswith(record.versions["torch"])
     assert str(Path.cwd()) not in record.model_dump_json()  # a record may be published
+
+
+def test_matrix_products_stay_as_accurate_as_float32() -> None:
+    choose_matmul()
+    a, b = torch.rand(300, 300), torch.rand(300, 300)
+    torch.testing.assert_close(a @ b, (a.double() @ b.double()).float(), rtol=1e-5, atol=0)
+    choose_matmul(tolerance=0)
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_top5_is_recorded_above_five_classes(config: Config) -> None:

@@ -35,6 +35,7 @@ class Machine(_Strict):
     cores: PositiveInt
     device: str
     threads: PositiveInt
+    matmul: str  # torch's float32_matmul_precision
 
 
 class Record(_Strict):
@@ -126,6 +127,7 @@ def machine(device: torch.device) -> Machine:
         cores=cores,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         threads=torch.get_num_threads(),
+        matmul=torch.get_float32_matmul_precision(),
     )
 
 
