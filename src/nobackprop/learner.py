@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from nobackprop.batches import EvalBatches, TrainBatches
+from nobackprop.layers import Conv
 from nobackprop.losses import Loss
 from nobackprop.metrics import Scores
 from nobackprop.network import Network
@@ -84,6 +85,14 @@ class Learner(LightningModule):
     def test_dataloader(self) -> EvalBatches:
         return self.test(device=self.device)
 
+    def inputs(self, pixels: Tensor) -> Tensor:
+        """The net's input for uint8 pixels (S, N, C, H, W)."""
+        x = self.pixels(pixels, self.w["W1"].dtype)
+        if x.device.type == "cpu" and isinstance(self.net.layers[0], Conv):
+            # Convolutions on a CPU are up to five times as fast with the channels last in memory.
+            x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, x.shape[:2])
+        return x
+
     # Training
 
     def grads(self, w: Mapping[str, Tensor], x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -117,9 +126,8 @@ class Learner(LightningModule):
     def training_step(self, chunk: tuple[Tensor, Tensor], index: int) -> None:
         """Trains on k mini-batches: pixels (k, S, N, C, H, W), labels (k, S, N)."""
         pixels, labels = chunk
-        dtype = self.w["W1"].dtype
-        y = self.loss.target(labels.flatten(), dtype).unflatten(0, labels.shape)
-        logits = [self.step(self.pixels(p, dtype), t) for p, t in zip(pixels, y, strict=True)]
+        y = self.loss.target(labels.flatten(), self.w["W1"].dtype).unflatten(0, labels.shape)
+        logits = [self.step(self.inputs(p), t) for p, t in zip(pixels, y, strict=True)]
         self.train_scores.update(torch.cat(logits, 1), labels.transpose(0, 1).flatten(1))
 
     def on_train_epoch_start(self) -> None:
@@ -136,8 +144,8 @@ class Learner(LightningModule):
     def evaluate(self, weights: Mapping[str, Tensor], batch: tuple[Tensor, Tensor, Tensor]) -> None:
         """Adds a batch, pixels (S, M, C, H, W), labels and mask (S, M), to the evaluation's scores."""
         pixels, labels, mask = batch
-        x = self.pixels(pixels, self.w["W1"].dtype)
-        self.eval_scores.update(_over_seeds(self.net.logits, self.seeds)(weights, x), labels, mask)
+        logits = _over_seeds(self.net.logits, self.seeds)(weights, self.inputs(pixels))
+        self.eval_scores.update(logits, labels, mask)
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> None:
         self.evaluate(dict(self.w), batch)
