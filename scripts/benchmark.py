@@ -104,7 +104,7 @@ def our_step(net: Network, rule: Rule, loss: Loss, optimizer: Any, pixels: Tenso
     learner = Learner(net, rule, loss, [w], pixels=Pixels(), optimizer=optimizer, **data)  # pyright: ignore
     stepper = learner.configure_optimizers()
     learner.optimizers = lambda *_: stepper  # type: ignore[method-assign]
-    choose_matmul()
+    choose_matmul(torch.device("cpu"))
     matmul = torch.get_float32_matmul_precision()
 
     @torch.no_grad()

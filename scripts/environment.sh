@@ -2,7 +2,8 @@
 # Makes .venv from requirements.lock: with uv where it is there or can be had, else with pip.
 set -eu
 if command -v uv >/dev/null; then
-    uv venv --quiet --clear --python '>=3.11,<3.14' .venv
+    rm -rf .venv
+    uv venv --quiet --python '>=3.11,<3.14' .venv
     uv=uv
 else
     for python in "${PYTHON:-python3}" python3.12 python3.13 python3.11; do

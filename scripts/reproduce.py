@@ -78,11 +78,12 @@ def run(chosen: Sequence[Cell], further: Sequence[str], console: Console, dry: b
     from nobackprop.train import prepare, recorded, train  # torch takes seconds to import
 
     table = Table("cell", "seeds", "test accuracy", "seconds", title="dry run" if dry else None)
-    failures, spent = 0, []
+    failures, spent, skipped = 0, [], 0
     for i, cell in enumerate(chosen):
         left = ""
-        if spent:
-            left = f", about {timedelta(seconds=round(mean(spent) * (len(chosen) - i)))} left at this rate"
+        if spent:  # as if of the cells to come as many were recorded already as of those before
+            to_train = (len(chosen) - i) * len(spent) / (len(spent) + skipped)
+            left = f", about {timedelta(seconds=round(mean(spent) * to_train))} left"
         console.rule(f"cell {i + 1} of {len(chosen)}{left}: {cell}", align="left")
         try:
             cfg = cell.config(further)
@@ -93,6 +94,8 @@ def run(chosen: Sequence[Cell], further: Sequence[str], console: Console, dry: b
             if missing and not dry:
                 done = {r.seed: r for r in train(cfg, console)}
                 spent.append(time.monotonic() - start)
+            else:
+                skipped += 1
         except Exception as error:  # whatever went wrong in this cell, the others have their turn
             failures += 1
             first = (str(error).splitlines() or [""])[0]
@@ -118,8 +121,8 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="show what is recorded and what would run")
     options = parser.parse_args()
     further = [*options.set]
-    further += [f"seeds={options.seeds}"] if options.seeds else []
-    further += [f"max_epochs={options.epochs}"] if options.epochs else []
+    further += [] if options.seeds is None else [f"seeds={options.seeds}"]
+    further += [] if options.epochs is None else [f"max_epochs={options.epochs}"]
     try:
         chosen = select(list(cells(options.paper)), options.only)
     except ValueError as error:

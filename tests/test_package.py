@@ -48,21 +48,43 @@ def test_an_editable_install_finds_its_configs_from_anywhere(tmp_path: Path) -> 
     ("overrides", "message"),
     [
         (["rule=hebb"], r"Could not find 'rule/hebb'\s+Available options in 'rule':\s+bp\s+dfa\s+fa"),
-        (["foo=1"], r"Key 'foo' is not in struct"),
+        (["rul=bp"], r"There is no 'rul' here; choose from: rule, dataset, arch,"),
+        (["rule.bta=1"], r"There is no 'bta' here; choose from: _target_, beta, gamma, learn_E"),
+        (["rule=dfa", "dataset.clases=2"], r"There is no 'clases' here; choose from: classes, classes_seed,"),
     ],
-    ids=["rule", "key"],
+    ids=["rule", "group", "key", "dataset key"],
 )
-def test_hydra_names_the_choices(tmp_path: Path, overrides: list[str], message: str) -> None:
+def test_a_mistyped_name_is_answered_with_the_choices(tmp_path: Path, overrides: list[str], message: str) -> None:
     ended = nobackprop(*overrides, cwd=tmp_path)
     assert ended.returncode == 1
     assert re.search(message, ended.stderr)
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_mistake_in_one_job_of_a_multirun_does_not_stop_the_others(tmp_path: Path) -> None:
+    jobs = ["--multirun", "rule=mdfa,dfa", "init=orthogonal", "max_epochs=1", "logger=none", "arch.hidden=[8]"]
+    ended = nobackprop(*jobs, cwd=tmp_path)
+    assert ended.returncode == 1
+    assert "nobackprop: rule MDFA needs non-negative weights" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert len(list(tmp_path.glob("runs/dfa_mlp_digits-*/seed0/record.json"))) == 1
+
+
+def test_tuned_settings_are_announced_and_a_mistyped_one_is_refused(tmp_path: Path) -> None:
+    ended = nobackprop("tuned=fast", cwd=tmp_path)
+    assert "\nnobackprop: no such tuned settings, 'fast': choose one of" in ended.stderr
+    image = ["dataset=cifar10_jpeg", "rule=mdfa", "arch=allconv", "paths.data=."]
+    ended = nobackprop(*image, cwd=tmp_path)
+    assert "with the settings in conf/tuned/mdfa_allconv_cifar10_jpeg.yaml; tuned=none" in ended.stdout
+    assert "\nnobackprop: cifar10_jpeg: no file" in ended.stderr
 
 
 def test_a_users_mistake_ends_in_one_sentence(tmp_path: Path) -> None:
     ended = nobackprop("rule=mdfa", "init=orthogonal", cwd=tmp_path)
     assert ended.returncode == 1
-    assert ended.stderr.startswith("nobackprop: rule MDFA needs non-negative weights")
-    assert len(ended.stderr.splitlines()) == 1
+    job, sentence = ended.stderr.splitlines()
+    assert job == "Error executing job with overrides: ['rule=mdfa', 'init=orthogonal']"
+    assert sentence.startswith("nobackprop: rule MDFA needs non-negative weights")
 
 
 def test_the_core_needs_torch_alone() -> None:

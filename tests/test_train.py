@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def test_the_224_net_fits_224_images(config: Config, tmp_path: Path) -> None:
         (["+init.foo=1"], "unknown key 'init.foo'; choose from: forward, backward"),
         (["+rule.foo=1"], "rule: unknown key foo; choose from: beta, gamma, learn_E"),
         (["+optimizer.foo=1"], "optimizer: unknown key foo; choose from: lr, betas,"),
-        (["+trainer.foo=1"], "trainer: unknown key foo; choose from: accelerator,"),
+        (["+trainer.max_epochs=3"], "unknown key 'trainer.max_epochs'; choose from: accelerator, devices, precision"),
         (["rule._target_=nobackprop.rules.none.None"], "rule: no such _target_, 'nobackprop.rules.none.None'"),
         (["rule.beta=0"], "rule.beta is 0: it scales the error sent down, so it must be above 0"),
         (["rule=mdfa", "rule.floor=-1"], "rule.floor is -1: mDFA needs non-negative weights, so 0 or more"),
@@ -107,15 +108,27 @@ def test_the_224_net_fits_224_images(config: Config, tmp_path: Path) -> None:
         (["loss=sigmoid"], "sigmoid cross-entropy has one output unit, for 2 classes; got 10"),
         (["dataset.classes=11"], "dataset.classes is 11: digits has 10 classes, so 2 to 10"),
         (["dataset=folder"], "dataset.source.root must be given: add dataset.source.root=..."),
-        (["seeds=0"], "seeds: List should have at least 1 item"),
+        (["seeds=0"], "seeds: write how many, 1 or more, or a list such as [0,4,7], got 0"),
         (["seeds=[3,3]"], "seeds: [3, 3] names a seed twice"),
-        (["seeds=-1"], "seeds: List should have at least 1 item"),
+        (["seeds=abc"], "seeds: write how many, 1 or more, or a list such as [0,4,7], got 'abc'"),
         (["max_epochs=0"], "max_epochs: Input should be greater than 0, got 0"),
         (["update=median"], "update: Input should be 'mean', 'sum' or 'unit_norm', got 'median'"),
         (["optimizer.lr=-1"], "optimizer: Invalid learning rate: -1"),
-        (["+trainer.max_epochs=3"], "trainer.max_epochs can't be set: the program sets it"),
         (["dataset.validation=0"], "dataset.validation: write a fraction between 0 and 1, or how many images, got 0"),
-        (["trainer.devices=2"], "trainer.devices: use 1; a rule's gradients are not reduced"),
+        (["trainer.devices=2"], "trainer.devices: use 1, or a list of one device: a rule's gradients"),
+        (["trainer.precision=16-true"], "trainer.precision: Input should be '64-true', '32-true' or 'bf16-mixed'"),
+        (["rule.learn_E=no"], "rule.learn_E: Input should be a valid boolean, got 'no'"),
+        (["rule.beta=abc"], "rule.beta: Input should be a valid number, got 'abc'"),
+        (["arch.hidden=[12.5]"], "arch.hidden: Input should be a valid integer"),
+        (["arch.hidden=5"], "arch.hidden: Input should be a valid array, got 5"),
+        (["init=normal", "init.forward.std=-1"], "init.forward: std is -1: a standard deviation is 0 or more"),
+        (["init=uniform", "init.backward.scale=-1"], "init.backward: scale is -1: it bounds the draw"),
+        (["optimizer=tf_rmsprop", "optimizer.lr=-1"], "optimizer: Invalid learning rate: -1"),
+        (["optimizer=tf_adam", "optimizer.lr=null"], "optimizer.lr: Input should be a valid number, got None"),
+        (["schedule=cosine", "schedule.T_max=0"], "schedule: "),
+        (["schedule=multistep", "schedule.milestones=5"], "schedule: "),
+        (["logger=wandb", "logger.mode=foo"], "logger.mode: Input should be 'online', 'offline' or 'disabled'"),
+        (["diagnostics=alignment", "diagnostics.samples=0"], "diagnostics.samples is 0: it must be 1 or more"),
         (["trainer.accelerator=abacus"], "trainer: You selected an invalid accelerator name"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -152,10 +165,10 @@ def test_a_record_says_what_was_run(config: Config) -> None:
 
 
 def test_matrix_products_stay_as_accurate_as_float32() -> None:
-    choose_matmul()
+    choose_matmul(torch.device("cpu"))
     a, b = torch.rand(300, 300), torch.rand(300, 300)
     torch.testing.assert_close(a @ b, (a.double() @ b.double()).float(), rtol=1e-5, atol=0)
-    choose_matmul(tolerance=0)
+    choose_matmul(torch.device("cpu"), tolerance=0)
     assert torch.get_float32_matmul_precision() == "highest"
 
 
@@ -224,11 +237,13 @@ def test_a_resumed_run_ends_like_one_left_alone(
     overrides = ["optimizer=sgd", "optimizer.momentum=0.9", "schedule=cosine", "rule=mdfa", "checkpoint_minutes=0"]
     cfg = config(*overrides)
     copies: dict[int, bytes] = {}
+    names: set[str] = set()
     save = ResumePoint.save
 
     def save_and_copy(self: ResumePoint, trainer: Any) -> None:
         save(self, trainer)
         copies[trainer.lightning_module.steps] = self.path.read_bytes()
+        names.add(self.path.name)
 
     monkeypatch.setattr(ResumePoint, "save", save_and_copy)
     (alone,) = train(cfg)
@@ -236,11 +251,12 @@ def test_a_resumed_run_ends_like_one_left_alone(
     assert list(copies) == [100, 161, 261, 322]
     for steps, checkpoint in copies.items():
         again = config(*overrides, f"paths.runs={tmp_path}/{steps}")
-        path = folder(again) / "checkpoints" / "0.ckpt"
+        path = folder(again) / "checkpoints" / next(iter(names))
         path.parent.mkdir(parents=True)
         path.write_bytes(checkpoint)
         (resumed,) = train(again)
         assert same(resumed, alone)
+        assert resumed.wall_s > torch.load(io.BytesIO(checkpoint), weights_only=True)["wall_s"]
         assert not path.exists()
         a, b = weights(folder(cfg) / "seed0"), weights(folder(again) / "seed0")
         assert all(torch.equal(a[name], b[name]) for name in a)
@@ -252,7 +268,7 @@ def test_a_killed_run_ends_like_one_left_alone(config: Config, tmp_path: Path) -
     environment = {**os.environ, "NOBACKPROP_DATA": "data"}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("killed/*/checkpoints/0.ckpt")):
+    while not list(tmp_path.glob("killed/*/checkpoints/*.ckpt")):
         assert process.poll() is None, "ended before it was killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -342,6 +358,8 @@ def test_a_net_refuses_other_images(config: Config) -> None:
 def test_loading_says_what_is_wrong(config: Config, tmp_path: Path) -> None:
     cfg = config("max_epochs=1")
     train(cfg)
+    assert nobackprop.load(folder(cfg)).classes == tuple(range(10))
+    train(config("max_epochs=1", "seeds=2"))
     with pytest.raises(FileNotFoundError, match=r"choose one of its seeds: .*seed0"):
         nobackprop.load(folder(cfg))
     with pytest.raises(FileNotFoundError, match="train it first"):
@@ -364,6 +382,75 @@ def test_nothing_in_a_run_folder_is_unpickled(config: Config) -> None:
     torch.save({"net": Evil()}, path)
     with pytest.raises(ValueError, match=r"best\.pt is damaged"):
         nobackprop.load(path.parent)
+
+
+def test_a_misplaced_record_is_named(config: Config) -> None:
+    cfg = config("max_epochs=1", "seeds=2")
+    train(cfg)
+    (folder(cfg) / "seed0" / "record.json").replace(folder(cfg) / "seed1" / "record.json")
+    with pytest.raises(ValueError, match=r"seed1/record\.json is the record of seed 0 .* put in the wrong"):
+        train(cfg)
+
+
+def test_other_images_under_the_same_name_are_not_mixed(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(config("max_epochs=1"))
+    digits = Digits().load()
+    other = replace(digits, test=replace(digits.test, labels=digits.test.labels.flip(0)))
+    monkeypatch.setattr(Digits, "load", lambda _: other)
+    with pytest.raises(ValueError, match=r"seed 0 is recorded in .* with other images of digits .*: use another paths"):
+        train(config("max_epochs=1", "seeds=2"))
+
+
+def test_a_full_disk_at_the_end_loses_nothing_and_other_images_do_not_resume_it(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    cfg = config("checkpoint_minutes=0")
+    monkeypatch.setattr("nobackprop.train.save", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(cfg)
+    monkeypatch.undo()
+    (left,) = (folder(cfg) / "checkpoints").iterdir()
+    assert Digits().load().fingerprint in left.name  # so that a run on other images looks for another one
+    assert train(cfg)[0].steps == 322
+    assert not left.exists()
+
+
+def test_one_diagnostic_setting_more_leaves_the_record_as_it_is(config: Config, tmp_path: Path) -> None:
+    (plain,) = train(config())
+    (more,) = train(config("diagnostics=alignment", f"paths.runs={tmp_path}/more"))
+    assert more.test == plain.test
+    assert "angle/update_W1" in more.epochs[0]
+    assert plain.epochs[0].items() <= more.epochs[0].items()
+
+
+def test_a_seed_that_never_finished_an_epoch_has_no_net(config: Config) -> None:
+    cfg = config("arch.activation=identity", "optimizer=sgd", "optimizer.lr=1e30")
+    (record,) = train(cfg)
+    assert (record.diverged_epoch, record.best_epoch, record.test) == (1, None, None)
+    with pytest.raises(FileNotFoundError, match="a seed that diverged in its first epoch has none"):
+        nobackprop.load(folder(cfg) / "seed0")
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
+def test_other_precisions_train(config: Config, precision: str) -> None:
+    (record,) = train(config(f"trainer.precision={precision}", "optimizer.lr=0.01", "max_epochs=5"))
+    assert record.precision == precision
+    assert record.test is not None
+    assert record.test["accuracy"] > 0.8
+
+
+def test_steps_are_those_of_each_seed(config: Config) -> None:
+    records = train(config("stack=true", "seeds=4", "patience=1", "max_epochs=12", "optimizer.lr=0.05"))
+    assert [r.steps for r in records] == [161 * len(r.epochs) for r in records]
+    assert len({r.steps for r in records}) > 1
+
+
+def test_numbers_that_are_equal_are_one_config(config: Config) -> None:
+    signature = prepare(config("rule.beta=1")).settings.signature
+    assert prepare(config("rule.beta=1.0")).settings.signature == signature
 
 
 def test_a_damaged_record_is_named(config: Config) -> None:

@@ -9,38 +9,43 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import WandbLogger
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from nobackprop.learner import Learner
 
 
 class ProgressBar(Callback):
-    """One bar for the whole fit: what is trained, epochs done, validation accuracy, samples/s, time left."""
+    """One bar for the whole fit, in mini-batches: what is trained, epochs, validation accuracy, speed, time left."""
 
     def __init__(self, title: str, console: Console) -> None:
         self.bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("epochs{task.fields[scores]}"),
+            TextColumn("{task.fields[state]}"),
             TimeRemainingColumn(),
             console=console,
             refresh_per_second=4,
         )
-        self.task = self.bar.add_task(title, total=None, scores="")
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.bar.start()
+        self.task = self.bar.add_task(title, total=None, state="")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.bar.update(self.task, total=trainer.max_epochs, completed=trainer.current_epoch)
+        assert isinstance(pl_module, Learner)
+        batches = pl_module.batches(position=lambda: 0, device="cpu")
+        total = batches.per_epoch * (trainer.max_epochs or 0)
+        self.bar.start()
+        self.bar.update(self.task, total=min(total, batches.max_steps or total), completed=pl_module.steps)
+        self.images = batches.batch_size * pl_module.seeds
+        self.first, self.started = pl_module.steps, time.monotonic()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         assert isinstance(pl_module, Learner)
         last = [p.epochs[-1] for p in pl_module.progress if p.epochs]
-        accuracy = sum(e["val/accuracy"] for e in last) / len(last)
-        self.bar.update(self.task, advance=1, scores=f"  validation {accuracy:.1%}")
+        state = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        if last:
+            state += f"  validation {sum(e['val/accuracy'] for e in last) / len(last):.1%}"
+        speed = (pl_module.steps - self.first) * self.images / (time.monotonic() - self.started)
+        self.bar.update(self.task, completed=pl_module.steps, state=f"{state}  {speed:,.0f} images/s")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.bar.stop()

@@ -1,40 +1,76 @@
 """The command `nobackprop`: a Hydra application. It imports little, so that --help and mistyped keys answer at once."""
 
 import os
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import DictConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 
 _here = Path(__file__).parent
 # A wheel carries the configs inside the package, a checkout beside src/.
 CONF = _here / "conf" if (_here / "conf").is_dir() else _here.parents[1] / "conf"
 
 
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def run(cfg: DictConfig) -> None:
-    """Trains one config and prints its summary; a user's mistake ends in one sentence, without a traceback."""
+    """Trains one config and prints its summary."""
     from rich.console import Console
 
     from nobackprop.train import summary, train
 
     console = Console()
-    try:
-        recorded = train(cfg, console)
-    except (ValueError, FileNotFoundError) as e:
-        if "HYDRA_FULL_ERROR" in os.environ or HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise
-        sys.exit(f"nobackprop: {e}")
+    if tuned := _tuned():
+        console.print(f"with the settings in conf/tuned/{tuned}.yaml; tuned=none keeps the defaults", highlight=False)
+    recorded = train(cfg, console)
     console.print(summary(recorded))
     folder = Path(cfg.paths.runs) / f"{recorded[0].name}-{recorded[0].signature}"
     console.print(f"records and weights: {folder}", highlight=False, soft_wrap=True)
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
-def main(cfg: DictConfig) -> None:
-    run(cfg)
+def _tuned() -> str | None:
+    """The tuned file in use. Raises ValueError for one that does not exist: to Hydra it is optional."""
+    choices: Any = HydraConfig.get().runtime.choices
+    files = sorted(path.stem for path in (CONF / "tuned").glob("*.yaml"))
+    if (choice := choices.tuned) in files:
+        return None if choice == "none" else choice
+    if choice != f"{choices.rule}_{choices.arch}_{choices.dataset}":
+        raise ValueError(f"no such tuned settings, {choice!r}: choose one of {', '.join(files)}")
+    return None
+
+
+def main() -> None:
+    """The command. A user's mistake ends in a sentence, all else in a traceback (with HYDRA_FULL_ERROR=1 both do)."""
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        run()
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra leaves errors to the lines below
+    try:
+        run()
+    except HydraException as e:
+        sys.exit(f"nobackprop: {e}{_choices(str(e))}")
+    except (ValueError, FileNotFoundError) as e:
+        sys.exit(f"nobackprop: {e}")
+
+
+def _choices(message: str) -> str:
+    """For Hydra's message on a key that does not exist, the keys that do."""
+    match = re.search(r"Could not override '(?:\w+@)?([\w.]+)'", message)
+    if match is None:
+        return ""
+    *parents, key = match[1].split(".")
+    others = [text for text in sys.argv[1:] if "=" in text and not re.match(rf"[~+]*{re.escape(match[1])}=", text)]
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = hydra.compose("train", others)
+    except HydraException:
+        return ""  # another mistake comes first
+    node = OmegaConf.select(cfg, ".".join(parents)) if parents else cfg
+    return f"\nThere is no {key!r} here; choose from: {', '.join(map(str, node or ()))}"
 
 
 if __name__ == "__main__":

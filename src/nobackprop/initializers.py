@@ -47,6 +47,10 @@ class Uniform(Initializer):
     scale: float = 1.0
     power: float = -0.5
 
+    def __post_init__(self) -> None:
+        if self.scale < 0:
+            raise ValueError(f"scale is {self.scale}: it bounds the draw, so 0 or more")
+
     def draw(self, shape: Shape, generator: Generator) -> Tensor:
         bound = self.scale * prod(shape[1:]) ** self.power
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
@@ -58,18 +62,22 @@ class Normal(Initializer):
 
     std: float = 0.1
 
+    def __post_init__(self) -> None:
+        if self.std < 0:
+            raise ValueError(f"std is {self.std}: a standard deviation is 0 or more")
+
     def draw(self, shape: Shape, generator: Generator) -> Tensor:
         return torch.empty(shape).normal_(0, self.std, generator=generator)
 
 
 class NonnegativeUniform(Uniform):
-    """Uniform in [0, scale * fan_in^power]; the first forward layer stays signed."""
+    """As Uniform, of which `initial_weights` takes the absolute value; the first forward layer stays signed."""
 
     nonnegative = True
 
 
 class NonnegativeNormal(Normal):
-    """The absolute value of a normal draw; the first forward layer stays signed."""
+    """As Normal, of which `initial_weights` takes the absolute value; the first forward layer stays signed."""
 
     nonnegative = True
 

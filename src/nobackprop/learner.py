@@ -1,5 +1,6 @@
 """The LightningModule that trains any rule on any net, for one seed or several at once."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
@@ -70,6 +71,7 @@ class Learner(LightningModule):
         self.train_scores, self.eval_scores = Scores(loss, self.seeds), Scores(loss, self.seeds)
         self.extra_scores: list[dict[str, float]] = [{} for _ in range(self.seeds)]  # a callback's, for this epoch
         self.steps = 0  # mini-batches trained so far: the truth for data order, logs and records
+        self.spent_s, self.started = 0.0, time.monotonic()
         self.progress = [Progress() for _ in range(self.seeds)]
 
     def configure_optimizers(self) -> Any:
@@ -129,6 +131,14 @@ class Learner(LightningModule):
         y = self.loss.target(labels.flatten(), self.w["W1"].dtype).unflatten(0, labels.shape)
         logits = [self.step(self.inputs(p), t) for p, t in zip(pixels, y, strict=True)]
         self.train_scores.update(torch.cat(logits, 1), labels.transpose(0, 1).flatten(1))
+
+    def on_train_start(self) -> None:
+        self.started = time.monotonic()
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds of training, those before an interruption included."""
+        return self.spent_s + time.monotonic() - self.started
 
     def on_train_epoch_start(self) -> None:
         assert isinstance(self.trainer.train_dataloader, TrainBatches)
@@ -198,10 +208,12 @@ class Learner(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["steps"] = self.steps
+        checkpoint["wall_s"] = self.wall_s
         checkpoint["progress"] = [vars(p) for p in self.progress]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.steps = checkpoint["steps"]
+        self.spent_s = checkpoint["wall_s"]
         self.progress = [Progress(**p) for p in checkpoint["progress"]]
 
 

@@ -14,7 +14,6 @@ class Scores(Metric):
     """
 
     full_state_update = False
-    higher_is_better = True
 
     def __init__(self, loss: Loss, seeds: int) -> None:
         super().__init__()

@@ -11,6 +11,11 @@ from torch.optim import Optimizer
 class _ForeachOptimizer(Optimizer):
     """Steps all weights that have a gradient at once, through torch's `_foreach` operations."""
 
+    def __init__(self, params: Iterable[Tensor], defaults: dict[str, Any]) -> None:
+        if defaults["lr"] < 0:
+            raise ValueError(f"Invalid learning rate: {defaults['lr']}")
+        super().__init__(params, defaults)
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         for group in self.param_groups:

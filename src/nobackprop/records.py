@@ -35,7 +35,7 @@ class Machine(_Strict):
     cores: PositiveInt
     device: str
     threads: PositiveInt
-    matmul: str  # torch's float32_matmul_precision
+    matmul: str = "highest"  # torch's float32_matmul_precision
 
 
 class Record(_Strict):
@@ -45,7 +45,7 @@ class Record(_Strict):
     signature: str
     seed: NonNegativeInt
     name: str
-    config: dict[str, Any]
+    config: dict[str, Any]  # what identifies the result: Settings.identity()
     command: str
     commit: str | None
     dirty: bool | None
@@ -57,7 +57,7 @@ class Record(_Strict):
     finished: str  # date and time, UTC
     wall_s: NonNegativeFloat  # of this seed, or of the stack it was trained in
     steps: NonNegativeInt
-    epochs: list[dict[str, float | None]]
+    epochs: list[dict[str, int | float | None]]
     best_epoch: PositiveInt | None
     diverged_epoch: PositiveInt | None
     test: dict[str, float] | None  # None where the run diverged before any epoch was over
@@ -72,8 +72,13 @@ class Record(_Strict):
         try:
             return cls.model_validate_json(path.read_bytes())
         except ValidationError as e:
-            error = e.errors()[0]
+            error = next((error for error in e.errors() if error["loc"] == ("format",)), e.errors()[0])
             where = ".".join(str(part) for part in error["loc"]) or "the file"
+            if where == "format":
+                raise ValueError(
+                    f"{path} is of record format {error['input']!r}, which this version does not know: use the version "
+                    "that wrote it, or another paths.runs"
+                ) from None
             raise ValueError(
                 f"{path} is no valid run record ({where}: {error['msg']}): delete it to run this seed again"
             ) from None

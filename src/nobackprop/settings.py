@@ -18,6 +18,7 @@ from pydantic import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
+    TypeAdapter,
 )
 from pydantic import ValidationError as PydanticError
 
@@ -25,13 +26,23 @@ Component = dict[str, Any]  # a mapping with Hydra's `_target_`
 
 
 def _seed_list(seeds: Any) -> Any:
-    return list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else seeds
+    if isinstance(seeds, list):
+        return seeds
+    if isinstance(seeds, int) and not isinstance(seeds, bool) and seeds > 0:
+        return list(range(seeds))
+    raise ValueError("write how many, 1 or more, or a list such as [0,4,7]")
 
 
 def _fraction_or_count(value: float) -> float:
     if 0 < value < 1 or (isinstance(value, int) and value > 0):
         return value
     raise ValueError("write a fraction between 0 and 1, or how many images")
+
+
+def _one_device(devices: int | list[int]) -> int | list[int]:
+    if devices == 1 or (isinstance(devices, list) and len(devices) == 1):
+        return devices
+    raise ValueError("use 1, or a list of one device: a rule's gradients are not reduced over several")
 
 
 class _Strict(BaseModel):
@@ -59,6 +70,14 @@ class InitSettings(_Strict):
     backward: Component | str | int | float
 
 
+class TrainerSettings(_Strict):
+    """conf/trainer: what of Lightning's Trainer may be set; all else would break the count of epochs and steps."""
+
+    accelerator: str
+    devices: Annotated[int | list[int], AfterValidator(_one_device)]
+    precision: Literal["64-true", "32-true", "bf16-mixed"]
+
+
 class Paths(_Strict):
     data: str
     runs: str
@@ -74,10 +93,10 @@ class Settings(_Strict):
     loss: Component
     optimizer: Component
     schedule: Component  # empty: none
-    trainer: Component
+    trainer: TrainerSettings
     logger: Component  # empty: none
     diagnostics: Component  # empty: none
-    seeds: Annotated[list[NonNegativeInt], Field(min_length=1), BeforeValidator(_seed_list)]
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1), BeforeValidator(_seed_list)]  # how many, or a list
     max_epochs: PositiveInt
     max_steps: PositiveInt | None
     batch_size: PositiveInt
@@ -100,9 +119,6 @@ class Settings(_Strict):
             raise ValueError("; ".join(_sentence(error) for error in e.errors())) from None
         if len(set(settings.seeds)) < len(settings.seeds):
             raise ValueError(f"seeds: {settings.seeds} names a seed twice; seeds=3 means [0,1,2], seeds=[0,4,7] a list")
-        for key in ("devices", "num_nodes"):
-            if settings.trainer.get(key, 1) != 1:
-                raise ValueError(f"trainer.{key}: use 1; a rule's gradients are not reduced over several devices")
         return settings
 
     @property
@@ -120,14 +136,22 @@ class Settings(_Strict):
         config = self.model_dump(exclude=others)
         for key in ("root", "download", "cache", "verify"):
             config["dataset"]["source"].pop(key, None)
-        for key in ("accelerator", "devices", "num_nodes"):
-            config["trainer"].pop(key, None)
+        config["trainer"] = {"precision": self.trainer.precision}
         return config
 
     @property
     def signature(self) -> str:
         """A hash of `identity`: with the seed it is the key of a record."""
-        return sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:12]
+        return sha256(json.dumps(_as_floats(self.identity()), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _as_floats(tree: Any) -> Any:
+    """With every number a float: rule.beta=1 and rule.beta=1.0 are one config."""
+    if isinstance(tree, dict):
+        return {key: _as_floats(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_as_floats(value) for value in tree]
+    return float(tree) if isinstance(tree, int) and not isinstance(tree, bool) else tree
 
 
 def build(node: Component, key: str, *args: Any, **kwargs: Any) -> Any:
@@ -136,23 +160,32 @@ def build(node: Component, key: str, *args: Any, **kwargs: Any) -> Any:
         target = get_object(node["_target_"])
     except (KeyError, ValueError, ImportError, AttributeError) as e:
         raise ValueError(f"{key}: no such _target_, {node.get('_target_')!r}: {e}") from None
-    known = _parameters(target)
-    if unknown := [k for k in node if k not in known and not k.startswith("_")]:
-        raise ValueError(f"{key}: unknown key {', '.join(unknown)}; choose from: {', '.join(known) or 'none'}")
+    known = {name: p for name, p in signature(target).parameters.items() if name not in ("params", "optimizer")}
+    for name in node:
+        if name.startswith("_"):
+            continue
+        if name not in known:
+            raise ValueError(f"{key}: unknown key {name}; choose from: {', '.join(known) or 'none'}")
+        if target.__module__.startswith("nobackprop."):  # others' annotations promise less than they take
+            _check_type(f"{key}.{name}", node[name], known[name].annotation)
     try:
         return instantiate(node, *args, **kwargs, _convert_="all")
     except InstantiationException as e:
         raise ValueError(f"{key}: {e.__cause__ or e}") from e
 
 
-def _parameters(target: Any) -> list[str]:
-    return [p for p in signature(target).parameters if p not in ("params", "optimizer")]
+def _check_type(key: str, value: Any, annotation: Any) -> None:
+    """Raises ValueError where a value read from a config is not of the annotated type; `no` is a string, not false."""
+    try:
+        TypeAdapter(annotation).validate_json(json.dumps(value), strict=True)
+    except PydanticError as e:
+        raise ValueError(f"{key}: {e.errors()[0]['msg']}, got {value!r}") from None
 
 
 def _sentence(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        parent = error["loc"][:-1]
-        model = DatasetSettings if parent == ("dataset",) else InitSettings if parent == ("init",) else Settings
-        return f"unknown key {where!r}; choose from: {', '.join(model.model_fields)}"
+        model = {"dataset": DatasetSettings, "init": InitSettings, "trainer": TrainerSettings, "paths": Paths}
+        fields = model.get(where.split(".")[0], Settings).model_fields
+        return f"unknown key {where!r}; choose from: {', '.join(fields)}"
     return f"{where}: {error['msg'].removeprefix('Value error, ')}, got {error['input']!r}"

@@ -1,12 +1,12 @@
 """Runs one config: checks it, loads the data, trains every seed that has no record yet, and writes the records."""
 
 import logging
+import re
 import shlex
 import sys
-import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -39,6 +40,9 @@ from nobackprop.trained import save
 # Lightning's lines about devices and products, and a warning of its own under recent torch, are no news to a user.
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+
+
+LOCAL = re.compile(r"^paths\.|\.(root|cache)=")  # overrides that say where things are on this machine
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def prepare(cfg: DictConfig) -> Run:
         schedule=build(s.schedule, "schedule") if s.schedule else None,
         logger=build(s.logger, "logger") if s.logger else None,
         diagnostics=[build(s.diagnostics, "diagnostics")] if s.diagnostics else [],
-        device=_trainer(s, logger=False, max_epochs=s.max_epochs, callbacks=[]).strategy.root_device,
+        device=_trainer(s, logger=False).strategy.root_device,
         source=source,
     )
     _try_step(run)
@@ -116,9 +120,15 @@ def _try_step(run: Run) -> None:
     if unknown := grads.keys() - w.keys():
         raise ValueError(f"rule {type(run.rule).__name__} gives gradients of {sorted(unknown)}, which are no weights")
     try:
-        run.optimizer([torch.nn.Parameter(t, requires_grad=False) for t in w.values()])
+        optimizer = run.optimizer([torch.nn.Parameter(t, requires_grad=False) for t in w.values()])
     except (TypeError, ValueError) as e:
         raise ValueError(f"optimizer: {e}") from None
+    try:
+        if run.schedule is not None:
+            with warnings.catch_warnings(action="ignore"):  # that no optimizer step came before
+                run.schedule(optimizer).step()
+    except (TypeError, ValueError, ArithmeticError) as e:
+        raise ValueError(f"schedule: {e}") from None
 
 
 def keeps_seeds_apart(make_optimizer: Callable[..., Optimizer]) -> bool:
@@ -148,14 +158,15 @@ def train(cfg: DictConfig, console: Console | None = None) -> list[Record]:
     run = prepare(cfg)
     s = run.settings
     torch.set_num_threads(s.threads)
-    if run.device.type == "cpu":
-        choose_matmul()
+    choose_matmul(run.device)
     done = recorded(run)
     missing = [seed for seed in s.seeds if seed not in done]
+    _check_data(run, done.values(), run.source.checksum)
     if done:
-        console.print(
-            f"{s.name}: {len(done)} of {len(s.seeds)} seeds are recorded already in {run.folder}", highlight=False
-        )
+        text = f"{s.name}: {len(done)} of {len(s.seeds)} seeds are recorded already in {run.folder}"
+        if run.diagnostics:
+            text += ", and stay without diagnostics if they were trained without: use another paths.runs to have them"
+        console.print(text, highlight=False, soft_wrap=True)
     if missing:
         stack = run.device.type != "cpu" if s.stack is None else s.stack
         if stack and len(missing) > 1 and not keeps_seeds_apart(run.optimizer):
@@ -164,6 +175,7 @@ def train(cfg: DictConfig, console: Console | None = None) -> list[Record]:
                 "choose an elementwise optimizer (sgd, adam, adamw, rmsprop), or train one seed at a time: stack=false"
             )
         dataset = run.source.load()
+        _check_data(run, done.values(), dataset.fingerprint)
         choice = {k: getattr(s.dataset, k) for k in ("classes", "classes_seed", "validation", "split")}
         tasks = [task(dataset, seed, **choice) for seed in missing]
         groups = divide(tasks, s.batch_size, stack)
@@ -173,12 +185,26 @@ def train(cfg: DictConfig, console: Console | None = None) -> list[Record]:
     return [done[seed] for seed in s.seeds]
 
 
-def choose_matmul(tolerance: float = 2e-6) -> None:
+def _check_data(run: Run, done: Iterable[Record], fingerprint: str | None) -> None:
+    """Raises ValueError where seeds of this run are recorded on other images: they can't be one result."""
+    for record in done:
+        if fingerprint is not None and record.data.fingerprint != fingerprint:
+            raise ValueError(
+                f"seed {record.seed} is recorded in {run.folder} with other images of {record.data.name} (fingerprint "
+                f"{record.data.fingerprint}, now {fingerprint}): use another paths.runs, or the images of then"
+            )
+
+
+def choose_matmul(device: torch.device, tolerance: float = 2e-6) -> None:
     """Sends a CPU's float32 matrix products to oneDNN, where that is as accurate as torch's default, MKL.
 
     MKL runs at half the speed on AMD's processors. torch's name for oneDNN is "medium", under which some processors
-    compute in bf16: hence the test against float64. The choice is in the record; a GPU's precision is never touched.
+    compute in bf16: hence the test against float64. The choice is in the record. On a GPU float32 means float32.
     """
+    if device.type != "cpu":
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        return
     a, b = (torch.randn(256, 256, generator=stream(0, "matmul", name)) for name in "ab")
     exact = a.double() @ b.double()
     torch.set_float32_matmul_precision("medium")
@@ -187,9 +213,16 @@ def choose_matmul(tolerance: float = 2e-6) -> None:
 
 
 def recorded(run: Run) -> dict[int, Record]:
-    """The records there are of this run's seeds, by seed. Raises ValueError for a damaged one."""
+    """The records there are of this run's seeds, by seed. Raises ValueError for a damaged or misplaced one."""
     paths = {seed: run.seed_folder(seed) / "record.json" for seed in run.settings.seeds}
-    return {seed: Record.read(path) for seed, path in paths.items() if path.exists()}
+    found = {seed: Record.read(path) for seed, path in paths.items() if path.exists()}
+    for seed, record in found.items():
+        if (record.seed, record.signature) != (seed, run.settings.signature):
+            raise ValueError(
+                f"{paths[seed]} is the record of seed {record.seed} of {record.name}-{record.signature}: "
+                "it was put in the wrong folder; move it away"
+            )
+    return found
 
 
 def divide(tasks: Sequence[Task], batch_size: int, stack: bool) -> list[list[Task]]:
@@ -225,12 +258,15 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console:
         l2=s.l2,
         patience=s.patience,
     )
-    checkpoint = run.folder / "checkpoints" / f"{'-'.join(map(str, seeds))}.ckpt"
-    loggers = [] if run.logger is None else [run.logger(run.folder, seed, s.identity()) for seed in seeds]
+    name = f"seeds{'-'.join(map(str, seeds))}_{dataset.fingerprint}.ckpt"
+    checkpoint = run.folder / "checkpoints" / name
+    loggers = []
     epochs = s.max_epochs
     if s.max_steps is not None:
         epochs = min(epochs, -(-s.max_steps // batches_per_epoch(tasks[0], s.batch_size)))
     try:
+        if run.logger is not None:
+            loggers += [run.logger(run.folder, seed, s.model_dump()) for seed in seeds]
         trainer = _trainer(
             s,
             max_epochs=epochs,
@@ -238,9 +274,8 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console:
             callbacks=[ProgressBar(title, console), ResumePoint(checkpoint, s.checkpoint_minutes), *run.diagnostics],
         )
         resumed = str(checkpoint) if checkpoint.exists() else None
-        start = time.monotonic()
         trainer.fit(learner, ckpt_path=resumed, weights_only=True)
-        wall = time.monotonic() - start
+        wall = learner.wall_s
         trainer.test(learner, verbose=False)
         for logger, progress in zip(loggers, learner.progress, strict=bool(loggers)):
             for name, value in (progress.test or {}).items():
@@ -248,29 +283,27 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console:
     finally:
         for logger in loggers:
             logger.experiment.finish(exit_code=int(sys.exc_info()[0] is not None))
-    finished = [
-        _record(run, dataset, t, learner, i, wall, precision=str(trainer.precision)) for i, t in enumerate(tasks)
-    ]
+    finished = [_record(run, dataset, t, learner, i, wall) for i, t in enumerate(tasks)]
     for i, (t, record) in enumerate(zip(tasks, finished, strict=True)):
         folder = run.seed_folder(t.seed)
-        weights = {name: p[i].cpu() for name, p in learner.best.items()}
-        save(folder / "best.pt", run.net, weights, run.loss, pixels, t.classes)
+        if record.best_epoch is not None:
+            weights = {name: p[i].cpu() for name, p in learner.best.items()}
+            save(folder / "best.pt", run.net, weights, run.loss, pixels, t.classes)
         record.write(folder / "record.json")  # last: a seed with a record is complete
     checkpoint.unlink(missing_ok=True)
     return finished
 
 
 def _trainer(settings: Settings, **options: Any) -> Trainer:
-    """Lightning's Trainer, without its own bar, summary and sanity check."""
+    """Lightning's Trainer, without its bar, summary and sanity check. Raises ValueError for a device it can't use."""
     options |= {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    if taken := [key for key in settings.trainer if key in options]:
-        raise ValueError(
-            f"trainer.{taken[0]} can't be set: the program sets it, some by top-level keys (max_epochs=...)"
-        )
-    return build(settings.trainer, "trainer", **options)
+    try:
+        return Trainer(**settings.trainer.model_dump(), **options)
+    except (ValueError, RuntimeError, MisconfigurationException) as e:
+        raise ValueError(f"trainer: {e}") from None
 
 
-def _record(run: Run, dataset: Dataset, t: Task, learner: Learner, i: int, wall: float, precision: str) -> Record:
+def _record(run: Run, dataset: Dataset, t: Task, learner: Learner, i: int, wall: float) -> Record:
     progress = learner.progress[i]
     commit, dirty = records.source_state()
     return Record(
@@ -278,7 +311,7 @@ def _record(run: Run, dataset: Dataset, t: Task, learner: Learner, i: int, wall:
         seed=t.seed,
         name=run.settings.name,
         config=run.settings.identity(),
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=shlex.join([Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if not LOCAL.search(a))]),
         commit=commit,
         dirty=dirty,
         versions=records.versions(),
@@ -291,11 +324,11 @@ def _record(run: Run, dataset: Dataset, t: Task, learner: Learner, i: int, wall:
             test=len(t.test),
         ),
         machine=records.machine(learner.device),
-        precision=precision,
+        precision=run.settings.trainer.precision,
         stacked=learner.seeds,
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         wall_s=round(wall, 3),
-        steps=learner.steps,
+        steps=int(progress.epochs[-1]["step"]),
         epochs=progress.epochs,
         best_epoch=progress.best_epoch,
         diverged_epoch=progress.diverged_epoch,

@@ -83,15 +83,19 @@ def save(
 
 
 def load(run_folder: str | Path) -> Trained:
-    """The trained net of a seed's folder, such as `runs/lra_e_mlp_mnist-0123456789ab/seed0`.
+    """The trained net of a seed's folder, such as `runs/lra_e_mlp_mnist-0123456789ab/seed0`, or of a run with one seed.
 
     Nothing in the folder is run or unpickled. Raises FileNotFoundError, with the folders there are, where there is no
     trained net, and ValueError where the file is damaged.
     """
     path = Path(run_folder) / "best.pt"
+    seeds = sorted(Path(run_folder).glob("seed*/best.pt"))
+    if len(seeds) == 1:
+        (path,) = seeds
     if not path.exists():
-        seeds = sorted(str(p.parent) for p in Path(run_folder).glob("*/best.pt"))
-        hint = f"choose one of its seeds: {', '.join(seeds)}" if seeds else "train it first, or check the path"
+        hint = "train it first, or check the path (a seed that diverged in its first epoch has none)"
+        if seeds:
+            hint = f"choose one of its seeds: {', '.join(str(p.parent) for p in seeds)}"
         raise FileNotFoundError(f"{run_folder} holds no trained net (best.pt): {hint}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

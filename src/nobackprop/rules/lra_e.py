@@ -22,6 +22,8 @@ class LRAE(Rule):
     and `learn_E=False` leaves E as it was drawn. `E2 ... EL` are stored in the shape of `W2 ... WL` (the paper's E is
     their transpose), so E's gradient is W's own.
 
+    Optimizers that rescale gradients, such as AdamW, all but undo gamma.
+
     Departs from the paper: gamma comes after the rescaling of updates (`update=unit_norm`), which would undo it.
     """
 
