@@ -11,6 +11,7 @@ from pytorch_lightning.loggers import WandbLogger
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from nobackprop.batches import TrainBatches
 from nobackprop.learner import Learner
 
 
@@ -30,8 +31,9 @@ class ProgressBar(Callback):
         self.task = self.bar.add_task(title, total=None, state="")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        batches = trainer.train_dataloader
         assert isinstance(pl_module, Learner)
-        batches = pl_module.batches(position=lambda: 0, device="cpu")
+        assert isinstance(batches, TrainBatches)
         total = batches.per_epoch * (trainer.max_epochs or 0)
         self.bar.start()
         self.bar.update(self.task, total=min(total, batches.max_steps or total), completed=pl_module.steps)
@@ -40,12 +42,13 @@ class ProgressBar(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         assert isinstance(pl_module, Learner)
-        last = [p.epochs[-1] for p in pl_module.progress if p.epochs]
-        state = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-        if last:
-            state += f"  validation {sum(e['val/accuracy'] for e in last) / len(last):.1%}"
         speed = (pl_module.steps - self.first) * self.images / (time.monotonic() - self.started)
-        self.bar.update(self.task, completed=pl_module.steps, state=f"{state}  {speed:,.0f} images/s")
+        state = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {speed:,.0f} images/s"
+        if last := [p.epochs[-1] for p in pl_module.progress if p.epochs]:
+            state += f"  validation {sum(e['val/accuracy'] for e in last) / len(last):.1%}"
+        self.bar.update(self.task, completed=pl_module.steps, state=state)
+
+    on_train_epoch_end = on_train_batch_end
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.bar.stop()
