@@ -129,6 +129,22 @@ def test_the_constraint_holds_after_a_step(learner: Callable[..., Learner]) -> N
     assert after["W1"].min() < 0
 
 
+def test_fused_optimizers_step_large_kernels_as_the_others_do(learner: Callable[..., Learner]) -> None:
+    """Large enough for convolutions that put the channels last in memory, which the fused kernels do not see."""
+    net = allconv((3, 16, 16), 3, filters=[[32, 3, 1], [32, 3, 2]], activation="tanh")
+    pixels = torch.randint(256, (1, 16, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    w = initial_weights(net, LRAE(), Uniform(), Uniform(), 0)
+    after = []
+    for fused in (True, False):
+        made = learner(net, LRAE(), SoftmaxCrossEntropy(3), w, partial(torch.optim.AdamW, lr=0.01, fused=fused))
+        y = made.loss.target(torch.arange(16) % 3, torch.float32)
+        with torch.no_grad():
+            made.step(made.inputs(pixels), y[None])
+        after.append(dict(made.w))
+    for name, p in after[0].items():
+        torch.testing.assert_close(p, after[1][name], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("net", [NET, CONV], ids=["mlp", "conv"])
 @pytest.mark.parametrize(
     "optimizer",

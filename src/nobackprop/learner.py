@@ -112,7 +112,9 @@ class Learner(LightningModule):
         for name, p in w.items():
             if (g := grads.get(name)) is None:
                 continue  # p.grad stays None, so the optimizer leaves p alone, weight decay included
-            g = self.update(g.to(p.dtype), x.shape[1])  # mixed precision computes in a shorter type
+            # Mixed precision computes in a shorter type, and convolutions may give kernels with the channels last in
+            # memory, which fused optimizers would take for kernels laid out like the weights.
+            g = self.update(g.to(p.dtype).contiguous(), x.shape[1])
             if (gain := self.rule.gain(name)) != 1:
                 g = g * gain
             p.grad = g.add(p, alpha=self.l2) if self.l2 else g
