@@ -9,7 +9,7 @@ import argparse
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -18,7 +18,7 @@ from matplotlib.ticker import PercentFormatter
 from rich.console import Console
 from rich.table import Table
 
-from nobackprop.records import Record
+from nobackprop.records import Record, mean_and_deviation, tested
 
 
 def read(folder: Path) -> dict[str, list[Record]]:
@@ -43,12 +43,10 @@ def table(runs: dict[str, list[Record]]) -> Table:
     result = Table(title="test accuracy of the weights that were best on validation")
     for column in ("run", "seeds", "test accuracy", "wall time"):
         result.add_column(column, justify="left" if column == "run" else "right")
-    tested = {run: [r.test["accuracy"] for r in records if r.test] for run, records in runs.items()}
-    for run in sorted(runs, key=lambda run: mean(tested[run] or [-1]), reverse=True):
-        cell = f"{mean(tested[run]):.2%}" if tested[run] else "-"
-        cell += f" ± {stdev(tested[run]):.2%}" if len(tested[run]) > 1 else ""
-        lost = len(runs[run]) - len(tested[run])
-        cell += f" ({lost} diverged)" if lost else ""
+    accuracies = {run: tested(records) for run, records in runs.items()}
+    for run in sorted(runs, key=lambda run: mean(accuracies[run] or [-1]), reverse=True):
+        lost = len(runs[run]) - len(accuracies[run])
+        cell = mean_and_deviation(accuracies[run]) + (f" ({lost} diverged)" if lost else "")
         wall = sum(r.wall_s / r.stacked for r in runs[run])
         result.add_row(label(run, runs), str(len(runs[run])), cell, f"{wall:.1f} s")
     return result

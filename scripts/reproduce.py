@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -75,7 +75,8 @@ def select(every: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
 
 def run(chosen: Sequence[Cell], further: Sequence[str], console: Console, dry: bool) -> bool:
     """Runs cells one after another and prints a table of them; whether all went well."""
-    from nobackprop.train import prepare, recorded, train  # torch takes seconds to import
+    from nobackprop.records import mean_and_deviation, tested  # torch takes seconds to import
+    from nobackprop.train import prepare, recorded, train
 
     table = Table("cell", "seeds", "test accuracy", "seconds", title="dry run" if dry else None)
     failures, spent, skipped = 0, [], 0
@@ -102,10 +103,8 @@ def run(chosen: Sequence[Cell], further: Sequence[str], console: Console, dry: b
             console.print(f"failed: {type(error).__name__}: {first}", style="red", markup=False, highlight=False)
             table.add_row(str(cell), "-", f"failed: {first}", "")
             continue
-        tested = [r.test["accuracy"] for r in done.values() if r.test]
-        spread = f" ± {stdev(tested):.2%}" if len(tested) > 1 else ""
-        accuracy = f"{mean(tested):.2%}{spread}" if tested else "-"
-        state = f"{len(done)}" if not (missing and dry) else f"{len(done)} recorded, {missing} to run"
+        accuracy = mean_and_deviation(tested(done.values()))
+        state = f"{len(done)} recorded, {missing} to run" if missing and dry else f"{len(done)}"
         table.add_row(str(cell), state, accuracy, f"{sum(r.wall_s / r.stacked for r in done.values()):.0f}")
     console.print(table)
     return not failures

@@ -1,6 +1,6 @@
 """What several test files use: config files as objects, every rule, small problems, and a learner to step by hand."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
+from nobackprop.batches import EvalBatches, Task, TrainBatches
 from nobackprop.data import Dataset, Images
 from nobackprop.initializers import Normal, initial_weights
 from nobackprop.losses import Loss, SigmoidCrossEntropy, SoftmaxCrossEntropy
@@ -90,6 +91,51 @@ def problem(request: pytest.FixtureRequest) -> Problem:
     x = torch.randn(6, *net.in_shape, dtype=torch.float64, generator=generator)
     labels = torch.randint(loss.classes, (6,), generator=generator)
     return Problem(net, Batch(x, loss.target(labels, x.dtype), loss))
+
+
+def fitted(
+    dataset: Dataset,
+    net: Network,
+    rule: Rule,
+    loss: Loss,
+    tasks: Sequence[Task],
+    weights: Sequence[Mapping[str, Tensor]],
+    *,
+    batch_size: int,
+    epochs: int,
+    device: str,
+    eval_size: int = 1000,
+    callbacks: Sequence[Any] = (),
+    **options: Any,
+) -> "Learner":
+    """A learner that has trained those tasks as one stack."""
+    from pytorch_lightning import Trainer  # here, since Lightning takes seconds to import
+
+    from nobackprop.learner import Learner
+
+    relabels = [t.relabel for t in tasks]
+    learner = Learner(
+        net,
+        rule,
+        loss,
+        weights,
+        batches=partial(TrainBatches, dataset, tasks, batch_size),
+        validation=partial(EvalBatches, dataset.train, [t.validation for t in tasks], relabels, batch_size=eval_size),
+        test=partial(EvalBatches, dataset.test, [t.test for t in tasks], relabels),
+        **options,
+    )
+    trainer = Trainer(
+        max_epochs=epochs,
+        accelerator=device,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=list(callbacks),
+    )
+    trainer.fit(learner)
+    return learner
 
 
 @pytest.fixture

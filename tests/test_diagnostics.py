@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Problem
-from pytorch_lightning import Trainer
+from conftest import Problem, fitted
 from torch import Tensor
 
 from nobackprop import diagnostics
 from nobackprop.activations import ACTIVATIONS
-from nobackprop.batches import EvalBatches, TrainBatches, task
+from nobackprop.batches import task
 from nobackprop.data import Dataset, Images
 from nobackprop.diagnostics import Diagnostics, angle, diagnose
 from nobackprop.initializers import Normal, Uniform, initial_weights
@@ -296,31 +295,22 @@ def fit(dataset: Dataset) -> Fit:
         **options: Any,
     ) -> Learner:
         tasks = [task(dataset, seed, classes=2) for seed in seeds]
-        relabels = [t.relabel for t in tasks]
-        learner = Learner(
+        return fitted(
+            dataset,
             net,
             rule,
             LOSS,
+            tasks,
             [initial_weights(net, rule, Uniform(), Uniform(), seed) for seed in seeds],
-            batches=partial(TrainBatches, dataset, tasks, 45),
-            validation=partial(EvalBatches, dataset.train, [t.validation for t in tasks], relabels, batch_size=4),
-            test=partial(EvalBatches, dataset.test, [t.test for t in tasks], relabels),
+            batch_size=45,
+            eval_size=4,
+            epochs=epochs,
+            device=device,
+            callbacks=[] if samples is None else [Diagnostics(samples)],
             pixels=Pixels((0.4,), (0.3,)),
             optimizer=partial(torch.optim.SGD, lr=lr),
             **options,
         )
-        trainer = Trainer(
-            max_epochs=epochs,
-            accelerator=device,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            callbacks=[] if samples is None else [Diagnostics(samples)],
-        )
-        trainer.fit(learner)
-        return learner
 
     return run
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning import Trainer
+from conftest import fitted
 from torch import Tensor
 
-from nobackprop.batches import EvalBatches, TrainBatches, task
+from nobackprop.batches import task
 from nobackprop.data import Dataset, Images
 from nobackprop.initializers import Uniform, initial_weights
 from nobackprop.learner import Learner
@@ -59,29 +59,13 @@ def fit(dataset: Dataset) -> Fit:
         **options: Any,
     ) -> Learner:
         tasks = [task(dataset, seed) for seed in seeds]
-        relabels = [t.relabel for t in tasks]
-        learner = Learner(
-            net,
-            rule,
-            SoftmaxCrossEntropy(3),
-            [change(seed, initial_weights(net, rule, Uniform(), Uniform(), seed)) for seed in seeds],
-            batches=partial(TrainBatches, dataset, tasks, 18),
-            validation=partial(EvalBatches, dataset.train, [t.validation for t in tasks], relabels),
-            test=partial(EvalBatches, dataset.test, [t.test for t in tasks], relabels),
-            pixels=Pixels(),
-            **{"optimizer": SGD, **options},
+        weights = [change(seed, initial_weights(net, rule, Uniform(), Uniform(), seed)) for seed in seeds]
+        options = {"optimizer": SGD, "pixels": Pixels(), **options}
+        loss = SoftmaxCrossEntropy(3)
+        learner = fitted(
+            dataset, net, rule, loss, tasks, weights, batch_size=18, epochs=epochs, device=device, **options
         )
-        trainer = Trainer(
-            max_epochs=epochs,
-            accelerator=device,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        )
-        trainer.fit(learner)
-        trainer.test(learner, verbose=False)
+        learner.trainer.test(learner, verbose=False)
         return learner
 
     return run

@@ -9,7 +9,6 @@ if sys.version_info >= (3, 14):
 if TYPE_CHECKING:
     from nobackprop.trained import Trained, load
 
-__version__ = "0.1.0"
 __all__ = ["Trained", "load"]
 
 

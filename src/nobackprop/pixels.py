@@ -1,6 +1,7 @@
 """From uint8 pixels to a net's input."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -31,5 +32,10 @@ class Pixels:
         x = pixels.to(dtype) / 255
         if self.mean is None or self.std is None:
             return x
-        mean, std = (torch.tensor(v, dtype=dtype, device=x.device).view(-1, 1, 1) for v in (self.mean, self.std))
-        return (x - mean) / std
+        return (x - _per_channel(self.mean, dtype, x.device)) / _per_channel(self.std, dtype, x.device)
+
+
+@lru_cache(maxsize=8)
+def _per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(C, 1, 1), made once: a training step would wait for the way to a GPU."""
+    return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)

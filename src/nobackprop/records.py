@@ -3,9 +3,11 @@
 import os
 import platform
 import subprocess
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any, Literal
 
 import torch
@@ -82,6 +84,18 @@ class Record(_Strict):
             raise ValueError(
                 f"{path} is no valid run record ({where}: {error['msg']}): delete it to run this seed again"
             ) from None
+
+
+def tested(records: Iterable[Record]) -> list[float]:
+    """The test accuracies of those that have one."""
+    return [record.test["accuracy"] for record in records if record.test]
+
+
+def mean_and_deviation(fractions: Sequence[float]) -> str:
+    """The mean in percent, with the standard deviation where there are several; a dash where there is none."""
+    if not fractions:
+        return "-"
+    return f"{mean(fractions):.2%}" + (f" ± {stdev(fractions):.2%}" if len(fractions) > 1 else "")
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -341,14 +341,12 @@ def summary(seeds: Sequence[Record]) -> Table:
     table = Table(title=f"{seeds[0].name}  {seeds[0].signature}")
     for column in ("seed", "best epoch", "validation", "test", "wall time"):
         table.add_column(column, justify="right")
-    tested = [r.test["accuracy"] for r in seeds if r.test]
     for r in seeds:
         best = "-" if r.best_epoch is None else f"{r.epochs[r.best_epoch - 1]['val/accuracy']:.2%}"
         test = "-" if r.test is None else f"{r.test['accuracy']:.2%}"
         note = f" (diverged in {r.diverged_epoch})" if r.diverged_epoch else ""
         table.add_row(str(r.seed), f"{r.best_epoch or '-'}{note}", best, test, f"{r.wall_s:.1f} s")
-    if len(tested) > 1:
-        std, mean = torch.std_mean(torch.tensor(tested, dtype=torch.float64))
+    if len(accuracies := records.tested(seeds)) > 1:
         table.add_section()
-        table.add_row("mean", "", "", f"{mean:.2%} ± {std:.2%}", "")
+        table.add_row("mean", "", "", records.mean_and_deviation(accuracies), "")
     return table
