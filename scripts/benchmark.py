@@ -101,7 +101,7 @@ def our_step(net: Network, rule: Rule, loss: Loss, optimizer: Any, pixels: Tenso
     """One step of the learner, as in training: pixels to floats, the rule, the optimizer, the constraint."""
     w = initial_weights(net, rule, Uniform(), Uniform(), 0)
     data = dict.fromkeys(("batches", "validation", "test"), partial(dict))
-    learner = Learner(net, rule, loss, [w], pixels=Pixels(), optimizer=optimizer, **data)  # pyright: ignore
+    learner = Learner(net, rule, loss, {0: w}, pixels=Pixels(), optimizer=optimizer, **data)  # pyright: ignore
     stepper = learner.configure_optimizers()
     learner.optimizers = lambda *_: stepper  # type: ignore[method-assign]
     choose_matmul(torch.device("cpu"))

@@ -301,7 +301,7 @@ def fit(dataset: Dataset) -> Fit:
             rule,
             LOSS,
             tasks,
-            [initial_weights(net, rule, Uniform(), Uniform(), seed) for seed in seeds],
+            {seed: initial_weights(net, rule, Uniform(), Uniform(), seed) for seed in seeds},
             batch_size=45,
             eval_size=4,
             epochs=epochs,

@@ -59,7 +59,7 @@ def fit(dataset: Dataset) -> Fit:
         **options: Any,
     ) -> Learner:
         tasks = [task(dataset, seed) for seed in seeds]
-        weights = [change(seed, initial_weights(net, rule, Uniform(), Uniform(), seed)) for seed in seeds]
+        weights = {seed: change(seed, initial_weights(net, rule, Uniform(), Uniform(), seed)) for seed in seeds}
         options = {"optimizer": SGD, "pixels": Pixels(), **options}
         loss = SoftmaxCrossEntropy(3)
         learner = fitted(

@@ -37,7 +37,7 @@ class ProgressBar(Callback):
         total = batches.per_epoch * (trainer.max_epochs or 0)
         self.bar.start()
         self.bar.update(self.task, total=min(total, batches.max_steps or total), completed=pl_module.steps)
-        self.images = batches.batch_size * pl_module.seeds
+        self.images = batches.batch_size * len(pl_module.seeds)
         self.first, self.started = pl_module.steps, time.monotonic()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:

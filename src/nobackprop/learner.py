@@ -1,8 +1,9 @@
 """The LightningModule that trains any rule on any net, for one seed or several at once."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -18,7 +19,8 @@ from nobackprop.losses import Loss
 from nobackprop.metrics import Scores
 from nobackprop.network import Network
 from nobackprop.pixels import Pixels
-from nobackprop.rule import Batch, Rule
+from nobackprop.rule import Batch, Grads, Rule
+from nobackprop.streams import stream
 from nobackprop.updates import UPDATES
 
 
@@ -39,7 +41,8 @@ class Learner(LightningModule):
 
     A stack of one calls the rule directly, a larger one under `torch.func.vmap`. Of each seed the weights with the best
     validation accuracy are kept, and tested at the end. A seed that diverges (NaN or infinite loss) or whose patience
-    is over counts as stopped, and the others go on. `batches`, `validation` and `test` make the data loaders.
+    is over counts as stopped, and the others go on. `weights` are those that each seed starts from, by its number;
+    `batches`, `validation` and `test` make the data loaders.
     """
 
     def __init__(
@@ -47,7 +50,7 @@ class Learner(LightningModule):
         net: Network,
         rule: Rule,
         loss: Loss,
-        weights: Sequence[Mapping[str, Tensor]],
+        weights: Mapping[int, Mapping[str, Tensor]],
         *,
         batches: Callable[..., TrainBatches],
         validation: Callable[..., EvalBatches],
@@ -65,14 +68,15 @@ class Learner(LightningModule):
         self.batches, self.validation, self.test = batches, validation, test
         self.make_optimizer, self.make_schedule = optimizer, schedule
         self.update, self.l2, self.patience = UPDATES[update], l2, patience
-        self.seeds = len(weights)
-        self.w = nn.ParameterDict({name: _fixed(torch.stack([w[name] for w in weights])) for name in weights[0]})
+        self.seeds = tuple(weights)
+        names = next(iter(weights.values()))
+        self.w = nn.ParameterDict({n: _fixed(torch.stack([w[n] for w in weights.values()])) for n in names})
         self.best = nn.ParameterDict({name: _fixed(p.clone()) for name, p in self.w.items()})
-        self.train_scores, self.eval_scores = Scores(loss, self.seeds), Scores(loss, self.seeds)
-        self.extra_scores: list[dict[str, float]] = [{} for _ in range(self.seeds)]  # a callback's, for this epoch
+        self.train_scores, self.eval_scores = Scores(loss, len(weights)), Scores(loss, len(weights))
+        self.extra_scores: list[dict[str, float]] = [{} for _ in self.seeds]  # a callback's, for this epoch
         self.steps = 0  # mini-batches trained so far: the truth for data order, logs and records
         self.spent_s, self.started = 0.0, time.monotonic()
-        self.progress = [Progress() for _ in range(self.seeds)]
+        self.progress = [Progress() for _ in self.seeds]
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(list(self.w.values()))
@@ -97,34 +101,47 @@ class Learner(LightningModule):
 
     # Training
 
-    def grads(self, w: Mapping[str, Tensor], x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The rule's gradients and logits for all seeds; every tensor has the seed axis in front."""
-
-        def one_seed(w: Mapping[str, Tensor], x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-            return self.rule.grads(self.net, w, Batch(x, y, self.loss))
-
-        return _over_seeds(one_seed, self.seeds)(w, x, y)
-
     def step(self, x: Tensor, y: Tensor) -> Tensor:
-        """One update of all seeds from inputs x (S, N, *in_shape) and targets y (S, N, outputs); gives the logits."""
-        w = dict(self.w)
-        grads, logits = self.grads(w, x, y)
+        """One step of all seeds from inputs x (S, N, *in_shape) and targets y (S, N, outputs); gives the logits."""
+        noise = self._noise(x)
+        for phase in self.rule.phases():
+
+            def one_seed(w: Mapping[str, Tensor], *batch: Any, phase: Any = phase) -> Grads:
+                x, y, noise = batch
+                return phase(self.net, w, Batch(x, y, self.loss, noise))
+
+            w = dict(self.w)
+            grads, logits = self._over_seeds(one_seed)(w, x, y, noise)
+            self._update(w, grads, samples=x.shape[1])
+        self.steps += 1
+        return logits
+
+    def _noise(self, x: Tensor) -> dict[str, Tensor]:
+        """What the rule asks for at this step, (S, ...) by name: each seed's is a function of seed, name and step."""
+        shapes = self.rule.noise(self.net, x.shape[1])
+        drawn = {
+            name: [torch.randn(shape, generator=stream(seed, "noise", name, self.steps)) for seed in self.seeds]
+            for name, shape in shapes.items()
+        }
+        return {name: torch.stack(each).to(x) for name, each in drawn.items()}
+
+    def _update(self, w: Mapping[str, Tensor], grads: Mapping[str, Tensor], samples: int) -> None:
+        """One step of the optimizer for the weights that have a gradient, then the rule's constraints."""
         for name, p in w.items():
             if (g := grads.get(name)) is None:
-                continue  # p.grad stays None, so the optimizer leaves p alone, weight decay included
+                p.grad = None  # so the optimizer leaves p alone, weight decay included
+                continue
             # Mixed precision computes in a shorter type, and convolutions may give kernels with the channels last in
             # memory, which fused optimizers would take for kernels laid out like the weights.
-            g = self.update(g.to(p.dtype).contiguous(), x.shape[1])
+            g = self.update(g.to(p.dtype).contiguous(), samples)
             if (gain := self.rule.gain(name)) != 1:
                 g = g * gain
             p.grad = g.add(p, alpha=self.l2) if self.l2 else g
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         optimizer.step()
-        for name, projected in _over_seeds(lambda w: self.rule.constrain(self.net, w), self.seeds)(w).items():
+        for name, projected in self._over_seeds(partial(self.rule.constrain, self.net))(w).items():
             w[name].copy_(projected)
-        self.steps += 1
-        return logits
 
     @torch.no_grad()
     def training_step(self, chunk: tuple[Tensor, Tensor], index: int) -> None:
@@ -156,7 +173,7 @@ class Learner(LightningModule):
     def evaluate(self, weights: Mapping[str, Tensor], batch: tuple[Tensor, Tensor, Tensor]) -> None:
         """Adds a batch, pixels (S, M, C, H, W), labels and mask (S, M), to the evaluation's scores."""
         pixels, labels, mask = batch
-        logits = _over_seeds(self.net.logits, self.seeds)(weights, self.inputs(pixels))
+        logits = self._over_seeds(partial(self.rule.logits, self.net))(weights, self.inputs(pixels))
         self.eval_scores.update(logits, labels, mask)
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> None:
@@ -206,6 +223,12 @@ class Learner(LightningModule):
         p.stopped = self.patience is not None and epoch - (p.best_epoch or 0) >= self.patience
         return improved
 
+    def _over_seeds(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` of one seed as one of stacked tensors; a stack of one is called as it is, without vmap."""
+        if len(self.seeds) > 1:
+            return torch.func.vmap(function)
+        return lambda *stacks: _map(_add_axis, function(*(_map(_first, s) for s in stacks)))
+
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -223,13 +246,6 @@ def per_seed(scores: Mapping[str, Tensor]) -> list[dict[str, float]]:
     """Vectors over the seeds, by name, as one dict of numbers a seed."""
     rows = zip(*(torch.atleast_1d(v).tolist() for v in scores.values()), strict=True)  # torchmetrics drops an axis of 1
     return [dict(zip(scores, row, strict=True)) for row in rows]
-
-
-def _over_seeds(function: Callable[..., Any], seeds: int) -> Callable[..., Any]:
-    """`function` of one seed as a function of stacked tensors; a stack of one is called as it is, without vmap."""
-    if seeds > 1:
-        return torch.func.vmap(function)
-    return lambda *stacks: _map(_add_axis, function(*(_map(_first, s) for s in stacks)))
 
 
 def _map(change: Callable[[Tensor], Tensor], tree: Any) -> Any:

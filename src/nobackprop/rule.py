@@ -1,8 +1,8 @@
 """What a learning rule is: it says which error reaches each layer; the layers turn errors into gradients."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -11,15 +11,17 @@ from nobackprop.losses import Loss
 from nobackprop.network import Network, Weights
 
 Draw = Callable[[str, Shape], Tensor]
+Grads = tuple[dict[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One mini-batch: inputs x (N, *in_shape) and targets y (N, outputs)."""
+    """One mini-batch: inputs x (N, *in_shape), targets y (N, outputs) and what the rule's `noise` asks for, by name."""
 
     x: Tensor
     y: Tensor
     loss: Loss
+    noise: Mapping[str, Tensor] = field(default_factory=dict)
 
     def error(self, z: Tensor) -> Tensor:
         """The error at the output, per sample: the derivative of the loss by the logits z, (N, outputs)."""
@@ -31,13 +33,31 @@ class Rule(ABC):
     """A learning rule: a frozen dataclass of the paper's hyper-parameters, with pure methods over a dict of weights.
 
     `grads` is all that a rule must have. It runs without autograd, possibly under `torch.func.vmap` (so: no random
-    numbers, no branch on a tensor's value, nothing in place on its inputs). Errors are per sample; the mean over the
-    batch is taken once, in `net.hebbian`.
+    numbers but `batch.noise`, no branch on a tensor's value, nothing in place on its inputs). Errors are per sample;
+    the mean over the batch is taken once, in `net.hebbian`.
     """
 
     @abstractmethod
-    def grads(self, net: Network, w: Weights, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
         """The gradient of each weight that this rule changes, by name, and the logits (N, outputs)."""
+
+    def phases(self) -> tuple[Callable[[Network, Weights, Batch], Grads], ...]:
+        """The updates that make one step, in order, each like `grads` and from the weights that the last one left.
+
+        Training metrics are those of the last one's logits.
+        """
+        return (self.grads,)
+
+    def noise(self, net: Network, samples: int) -> dict[str, Shape]:
+        """Shapes of the standard normal numbers that a step on so many samples needs, by name: `batch.noise[name]`.
+
+        They are functions of seed, name and step, and the same for all phases of a step.
+        """
+        return {}
+
+    def logits(self, net: Network, w: Weights, x: Tensor) -> Tensor:
+        """What the trained net says of x (N, *in_shape): logits (N, outputs)."""
+        return net.logits(w, x)
 
     def feedback(self, net: Network, draw: Draw) -> dict[str, Tensor]:
         """The weights this rule needs besides W and b; `draw(name, shape)` gives one from `init.backward`."""

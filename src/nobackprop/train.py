@@ -116,7 +116,10 @@ def _try_step(run: Run) -> None:
     w = {k: t.to(meta) for k, t in initial_weights(run.net, run.rule, run.forward, run.backward, 0).items()}
     x = torch.empty(2, *run.net.in_shape, device=meta)
     y = torch.empty(2, run.loss.outputs, device=meta)
-    grads, _ = run.rule.grads(run.net, w, Batch(x, y, run.loss))
+    noise = {name: torch.empty(shape, device=meta) for name, shape in run.rule.noise(run.net, len(x)).items()}
+    grads = {}
+    for phase in run.rule.phases():
+        grads |= phase(run.net, w, Batch(x, y, run.loss, noise))[0]
     if unknown := grads.keys() - w.keys():
         raise ValueError(f"rule {type(run.rule).__name__} gives gradients of {sorted(unknown)}, which are no weights")
     try:
@@ -245,7 +248,7 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console:
         run.net,
         run.rule,
         run.loss,
-        [initial_weights(run.net, run.rule, run.forward, run.backward, seed) for seed in seeds],
+        {seed: initial_weights(run.net, run.rule, run.forward, run.backward, seed) for seed in seeds},
         batches=partial(
             TrainBatches, dataset, tasks, s.batch_size, max_steps=s.max_steps, flip=s.dataset.flip, crop=s.dataset.crop
         ),
@@ -325,7 +328,7 @@ def _record(run: Run, dataset: Dataset, t: Task, learner: Learner, i: int, wall:
         ),
         machine=records.machine(learner.device),
         precision=run.settings.trainer.precision,
-        stacked=learner.seeds,
+        stacked=len(learner.seeds),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         wall_s=round(wall, 3),
         steps=int(progress.epochs[-1]["step"]),

@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from nobackprop.network import Network, Weights
-from nobackprop.rule import Batch, Rule
+from nobackprop.rule import Batch, Grads, Rule
 
 
 @dataclass(frozen=True)
@@ -15,7 +13,7 @@ class BP(Rule):
     Rumelhart, Hinton & Williams, "Learning representations by back-propagating errors", Nature 1986.
     """
 
-    def grads(self, net: Network, w: Weights, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
         z, h = net.forward(w, batch.x)
         d = batch.error(z[net.L])  # (N, outputs)
         g = net.hebbian(net.L, h[net.L - 1], d)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nobackprop.network import Network, Weights
-from nobackprop.rule import Batch, Draw, Rule
+from nobackprop.rule import Batch, Draw, Grads, Rule
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class DFA(Rule):
     `B1 ... B(L-1)` are (units of layer l, outputs); a convolutional layer's units are all its channels and positions.
     """
 
-    def grads(self, net: Network, w: Weights, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
         z, h = net.forward(w, batch.x)
         e = batch.error(z[net.L])  # (N, outputs)
         g = net.hebbian(net.L, h[net.L - 1], e)

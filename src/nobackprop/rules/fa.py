@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nobackprop.network import Network, Weights
-from nobackprop.rule import Batch, Draw, Rule
+from nobackprop.rule import Batch, Draw, Grads, Rule
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class FA(Rule):
     goes down through a transposed convolution with B.
     """
 
-    def grads(self, net: Network, w: Weights, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
         z, h = net.forward(w, batch.x)
         d = batch.error(z[net.L])  # (N, outputs)
         g = net.hebbian(net.L, h[net.L - 1], d)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nobackprop.network import Network, Weights
-from nobackprop.rule import Batch, Draw, Rule
+from nobackprop.rule import Batch, Draw, Grads, Rule
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class LRAE(Rule):
         if self.gamma < 0:
             raise ValueError(f"rule.gamma is {self.gamma}: it scales the rate of E, so 0 or more")
 
-    def grads(self, net: Network, w: Weights, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
         z, h = net.forward(w, batch.x)
         e = batch.error(z[net.L])  # (N, outputs)
         g = net.hebbian(net.L, h[net.L - 1], e)
