@@ -181,10 +181,11 @@ class TrainBatches:
     number of mini-batches done before, over all epochs; it is asked once an iteration, so that a resumed run goes on
     in mid-epoch. The order of the images, and the augmentation by `flip` (half of the images) and `crop` (pixels of
     zero padding), depend on each task's seed and the epoch alone. An incomplete last mini-batch is left out, and
-    nothing comes after `max_steps` mini-batches in all.
+    nothing comes after `max_steps` mini-batches in all. Process `rank` of `ranks` gets its part of each mini-batch,
+    N = batch_size / ranks images.
 
-    Raises ValueError for a batch size above the number of training images, and for tasks whose epochs are not equally
-    many mini-batches.
+    Raises ValueError for a batch size above the number of training images or that the ranks can't divide, and for tasks
+    whose epochs are not equally many mini-batches.
     """
 
     dataset: Dataset
@@ -195,10 +196,14 @@ class TrainBatches:
     max_steps: int | None = None
     flip: bool = False
     crop: int = 0
+    rank: int = 0
+    ranks: int = 1
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.crop < 0:
             raise ValueError(f"batch_size is {self.batch_size} and crop {self.crop}; allowed: at least 1 and 0")
+        if self.batch_size % self.ranks:
+            raise ValueError(f"batch_size is {self.batch_size}, which {self.ranks} devices can't divide evenly")
         lengths = {task.seed: batches_per_epoch(task, self.batch_size) for task in self.tasks}
         if len({*lengths.values()}) > 1:
             raise ValueError(
@@ -221,9 +226,10 @@ class TrainBatches:
         if end <= start:
             return
         tables = (torch.stack(column) for column in zip(*self._epoch(epoch), strict=True))
+        part = slice(self.rank * self.batch_size // self.ranks, (self.rank + 1) * self.batch_size // self.ranks)
         # with the seed first; chunks have the mini-batch first
-        index, labels, flip, shift = (table[:, start:end].transpose(0, 1).contiguous() for table in tables)
-        bytes_a_step = len(self.tasks) * self.batch_size * images.pixels[0].numel()
+        index, labels, flip, shift = (table[:, start:end, part].transpose(0, 1).contiguous() for table in tables)
+        bytes_a_step = index[0].numel() * images.pixels[0].numel()
         size = max(1, min(CHUNK_STEPS, CHUNK_BYTES // bytes_a_step))
         others = (table.to(device).split(size) for table in (labels, flip, shift))
         with closing(store.chunks(index.to(store.index_device).split(size))) as chunks:
@@ -252,8 +258,8 @@ class EvalBatches:
     """Images to evaluate S seeds on, in the order of their index tables (one a seed, of any length).
 
     Iterating yields pixels (S, M, C, H, W) uint8, labels (S, M) int64 by each seed's `relabels`, and a mask (S, M)
-    bool: False where a seed has no more images and its first one stands in. M is at most `batch_size`. Raises
-    ValueError for an empty table.
+    bool: False where a seed has no more images and its first one stands in. M is at most `batch_size`. Process `rank`
+    of `ranks` gets every `ranks`-th image, equally many each. Raises ValueError for an empty table.
     """
 
     def __init__(
@@ -263,11 +269,13 @@ class EvalBatches:
         relabels: Sequence[Tensor],
         device: torch.device | str,
         batch_size: int = 1000,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         lengths = torch.tensor([len(table) for table in tables])
         if not lengths.all():
             raise ValueError(f"there must be an image to evaluate for each seed, but the seeds have {lengths.tolist()}")
-        position = torch.arange(int(lengths.max()))
+        position = torch.arange(rank, -(-int(lengths.max()) // ranks) * ranks, ranks)
         mask = position < lengths[:, None]
         index = torch.stack([table[position * row] for table, row in zip(tables, mask, strict=True)])
         labels = torch.stack([relabel[images.labels[row]] for relabel, row in zip(relabels, index, strict=True)])

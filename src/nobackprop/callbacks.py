@@ -1,6 +1,8 @@
 """What accompanies training: the progress bar and Weights & Biases."""
 
 import logging
+import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -54,6 +56,27 @@ class ProgressBar(Callback):
         self.bar.stop()
 
 
+class EpochLog(Callback):
+    """Gives each seed's W&B run that seed's epochs, one entry an epoch; mini-batches are W&B's steps.
+
+    A resumed run gives the epochs before the interruption again: an offline run has nothing of them, an online one
+    ignores what it has.
+    """
+
+    def __init__(self) -> None:
+        self.given: dict[int, int] = {}  # how many epochs of each seed
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Learner)
+        for i, (logger, p) in enumerate(zip(trainer.loggers, pl_module.progress, strict=bool(trainer.loggers))):
+            assert isinstance(logger, WandbLogger)
+            for epoch in p.epochs[self.given.get(i, 0) :]:
+                logger.experiment.log({**epoch, "trainer/global_step": epoch["step"]}, step=int(epoch["step"]))
+            self.given[i] = len(p.epochs)
+
+    on_train_epoch_end = on_fit_end = on_train_start  # the last, where nothing was left to train
+
+
 class ResumePoint(Checkpoint):
     """Writes, at most every `minutes`, the checkpoint that an interrupted run goes on from; each replaces the last.
 
@@ -74,7 +97,8 @@ class ResumePoint(Checkpoint):
         self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        if time.monotonic() - self.saved >= self.interval_s:
+        due = time.monotonic() - self.saved >= self.interval_s
+        if trainer.strategy.broadcast(due):  # all processes save, or none
             trainer.save_checkpoint(self.path, weights_only=False)
             self.saved = time.monotonic()
 
@@ -90,16 +114,29 @@ def wandb_logger(
     group: str | None,
     tags: list[str],
 ) -> WandbLogger:
-    """A Weights & Biases run of its own for one seed of the run in `folder`; finish it with `experiment.finish()`."""
+    """A Weights & Biases run of its own for one seed of the run in `folder`; finish it with `experiment.finish()`.
+
+    Its id is the run's signature and the seed, so that an interrupted run goes on as the same one: online W&B resumes
+    it, offline the new files replace those of before. A W&B sweep gives ids itself, one a command; raises ValueError
+    where a command of a sweep has several seeds.
+    """
     import wandb
+
+    if "WANDB_SWEEP_ID" in os.environ and len(config["seeds"]) > 1:
+        raise ValueError(f"seeds: a run of a W&B sweep is one seed, such as seeds=[0]; got {config['seeds']}")
 
     logging.getLogger("wandb").setLevel(logging.ERROR)
     seed_folder = folder / f"seed{seed}"
     seed_folder.mkdir(parents=True, exist_ok=True)
+    run_id = f"{folder.name.rpartition('-')[2]}-{seed}"
+    for replaced in seed_folder.glob(f"wandb/offline-run-*-{run_id}"):
+        shutil.rmtree(replaced)
     run = wandb.init(
         project=project,
         entity=entity,
         mode=mode,
+        id=run_id,
+        resume="allow" if mode == "online" else None,
         group=group or folder.name,
         tags=tags,
         name=f"{folder.name} seed {seed}",

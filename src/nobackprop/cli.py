@@ -19,11 +19,12 @@ CONF = _here / "conf" if (_here / "conf").is_dir() else _here.parents[1] / "conf
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def run(cfg: DictConfig) -> None:
     """Trains one config and prints its summary."""
+    from pytorch_lightning.utilities import rank_zero_only
     from rich.console import Console
 
     from nobackprop.train import summary, train
 
-    console = Console()
+    console = Console(quiet=rank_zero_only.rank > 0)  # started by a cluster, as one of several
     if tuned := _tuned():
         console.print(f"with the settings in conf/tuned/{tuned}.yaml; tuned=none keeps the defaults", highlight=False)
     recorded = train(cfg, console)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from nobackprop.learner import Learner
 from nobackprop.network import Network, Weights
@@ -36,13 +37,17 @@ class Diagnostics(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
-        if (missing := self.samples - sum(mask.shape[1] for _, _, mask in self.seen)) > 0:
+        own = -(-self.samples // trainer.world_size)  # each process evaluates every world_size-th image
+        if (missing := own - sum(mask.shape[1] for _, _, mask in self.seen)) > 0:
             self.seen.append([t[:, :missing] for t in batch])
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Learner)
-        pixels, labels, masks = (torch.cat(parts, 1) for parts in zip(*self.seen, strict=True))
+        seen = [torch.cat(parts, 1) for parts in zip(*self.seen, strict=True)]
+        if trainer.world_size > 1:
+            seen = [torch.stack(gather_all_tensors(t), 2).flatten(1, 2)[:, : self.samples] for t in seen]
+        pixels, labels, masks = seen
         for s, mask in enumerate(masks):
             if not pl_module.progress[s].stopped:
                 w = {name: p[s] for name, p in pl_module.w.items()}

@@ -18,6 +18,7 @@ from nobackprop.layers import Conv
 from nobackprop.losses import Loss
 from nobackprop.metrics import Scores
 from nobackprop.network import Network
+from nobackprop.parallel import mean_over_processes
 from nobackprop.pixels import Pixels
 from nobackprop.rule import Batch, Grads, Rule
 from nobackprop.streams import stream
@@ -42,7 +43,8 @@ class Learner(LightningModule):
     A stack of one calls the rule directly, a larger one under `torch.func.vmap`. Of each seed the weights with the best
     validation accuracy are kept, and tested at the end. A seed that diverges (NaN or infinite loss) or whose patience
     is over counts as stopped, and the others go on. `weights` are those that each seed starts from, by its number;
-    `batches`, `validation` and `test` make the data loaders.
+    `batches`, `validation` and `test` make the data loaders. As one of several processes (`rank` of `ranks`) it sees a
+    part of each mini-batch and steps with the mean gradient of all.
     """
 
     def __init__(
@@ -74,22 +76,26 @@ class Learner(LightningModule):
         self.best = nn.ParameterDict({name: _fixed(p.clone()) for name, p in self.w.items()})
         self.train_scores, self.eval_scores = Scores(loss, len(weights)), Scores(loss, len(weights))
         self.extra_scores: list[dict[str, float]] = [{} for _ in self.seeds]  # a callback's, for this epoch
+        self.rank, self.ranks = 0, 1
         self.steps = 0  # mini-batches trained so far: the truth for data order, logs and records
         self.spent_s, self.started = 0.0, time.monotonic()
         self.progress = [Progress() for _ in self.seeds]
+
+    def setup(self, stage: str) -> None:
+        self.rank, self.ranks = self.trainer.global_rank, self.trainer.world_size
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(list(self.w.values()))
         return optimizer if self.make_schedule is None else ([optimizer], [self.make_schedule(optimizer)])
 
     def train_dataloader(self) -> TrainBatches:
-        return self.batches(position=lambda: self.steps, device=self.device)
+        return self.batches(position=lambda: self.steps, device=self.device, rank=self.rank, ranks=self.ranks)
 
     def val_dataloader(self) -> EvalBatches:
-        return self.validation(device=self.device)
+        return self.validation(device=self.device, rank=self.rank, ranks=self.ranks)
 
     def test_dataloader(self) -> EvalBatches:
-        return self.test(device=self.device)
+        return self.test(device=self.device, rank=self.rank, ranks=self.ranks)
 
     def inputs(self, pixels: Tensor) -> Tensor:
         """The net's input for uint8 pixels (S, N, C, H, W)."""
@@ -112,18 +118,28 @@ class Learner(LightningModule):
 
             w = dict(self.w)
             grads, logits = self._over_seeds(one_seed)(w, x, y, noise)
-            self._update(w, grads, samples=x.shape[1])
+            if self.ranks > 1:
+                grads = mean_over_processes(grads, self.trainer.strategy, self.w["W1"].dtype)
+            self._update(w, grads, samples=x.shape[1] * self.ranks)
         self.steps += 1
         return logits
 
     def _noise(self, x: Tensor) -> dict[str, Tensor]:
-        """What the rule asks for at this step, (S, ...) by name: each seed's is a function of seed, name and step."""
-        shapes = self.rule.noise(self.net, x.shape[1])
+        """What the rule asks for at this step, (S, ...) by name: each seed's is a function of seed, name and step.
+
+        It is drawn for the whole mini-batch; of what has an axis of samples this process takes its own.
+        """
+        n = x.shape[1]
+        shapes = self.rule.noise(self.net, n * self.ranks)
+        own = self.rule.noise(self.net, n)
         drawn = {
             name: [torch.randn(shape, generator=stream(seed, "noise", name, self.steps)) for seed in self.seeds]
             for name, shape in shapes.items()
         }
-        return {name: torch.stack(each).to(x) for name, each in drawn.items()}
+        noise = {name: torch.stack(each) for name, each in drawn.items()}
+        return {
+            name: (t if own[name] == shapes[name] else t.narrow(1, self.rank * n, n)).to(x) for name, t in noise.items()
+        }
 
     def _update(self, w: Mapping[str, Tensor], grads: Mapping[str, Tensor], samples: int) -> None:
         """One step of the optimizer for the weights that have a gradient, then the rule's constraints."""
@@ -161,7 +177,8 @@ class Learner(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         assert isinstance(self.trainer.train_dataloader, TrainBatches)
-        if self.steps % self.trainer.train_dataloader.per_epoch == 0:  # else: resumed in mid-epoch, sums restored
+        resumed = self.steps % self.trainer.train_dataloader.per_epoch > 0  # in mid-epoch
+        if not resumed or self.rank > 0:  # a checkpoint holds the sums of all processes: rank 0 goes on with them
             self.train_scores.reset()
 
     def on_train_epoch_end(self) -> None:
@@ -197,9 +214,6 @@ class Learner(LightningModule):
             mask = torch.tensor(improved, device=self.device)
             for name, p in self.w.items():
                 self.best[name].copy_(torch.where(mask.view(-1, *[1] * (p.ndim - 1)), p, self.best[name]))
-        for logger, p in zip(self.loggers, self.progress, strict=bool(self.loggers)):
-            if p.epochs[-1]["step"] == self.steps:  # else: this seed has stopped before
-                logger.log_metrics({**p.epochs[-1], "trainer/global_step": self.steps})
         self.trainer.should_stop |= all(p.stopped for p in self.progress)
 
     def on_test_epoch_end(self) -> None:
@@ -232,6 +246,8 @@ class Learner(LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        with self.train_scores.sync_context():
+            checkpoint["state_dict"] |= self.train_scores.state_dict(prefix="train_scores.")
         checkpoint["steps"] = self.steps
         checkpoint["wall_s"] = self.wall_s
         checkpoint["progress"] = [vars(p) for p in self.progress]

@@ -38,6 +38,7 @@ class Machine(_Strict):
     device: str
     threads: PositiveInt
     matmul: str = "highest"  # torch's float32_matmul_precision
+    devices: PositiveInt = 1  # each trained on its part of every mini-batch
 
 
 class Record(_Strict):
@@ -137,8 +138,8 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
-def machine(device: torch.device) -> Machine:
-    """This machine, as it trains on that device."""
+def machine(device: torch.device, devices: int) -> Machine:
+    """This machine, as it trains on that device, one of so many."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(
         system=platform.system(),
@@ -147,6 +148,7 @@ def machine(device: torch.device) -> Machine:
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         threads=torch.get_num_threads(),
         matmul=torch.get_float32_matmul_precision(),
+        devices=devices,
     )
 
 

@@ -51,7 +51,8 @@ class Rule(ABC):
     def noise(self, net: Network, samples: int) -> dict[str, Shape]:
         """Shapes of the standard normal numbers that a step on so many samples needs, by name: `batch.noise[name]`.
 
-        They are functions of seed, name and step, and the same for all phases of a step.
+        They are functions of seed, name and step, and the same for all phases of a step. The first axis counts the
+        samples, or none does.
         """
         return {}
 

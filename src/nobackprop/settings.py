@@ -19,6 +19,8 @@ from pydantic import (
     NonNegativeInt,
     PositiveInt,
     TypeAdapter,
+    ValidationInfo,
+    field_validator,
 )
 from pydantic import ValidationError as PydanticError
 
@@ -37,12 +39,6 @@ def _fraction_or_count(value: float) -> float:
     if 0 < value < 1 or (isinstance(value, int) and value > 0):
         return value
     raise ValueError("write a fraction between 0 and 1, or how many images")
-
-
-def _one_device(devices: int | list[int]) -> int | list[int]:
-    if devices == 1 or (isinstance(devices, list) and len(devices) == 1):
-        return devices
-    raise ValueError("use 1, or a list of one device: a rule's gradients are not reduced over several")
 
 
 class _Strict(BaseModel):
@@ -74,8 +70,18 @@ class TrainerSettings(_Strict):
     """conf/trainer: what of Lightning's Trainer may be set; all else would break the count of epochs and steps."""
 
     accelerator: str
-    devices: Annotated[int | list[int], AfterValidator(_one_device)]
+    strategy: Literal["auto", "ddp"]
+    devices: PositiveInt | Annotated[list[NonNegativeInt], Field(min_length=1)] | Literal["auto"]
+    num_nodes: PositiveInt
     precision: Literal["64-true", "32-true", "bf16-mixed"]
+
+    @field_validator("devices", "num_nodes")
+    @classmethod
+    def _several_only_with_ddp(cls, value: Any, info: ValidationInfo) -> Any:
+        one = value == 1 or (isinstance(value, list) and len(value) == 1)
+        if one or info.data.get("strategy") != "auto":
+            return value
+        raise ValueError("use 1 (or a list of one device), or trainer=ddp to train on several")
 
 
 class Paths(_Strict):
@@ -128,7 +134,7 @@ class Settings(_Strict):
         return f"{rule}_{arch}_{self.dataset.name}"
 
     def identity(self) -> dict[str, Any]:
-        """All that can change a seed's result, and nothing else: no seeds, loggers, paths, device or thread count.
+        """All that can change a seed's result, and nothing else: no seeds, loggers, paths, devices or threads.
 
         The last two change float32 rounding; a record states them beside its config.
         """

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
@@ -24,12 +25,13 @@ from torch.optim import Optimizer
 
 from nobackprop import records
 from nobackprop.batches import EvalBatches, Task, TrainBatches, batches_per_epoch, task
-from nobackprop.callbacks import ProgressBar, ResumePoint
+from nobackprop.callbacks import EpochLog, ProgressBar, ResumePoint
 from nobackprop.data import Dataset, Source
 from nobackprop.initializers import Initializer, from_string, initial_weights
 from nobackprop.learner import Learner
 from nobackprop.losses import Loss
 from nobackprop.network import Network
+from nobackprop.parallel import DataParallel, SameWeights, start, to_start
 from nobackprop.pixels import Pixels
 from nobackprop.records import Record
 from nobackprop.rule import Batch, Rule
@@ -38,7 +40,8 @@ from nobackprop.streams import stream
 from nobackprop.trained import save
 
 # Lightning's lines about devices and products, and a warning of its own under recent torch, are no news to a user.
-logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+for name in ("pytorch_lightning", "lightning_fabric"):
+    logging.getLogger(name).setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message=".*LeafSpec.*")
 
 
@@ -59,13 +62,22 @@ class Run:
     schedule: Callable[..., Any] | None
     logger: Callable[..., Any] | None
     diagnostics: list[Callback]
-    device: torch.device
     source: Source
+    strategy: Strategy  # which device this process has, and of how many it is one
 
     @property
     def folder(self) -> Path:
         """Where this run keeps everything: one folder a seed, and checkpoints while it trains."""
         return Path(self.settings.paths.runs) / f"{self.settings.name}-{self.settings.signature}"
+
+    @property
+    def device(self) -> torch.device:
+        return self.strategy.root_device
+
+    @property
+    def rank(self) -> int:
+        """Which process of a data-parallel run this is; rank 0 alone writes and prints."""
+        return self.strategy.global_rank if isinstance(self.strategy, DataParallel) else 0
 
     def seed_folder(self, seed: int) -> Path:
         return self.folder / f"seed{seed}"
@@ -94,9 +106,10 @@ def prepare(cfg: DictConfig) -> Run:
         schedule=build(s.schedule, "schedule") if s.schedule else None,
         logger=build(s.logger, "logger") if s.logger else None,
         diagnostics=[build(s.diagnostics, "diagnostics")] if s.diagnostics else [],
-        device=_trainer(s, logger=False).strategy.root_device,
         source=source,
+        strategy=_trainer(s, logger=False).strategy,
     )
+    _check_processes(run)
     _try_step(run)
     return run
 
@@ -108,6 +121,26 @@ def _initializer(spec: Component | str | float, key: str) -> Initializer:
         return from_string(spec)
     except ValueError as e:
         raise ValueError(f"{key}: {e}") from None
+
+
+def _check_processes(run: Run) -> None:
+    """Raises ValueError where a data-parallel run can't be divided, or its processes are not those it needs."""
+    s, strategy = run.settings, run.strategy
+    if not isinstance(strategy, DataParallel):
+        return
+    devices = strategy.num_processes * strategy.num_nodes
+    if s.batch_size % devices:
+        raise ValueError(f"batch_size is {s.batch_size}: write a multiple of {devices}, the number of devices")
+    if s.stack:
+        raise ValueError("stack=true: with trainer=ddp seeds are trained one after another; leave stack out")
+    assert strategy.cluster_environment is not None
+    if not to_start(strategy):
+        strategy.cluster_environment.validate_settings(strategy.num_processes, strategy.num_nodes)
+    elif strategy.num_nodes > 1:
+        raise ValueError(
+            f"trainer.num_nodes is {strategy.num_nodes}, but this is one process: start one a device on every machine, "
+            "with srun (--nodes, --ntasks-per-node) or torchrun (--nnodes, --nproc-per-node)"
+        )
 
 
 def _try_step(run: Run) -> None:
@@ -160,8 +193,6 @@ def train(cfg: DictConfig, console: Console | None = None) -> list[Record]:
     console = console or Console()
     run = prepare(cfg)
     s = run.settings
-    torch.set_num_threads(s.threads)
-    choose_matmul(run.device)
     done = recorded(run)
     missing = [seed for seed in s.seeds if seed not in done]
     _check_data(run, done.values(), run.source.checksum)
@@ -171,7 +202,8 @@ def train(cfg: DictConfig, console: Console | None = None) -> list[Record]:
             text += ", and stay without diagnostics if they were trained without: use another paths.runs to have them"
         console.print(text, highlight=False, soft_wrap=True)
     if missing:
-        stack = run.device.type != "cpu" if s.stack is None else s.stack
+        parallel = isinstance(run.strategy, DataParallel)
+        stack = run.device.type != "cpu" and not parallel if s.stack is None else s.stack
         if stack and len(missing) > 1 and not keeps_seeds_apart(run.optimizer):
             raise ValueError(
                 f"optimizer {s.optimizer['_target_']} mixes the seeds of a stack or can't step without autograd: "
@@ -179,13 +211,29 @@ def train(cfg: DictConfig, console: Console | None = None) -> list[Record]:
             )
         dataset = run.source.load()
         _check_data(run, done.values(), dataset.fingerprint)
-        choice = {k: getattr(s.dataset, k) for k in ("classes", "classes_seed", "validation", "split")}
-        tasks = [task(dataset, seed, **choice) for seed in missing]
-        groups = divide(tasks, s.batch_size, stack)
-        for i, group in enumerate(groups):
-            part = f" seed {','.join(str(t.seed) for t in group)} ({i + 1}/{len(groups)})"
-            done |= {record.seed: record for record in _fit(run, dataset, group, s.name + part, console)}
+        if processes := to_start(run.strategy):
+            start(_train_as_rank, processes, s.model_dump() | {"seeds": missing})
+        else:
+            _train_seeds(run, dataset, missing, stack, console)
+        done = recorded(run)
     return [done[seed] for seed in s.seeds]
+
+
+def _train_as_rank(settings: dict[str, Any]) -> None:
+    """What each process of a data-parallel run does."""
+    run = prepare(OmegaConf.create(settings))
+    _train_seeds(run, run.source.load(), run.settings.seeds, stack=False, console=Console(quiet=run.rank > 0))
+
+
+def _train_seeds(run: Run, dataset: Dataset, seeds: Sequence[int], stack: bool, console: Console) -> None:
+    s = run.settings
+    torch.set_num_threads(s.threads)
+    choose_matmul(run.device)
+    choice = {k: getattr(s.dataset, k) for k in ("classes", "classes_seed", "validation", "split")}
+    groups = divide([task(dataset, seed, **choice) for seed in seeds], s.batch_size, stack)
+    for i, group in enumerate(groups):
+        part = f" seed {','.join(str(t.seed) for t in group)} ({i + 1}/{len(groups)})"
+        _fit(run, dataset, group, s.name + part, console)
 
 
 def _check_data(run: Run, done: Iterable[Record], fingerprint: str | None) -> None:
@@ -238,7 +286,7 @@ def divide(tasks: Sequence[Task], batch_size: int, stack: bool) -> list[list[Tas
     return list(groups.values())
 
 
-def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console: Console) -> list[Record]:
+def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console: Console) -> None:
     """Trains a group of seeds, from its last checkpoint if there is one, and writes their weights and records."""
     s = run.settings
     seeds = [t.seed for t in tasks]
@@ -268,13 +316,19 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console:
     if s.max_steps is not None:
         epochs = min(epochs, -(-s.max_steps // batches_per_epoch(tasks[0], s.batch_size)))
     try:
-        if run.logger is not None:
+        if run.logger is not None and run.rank == 0:
             loggers += [run.logger(run.folder, seed, s.model_dump()) for seed in seeds]
         trainer = _trainer(
             s,
             max_epochs=epochs,
             logger=loggers or False,
-            callbacks=[ProgressBar(title, console), ResumePoint(checkpoint, s.checkpoint_minutes), *run.diagnostics],
+            callbacks=[
+                ProgressBar(title, console),
+                EpochLog(),
+                ResumePoint(checkpoint, s.checkpoint_minutes),
+                SameWeights(seeds, dataset.fingerprint),
+                *run.diagnostics,
+            ],
         )
         resumed = str(checkpoint) if checkpoint.exists() else None
         trainer.fit(learner, ckpt_path=resumed, weights_only=True)
@@ -286,22 +340,26 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console:
     finally:
         for logger in loggers:
             logger.experiment.finish(exit_code=int(sys.exc_info()[0] is not None))
-    finished = [_record(run, dataset, t, learner, i, wall) for i, t in enumerate(tasks)]
-    for i, (t, record) in enumerate(zip(tasks, finished, strict=True)):
-        folder = run.seed_folder(t.seed)
-        if record.best_epoch is not None:
-            weights = {name: p[i].cpu() for name, p in learner.best.items()}
-            save(folder / "best.pt", run.net, weights, run.loss, pixels, t.classes)
-        record.write(folder / "record.json")  # last: a seed with a record is complete
-    checkpoint.unlink(missing_ok=True)
-    return finished
+    if run.rank == 0:
+        for i, t in enumerate(tasks):
+            folder = run.seed_folder(t.seed)
+            record = _record(run, dataset, t, learner, i, wall)
+            if record.best_epoch is not None:
+                weights = {name: p[i].cpu() for name, p in learner.best.items()}
+                save(folder / "best.pt", run.net, weights, run.loss, pixels, t.classes)
+            record.write(folder / "record.json")  # last: a seed with a record is complete
+        checkpoint.unlink(missing_ok=True)
+    trainer.strategy.barrier()  # so that all processes find the records
 
 
 def _trainer(settings: Settings, **options: Any) -> Trainer:
     """Lightning's Trainer, without its bar, summary and sanity check. Raises ValueError for a device it can't use."""
     options |= {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    options |= settings.trainer.model_dump()
+    if settings.trainer.strategy == "ddp":
+        options["strategy"] = DataParallel()
     try:
-        return Trainer(**settings.trainer.model_dump(), **options)
+        return Trainer(**options)
     except (ValueError, RuntimeError, MisconfigurationException) as e:
         raise ValueError(f"trainer: {e}") from None
 
@@ -326,7 +384,7 @@ def _record(run: Run, dataset: Dataset, t: Task, learner: Learner, i: int, wall:
             validation=len(t.validation),
             test=len(t.test),
         ),
-        machine=records.machine(learner.device),
+        machine=records.machine(learner.device, learner.ranks),
         precision=run.settings.trainer.precision,
         stacked=len(learner.seeds),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,0 +1,85 @@
+"""Data-parallel training: several processes with a device each, every one of which takes its part of each mini-batch.
+
+The processes start from equal weights and step with equal gradients, the mean over all of them, so their weights stay
+equal. Rank 0 alone writes and prints.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from lightning_fabric.plugins.environments.lightning import find_free_network_port
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.strategies import DDPStrategy, Strategy
+from torch import Tensor
+
+
+class DataParallel(DDPStrategy):
+    """Lightning's DDP without what it wraps around a module: that reduces autograd's gradients, and there are none.
+
+    Nor does it start processes, by running the command again: `start` or a cluster does.
+    """
+
+    def configure_ddp(self) -> None:
+        pass
+
+    def _configure_launcher(self) -> None:
+        pass
+
+
+def mean_over_processes(grads: Mapping[str, Tensor], strategy: Strategy, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The mean of each gradient over all processes, computed in `dtype`; in one message, since each costs a wait."""
+    numbers = torch.cat([g.flatten().to(dtype) for g in grads.values()])
+    numbers = strategy.reduce(numbers, reduce_op="mean")
+    parts = numbers.split([g.numel() for g in grads.values()])
+    return {name: part.view(g.shape) for (name, g), part in zip(grads.items(), parts, strict=True)}
+
+
+class SameWeights(Callback):
+    """Makes sure that all processes have the same weights, and with them the same `task`: its names and numbers.
+
+    Checked when training starts and after each epoch. Raises RuntimeError where they differ.
+    """
+
+    def __init__(self, *task: object) -> None:
+        self.task = task
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        digest = blake2b(repr(self.task).encode(), digest_size=8)
+        for p in pl_module.parameters():
+            digest.update(p.cpu().contiguous().numpy().tobytes())
+        if digest.digest() != trainer.strategy.broadcast(digest.digest()):
+            raise RuntimeError(
+                f"process {trainer.global_rank} has other weights or images than process 0: on every machine, use the "
+                "same versions, the same images, and paths.runs in a folder that all of them share"
+            )
+
+    on_train_epoch_end = on_train_start
+
+
+def to_start(strategy: Strategy) -> int:
+    """How many processes are still to be started: none where a cluster, torchrun or `start` has done so."""
+    if not isinstance(strategy, DataParallel):
+        return 0
+    environment = strategy.cluster_environment
+    assert environment is not None
+    alone = isinstance(environment, SLURMEnvironment) and environment.world_size() == 1
+    return strategy.num_processes if alone or not environment.creates_processes_externally else 0
+
+
+def start(function: Callable[..., None], processes: int, *args: Any) -> None:
+    """Runs `function(*args)` in so many new processes on this machine, ranks 0, 1, ..., until all are done.
+
+    Where one fails the others are ended, and its traceback is raised.
+    """
+    torch.multiprocessing.spawn(_as_rank, (find_free_network_port(), function, args), processes)
+
+
+def _as_rank(rank: int, port: int, function: Callable[..., None], args: Sequence[Any]) -> None:
+    os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.pop("SLURM_NTASKS", None)  # a task of SLURM's that starts processes stands for none of them
+    function(*args)
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,248 @@
+"""Data-parallel runs: what two processes train together is what one trains alone."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CONF, Problem
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from torch import Tensor
+
+from nobackprop import batches
+from nobackprop.batches import EvalBatches, TrainBatches, task
+from nobackprop.callbacks import ResumePoint
+from nobackprop.data import Dataset
+from nobackprop.layers import Shape
+from nobackprop.network import Network
+from nobackprop.parallel import SameWeights, start
+from nobackprop.records import Record
+from nobackprop.rule import Batch, Rule
+from nobackprop.rules.bp import BP
+from nobackprop.train import prepare, train
+
+DDP = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
+
+
+def config(folder: Path, *overrides: str) -> DictConfig:
+    """A small run on digits: 20 mini-batches an epoch."""
+    small = ["logger=none", "arch.hidden=[12]", "batch_size=64", "max_epochs=2", "optimizer=sgd", "optimizer.lr=0.05"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", [*small, f"paths.runs={folder}", *overrides])
+
+
+@dataclass(frozen=True)
+class Noisy(BP):
+    """BP whose first bias moves by noise: one number of each sample's, and one for all of them."""
+
+    def noise(self, net: Network, samples: int) -> dict[str, Shape]:
+        return {"each": (samples, net.units(1)), "all": (net.units(1),)}
+
+    def grads(self, net: Network, w: Mapping[str, Tensor], batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        g, logits = super().grads(net, w, batch)
+        weight = batch.y[:, :1]  # of a sample's noise, so that it matters whose it is
+        return g | {"b1": g["b1"] + (weight * batch.noise["each"]).mean(0) + batch.noise["all"]}, logits
+
+
+NOISY = [f"rule._target_={__name__}.Noisy", "~rule.beta", "~rule.gamma", "~rule.learn_E"]
+RUNS = {
+    "mean": ["rule=mdfa", "seeds=2", "diagnostics=alignment", "diagnostics.samples=33", "dataset.validation=0.1"],
+    "sum": ["update=sum", "l2=0.001", "optimizer.lr=0.001", "schedule=cosine"],
+    "unit_norm": ["update=unit_norm", "rule.gamma=0.5", "dataset.flip=true", "dataset.crop=1"],
+    "noisy": NOISY,
+}
+
+
+def _train_all(folder: Path) -> None:
+    """In each of two processes: every run, and the first one again from a checkpoint in its second epoch."""
+    batches.CHUNK_STEPS = 8
+    save = ResumePoint.save
+    copies: dict[int, bytes] = {}
+
+    def save_and_copy(self: ResumePoint, trainer: Any) -> None:
+        save(self, trainer)
+        copies[trainer.lightning_module.steps] = self.path.read_bytes()
+
+    for name, overrides in RUNS.items():
+        train(config(folder / name, *DDP, *overrides))
+    ResumePoint.save = save_and_copy
+    train(config(folder / "whole", *DDP, "checkpoint_minutes=0"))
+    ResumePoint.save = save
+    resumed = config(folder / "resumed", *DDP)
+    fingerprint = Record.read(only(folder / "whole")).data.fingerprint
+    path = prepare(resumed).folder / "checkpoints" / f"seeds0_{fingerprint}.ckpt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.write_bytes(copies[28])
+    torch.distributed.barrier()
+    train(resumed)
+
+
+def only(folder: Path, seed: int = 0) -> Path:
+    (path,) = folder.glob(f"*/seed{seed}/record.json")
+    return path
+
+
+def weights(record: Path) -> dict[str, Tensor]:
+    return torch.load(record.with_name("best.pt"), weights_only=True)["weights"]
+
+
+def close(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        assert value == pytest.approx(b[key], rel=1e-4, abs=1e-4), key
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs of two processes."""
+    folder = tmp_path_factory.mktemp("together")
+    start(_train_all, 2, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_train_as_one_does(together: Path, tmp_path: Path, name: str) -> None:
+    for alone in train(config(tmp_path, *RUNS[name])):
+        path = only(together / name, alone.seed)
+        record = Record.read(path)
+        assert (record.signature, record.steps, record.data) == (alone.signature, alone.steps, alone.data)
+        assert (record.machine.devices, alone.machine.devices) == (2, 1)
+        assert record.machine.threads == 1
+        assert record.best_epoch == alone.best_epoch
+        for ours, theirs in zip(record.epochs, alone.epochs, strict=True):
+            close(ours, theirs)
+        assert record.test is not None
+        assert alone.test is not None
+        close(record.test, alone.test)
+        expected = weights(only(tmp_path, alone.seed))
+        for key, w in weights(path).items():
+            torch.testing.assert_close(w, expected[key], rtol=1e-4, atol=1e-5)
+
+
+def test_resumed_processes_end_like_those_left_alone(together: Path) -> None:
+    whole, resumed = (Record.read(only(together / name)) for name in ("whole", "resumed"))
+    assert resumed.steps == 40
+    assert [e["train/accuracy"] for e in resumed.epochs] == [e["train/accuracy"] for e in whole.epochs]
+    for ours, theirs in zip(resumed.epochs, whole.epochs, strict=True):
+        assert ours == pytest.approx(theirs)
+    expected = weights(only(together / "whole"))
+    assert all(torch.equal(w, expected[key]) for key, w in weights(only(together / "resumed")).items())
+
+
+def test_a_batchs_gradient_is_the_mean_of_its_parts(rule: Rule, problem: Problem) -> None:
+    """What lets any rule train in parallel."""
+    net, batch, w = problem.net, problem.batch, problem.weights(rule)
+    generator = torch.Generator().manual_seed(0)
+    noise = {
+        name: torch.randn(shape, dtype=torch.float64, generator=generator)
+        for name, shape in rule.noise(net, len(batch.x)).items()
+    }
+
+    def part(rows: slice) -> Batch:
+        own = rule.noise(net, len(batch.x[rows]))
+        mine = {name: t if own[name] == t.shape else t[rows] for name, t in noise.items()}
+        return Batch(batch.x[rows], batch.y[rows], batch.loss, mine)
+
+    for phase in rule.phases():
+        whole, first, second = (phase(net, w, part(rows))[0] for rows in (slice(0, 6), slice(0, 3), slice(3, 6)))
+        for name, g in whole.items():
+            torch.testing.assert_close((first[name] + second[name]) / 2, g)
+
+
+@pytest.mark.parametrize("options", [{}, {"flip": True, "crop": 2}], ids=["plain", "augmented"])
+def test_ranks_share_each_mini_batch(toy: Dataset, options: dict[str, Any]) -> None:
+    tasks = [task(toy, seed) for seed in (0, 3)]
+
+    def made(**ranks: int) -> list[Tensor]:
+        chunks = zip(*TrainBatches(toy, tasks, 12, lambda: 3, "cpu", **options, **ranks), strict=True)
+        return [torch.cat(parts) for parts in chunks]
+
+    parts = [made(rank=rank, ranks=3) for rank in range(3)]
+    assert parts[0][0].shape[2] == 4
+    for whole, *shared in zip(made(), *parts, strict=True):
+        assert torch.equal(torch.cat(shared, 2), whole)
+    with pytest.raises(ValueError, match="batch_size is 10, which 3 devices can't divide evenly"):
+        TrainBatches(toy, tasks, 10, lambda: 0, "cpu", rank=0, ranks=3)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 50])
+def test_ranks_share_an_evaluation(toy: Dataset, ranks: int) -> None:
+    """Every image once, equally many steps on each rank, even where there are fewer images than ranks."""
+    tasks = [task(toy, seed, classes=3) for seed in range(2)]
+    tables, relabels = [t.test for t in tasks], [t.relabel for t in tasks]
+    seen: list[list[int]] = [[], []]
+    steps = set()
+    for rank in range(ranks):
+        found = list(EvalBatches(toy.test, tables, relabels, "cpu", batch_size=5, rank=rank, ranks=ranks))
+        steps.add(len(found))
+        for pixels, _, mask in found:
+            for s in range(2):
+                seen[s] += pixels[s, mask[s], 0, 0, 0].tolist()
+    assert len(steps) == 1
+    assert [sorted(images) for images in seen] == [table.tolist() for table in tables]
+
+
+class Other:
+    """A strategy of another process, which started from other weights."""
+
+    def broadcast(self, _: bytes) -> bytes:
+        return b"other"
+
+
+def test_processes_that_start_from_other_weights_are_stopped() -> None:
+    trainer: Any = type("T", (), {"strategy": Other(), "global_rank": 1})
+    module: Any = torch.nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(RuntimeError, match="process 1 has other weights or images than process 0"):
+        SameWeights("task").on_train_start(trainer, module)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.devices=2"], "trainer.devices: use 1 (or a list of one device), or trainer=ddp to train on several"),
+        (["trainer.devices=[0,1]"], "trainer.devices: use 1 (or a list of one device), or trainer=ddp"),
+        (["trainer.num_nodes=2"], "trainer.num_nodes: use 1 (or a list of one device), or trainer=ddp"),
+        ([*DDP, "batch_size=25"], "batch_size is 25: write a multiple of 2, the number of devices"),
+        ([*DDP, "stack=true"], "stack=true: with trainer=ddp seeds are trained one after another"),
+        ([*DDP, "trainer.num_nodes=2"], "trainer.num_nodes is 2, but this is one process: start one a device"),
+        (["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=[]"], "trainer.devices"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_cannot_be_divided_is_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        prepare(config(tmp_path, *overrides))
+
+
+def test_a_clusters_tasks_must_be_the_runs_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = {"NTASKS": 4, "NTASKS_PER_NODE": 4, "NNODES": 1, "PROCID": 3, "LOCALID": 3, "NODEID": 0, "JOB_NAME": "run"}
+    for name, value in tasks.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    with pytest.raises(ValueError, match="--ntasks-per-node=4` does not match"):
+        prepare(config(tmp_path, *DDP))
+    assert prepare(config(tmp_path, *DDP, "trainer.devices=4")).rank == 3
+
+
+@pytest.mark.slow
+def test_the_command_trains_in_parallel(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "nobackprop.cli", *DDP, "arch.hidden=[12]", "max_epochs=1", "paths.runs=runs"]
+    command += ["--multirun", "rule=bp,fa"]
+    run: Callable[[], Any] = lambda: subprocess.run(  # noqa: E731
+        command, cwd=tmp_path, env={**os.environ, "COLUMNS": "120"}, capture_output=True, text=True, check=True
+    )
+    shown = run().stdout
+    assert shown.count("records and weights: runs/bp_mlp_digits") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    for rule in ("bp", "fa"):
+        (record,) = (tmp_path / "runs").glob(f"{rule}_*/seed0/record.json")
+        assert Record.read(record).machine.devices == 2
+        assert len(list(record.parent.glob("wandb/offline-run-*"))) == 1
+    assert "1 of 1 seeds are recorded already" in run().stdout
