@@ -169,6 +169,8 @@ class Learner(LightningModule):
 
     def on_train_start(self) -> None:
         self.started = time.monotonic()
+        if self.rank > 0:  # a checkpoint has the sums of all processes, and rank 0 goes on with them
+            self.train_scores.reset()
 
     @property
     def wall_s(self) -> float:
@@ -177,8 +179,7 @@ class Learner(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         assert isinstance(self.trainer.train_dataloader, TrainBatches)
-        resumed = self.steps % self.trainer.train_dataloader.per_epoch > 0  # in mid-epoch
-        if not resumed or self.rank > 0:  # a checkpoint holds the sums of all processes: rank 0 goes on with them
+        if self.steps % self.trainer.train_dataloader.per_epoch == 0:  # else: resumed in mid-epoch, sums restored
             self.train_scores.reset()
 
     def on_train_epoch_end(self) -> None:
