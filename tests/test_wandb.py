@@ -1,0 +1,107 @@
+"""What Weights & Biases gets, as far as it can be seen offline: one run a seed, whole after an interruption."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CONF
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from nobackprop.callbacks import ResumePoint
+from nobackprop.settings import Settings
+from nobackprop.train import prepare, train
+
+Config = Callable[..., DictConfig]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """A small run on digits that keeps W&B runs offline."""
+    small = ["arch.hidden=[12]", "batch_size=64", "max_epochs=2", f"paths.runs={tmp_path}/runs"]
+
+    def make(*overrides: str) -> DictConfig:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose("train", [*small, *overrides])
+
+    return make
+
+
+def offline_run(seed_folder: Path) -> dict[str, list[Any]]:
+    """The one W&B run of a seed: its entries by type, each type's in order."""
+    (run,) = seed_folder.glob("wandb/offline-run-*")
+    inspect = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", run]
+    shown = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout
+    entries: dict[str, list[Any]] = {}
+    for line in map(json.loads, shown.splitlines()):
+        entries.setdefault(line["type"], []).append(line.get(line["type"]))
+    return entries
+
+
+@pytest.mark.parametrize("interrupted", [20, 40])
+def test_an_interrupted_run_is_one_run(config: Config, monkeypatch: pytest.MonkeyPatch, interrupted: int) -> None:
+    """After the first epoch, and when all is trained but nothing recorded."""
+    save = ResumePoint.save
+
+    def save_and_fail(self: ResumePoint, trainer: Any) -> None:
+        save(self, trainer)
+        if trainer.lightning_module.steps == interrupted:
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(ResumePoint, "save", save_and_fail)
+    cfg = config("checkpoint_minutes=0")
+    run = prepare(cfg)
+    with pytest.raises(OSError, match="No space"):
+        train(cfg)
+    monkeypatch.undo()
+    before = offline_run(run.seed_folder(0))
+    (record,) = train(cfg)
+    after = offline_run(run.seed_folder(0))
+    assert before["run"][0]["run_id"] == after["run"][0]["run_id"] == f"{run.settings.signature}-0"
+    assert len(before["history"]) == interrupted // 20
+    assert after["metric"][-1] == {
+        "glob_name": "*",
+        "options": {"defined": True, "step_sync": True},
+        "step_metric": "trainer/global_step",
+    }
+    for entry, epoch in zip(after["history"], record.epochs, strict=True):
+        assert entry["step"] == {"num": epoch["step"]}  # by which an online run knows what it has
+        own = {key: value for key, value in entry["item"].items() if not key.startswith("_")}
+        assert own == {**epoch, "trainer/global_step": epoch["step"]}
+
+
+def test_seeds_of_a_config_are_a_group_and_a_sweep_may_be_one(config: Config) -> None:
+    cfg = config("seeds=2", "max_epochs=1")
+    train(cfg)
+    folder = prepare(cfg).folder
+    runs = [offline_run(folder / f"seed{seed}")["run"][0] for seed in range(2)]
+    assert [run["run_group"] for run in runs] == [folder.name] * 2
+    assert len({run["run_id"] for run in runs}) == 2
+    other = config("rule=fa", "max_epochs=1", "logger.group=rules")
+    train(other)
+    assert offline_run(prepare(other).folder / "seed0")["run"][0]["run_group"] == "rules"
+
+
+def test_every_command_of_the_sweep_is_a_config(config: Config) -> None:
+    sweep: Any = OmegaConf.to_container(OmegaConf.load(CONF.parent / "scripts" / "wandb_sweep.yaml"))
+    names = list(sweep["parameters"])
+    choices = [p.get("values") or [p["value"]] for p in sweep["parameters"].values()]
+    (at,) = (i for i, word in enumerate(sweep["command"]) if word == "${args_no_hyphens}")
+    signatures = set()
+    for values in product(*choices):
+        arguments = [f"{name}={value}" for name, value in zip(names, values, strict=True)] + sweep["command"][at + 1 :]
+        s = Settings.of(config(*arguments))
+        signatures.add((s.signature, *s.seeds))
+        assert len(s.seeds) == 1
+    assert len(signatures) == 4 * 2 * 3
+
+
+def test_several_seeds_are_refused_in_a_wandb_sweep(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    with pytest.raises(ValueError, match=r"a run of a W&B sweep is one seed, such as seeds=\[0\]; got \[0, 1\]"):
+        train(config("seeds=2"))
