@@ -138,7 +138,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
-def machine(device: torch.device, devices: int) -> Machine:
+def machine(device: torch.device, devices: int = 1) -> Machine:
     """This machine, as it trains on that device, one of so many."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(
