@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,11 +161,11 @@ def test_a_batchs_gradient_is_the_mean_of_its_parts(rule: Rule, problem: Problem
 def test_ranks_share_each_mini_batch(toy: Dataset, options: dict[str, Any]) -> None:
     tasks = [task(toy, seed) for seed in (0, 3)]
 
-    def made(**ranks: int) -> list[Tensor]:
-        chunks = zip(*TrainBatches(toy, tasks, 12, lambda: 3, "cpu", **options, **ranks), strict=True)
+    def made(rank: int = 0, ranks: int = 1) -> list[Tensor]:
+        chunks = zip(*TrainBatches(toy, tasks, 12, lambda: 3, "cpu", rank=rank, ranks=ranks, **options), strict=True)
         return [torch.cat(parts) for parts in chunks]
 
-    parts = [made(rank=rank, ranks=3) for rank in range(3)]
+    parts = [made(rank, 3) for rank in range(3)]
     assert parts[0][0].shape[2] == 4
     for whole, *shared in zip(made(), *parts, strict=True):
         assert torch.equal(torch.cat(shared, 2), whole)
@@ -233,16 +233,18 @@ def test_a_clusters_tasks_must_be_the_runs_processes(tmp_path: Path, monkeypatch
 
 @pytest.mark.slow
 def test_the_command_trains_in_parallel(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "nobackprop.cli", *DDP, "arch.hidden=[12]", "max_epochs=1", "paths.runs=runs"]
-    command += ["--multirun", "rule=bp,fa"]
-    run: Callable[[], Any] = lambda: subprocess.run(  # noqa: E731
-        command, cwd=tmp_path, env={**os.environ, "COLUMNS": "120"}, capture_output=True, text=True, check=True
-    )
-    shown = run().stdout
+    options = [*DDP, "rule=bp,fa", "arch.hidden=[12]", "max_epochs=1", "paths.runs=runs"]
+    command = [sys.executable, "-m", "nobackprop.cli", "--multirun", *options]
+    environment = {**os.environ, "COLUMNS": "120"}
+
+    def run() -> str:
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+
+    shown = run()
     assert shown.count("records and weights: runs/bp_mlp_digits") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     for rule in ("bp", "fa"):
         (record,) = (tmp_path / "runs").glob(f"{rule}_*/seed0/record.json")
         assert Record.read(record).machine.devices == 2
         assert len(list(record.parent.glob("wandb/offline-run-*"))) == 1
-    assert "1 of 1 seeds are recorded already" in run().stdout
+    assert "1 of 1 seeds are recorded already" in run()
