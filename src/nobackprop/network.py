@@ -10,6 +10,7 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from nobackprop.activations import Activation, activation
@@ -68,6 +69,14 @@ class Network:
     def feedback(self, l: int, M: Tensor, e: Tensor, like: Tensor) -> Tensor:
         """The error e at layer l, sent down through M (in the shape of W of layer l): `M^T e`, like `like`."""
         return self.layers[l - 1].feedback(M, e, like)
+
+    def direct(self, B: Tensor, e: Tensor, like: Tensor) -> Tensor:
+        """The output's error e (N, outputs), sent through B (units, outputs) to a hidden layer: `B e`, like `like`."""
+        if like.ndim == 4 and like.stride(1) == 1:  # channels last in memory, and so is the result: B is the smaller
+            _, C, H, W = like.shape
+            B = B.view(C, H, W, -1).permute(1, 2, 0, 3).flatten(0, 2)
+            return F.linear(e, B).view(-1, H, W, C).permute(0, 3, 1, 2)
+        return F.linear(e, B).view_as(like)
 
     def hebbian(self, l: int, h: Tensor, d: Tensor) -> dict[str, Tensor]:
         """Gradients of W and b of layer l, by name, from its input h and the error d at its z (means over samples)."""
