@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from nobackprop import records
+from nobackprop import hardware, records
 from nobackprop.batches import TrainBatches, task
 from nobackprop.imagenet import ImageNet
 from nobackprop.initializers import Uniform, initial_weights
@@ -39,7 +39,6 @@ from nobackprop.rules.dfa import DFA
 from nobackprop.rules.fa import FA
 from nobackprop.rules.lra_e import LRAE
 from nobackprop.rules.mdfa import MDFA
-from nobackprop.train import choose_matmul
 
 RULES: dict[str, Rule] = {"bp": BP(), "fa": FA(), "dfa": DFA(), "mdfa": MDFA(), "lra_e": LRAE()}
 MLP = partial(mlp, (1, 28, 28), activation="tanh")
@@ -102,9 +101,8 @@ def our_step(net: Network, rule: Rule, loss: Loss, optimizer: Any, pixels: Tenso
     w = initial_weights(net, rule, Uniform(), Uniform(), 0)
     data = dict.fromkeys(("batches", "validation", "test"), partial(dict))
     learner = Learner(net, rule, loss, {0: w}, pixels=Pixels(), optimizer=optimizer, **data)  # pyright: ignore
-    stepper = learner.configure_optimizers()
-    learner.optimizers = lambda *_: stepper  # type: ignore[method-assign]
-    choose_matmul(torch.device("cpu"))
+    learner.configure_optimizers()
+    hardware.choose_matmul(torch.device("cpu"))
     matmul = torch.get_float32_matmul_precision()
 
     @torch.no_grad()

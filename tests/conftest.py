@@ -139,7 +139,7 @@ def fitted(
 
 
 @pytest.fixture
-def learner(monkeypatch: pytest.MonkeyPatch) -> "Callable[..., Learner]":
+def learner() -> "Callable[..., Learner]":
     """Makes a Learner of one seed whose `step` can be called without a trainer."""
     from nobackprop.learner import Learner  # here, since Lightning takes seconds to import
 
@@ -159,8 +159,7 @@ def learner(monkeypatch: pytest.MonkeyPatch) -> "Callable[..., Learner]":
             optimizer=optimizer,
             **kwargs,
         )
-        the_optimizer = learner.configure_optimizers()
-        monkeypatch.setattr(learner, "optimizers", lambda: the_optimizer)
+        learner.configure_optimizers()
         return learner
 
     return make

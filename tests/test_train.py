@@ -23,8 +23,9 @@ from rich.console import Console
 import nobackprop
 from nobackprop.callbacks import ResumePoint
 from nobackprop.data import Digits
+from nobackprop.hardware import choose_matmul
 from nobackprop.records import Record
-from nobackprop.train import choose_matmul, prepare, summary, train
+from nobackprop.train import prepare, summary, train
 
 # 161 mini-batches an epoch, so two chunks: the first ends in mid-epoch.
 SMALL = ["logger=none", "arch.hidden=[12]", "batch_size=8", "max_epochs=2"]

@@ -29,13 +29,6 @@ class Activation:
         return self.derivative(z, h)
 
 
-def _tanh(z: Tensor) -> Tensor:
-    """tanh; on a CPU as 2 sigmoid(2z) - 1, within 1.2e-7 of it and four times as fast as torch's own."""
-    if z.device.type != "cpu" or z.dtype != torch.float32:
-        return torch.tanh(z)
-    return torch.add(z.new_full((), -1), (z + z).sigmoid_(), alpha=2)
-
-
 def activation(name: str) -> Activation:
     """The activation of that name. Raises ValueError, with the names there are, for another one."""
     if name not in ACTIVATIONS:
@@ -48,7 +41,7 @@ def activation(name: str) -> Activation:
 ACTIVATIONS = {
     a.name: a
     for a in (
-        Activation("tanh", _tanh, lambda z, h: torch.addcmul(h.new_ones(()), h, h, value=-1)),  # 1 - h^2
+        Activation("tanh", torch.tanh, lambda z, h: torch.addcmul(h.new_ones(()), h, h, value=-1)),  # 1 - h^2
         Activation("relu", torch.relu, lambda z, h: (z >= 0).to(z.dtype)),
         Activation("pl", F.hardtanh, lambda z, h: (z.abs() <= 1).to(z.dtype)),  # piecewise linear: clip to [-1, 1]
         Activation("sigmoid", torch.sigmoid, lambda z, h: h * (1 - h)),

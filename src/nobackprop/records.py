@@ -38,6 +38,7 @@ class Machine(_Strict):
     device: str
     threads: PositiveInt
     matmul: str = "highest"  # torch's float32_matmul_precision
+    compiled: bool = False
 
 
 class Record(_Strict):
@@ -137,7 +138,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
-def machine(device: torch.device) -> Machine:
+def machine(device: torch.device, compiled: bool = False) -> Machine:
     """This machine, as it trains on that device."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(
@@ -147,6 +148,7 @@ def machine(device: torch.device) -> Machine:
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         threads=torch.get_num_threads(),
         matmul=torch.get_float32_matmul_precision(),
+        compiled=compiled,
     )
 
 

@@ -28,6 +28,9 @@ class Batch:
         return self.loss.error(z, self.y)
 
 
+Phase = Callable[[Network, Weights, Batch], Grads]
+
+
 @dataclass(frozen=True)
 class Rule(ABC):
     """A learning rule: a frozen dataclass of the paper's hyper-parameters, with pure methods over a dict of weights.
@@ -41,7 +44,7 @@ class Rule(ABC):
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
         """The gradient of each weight that this rule changes, by name, and the logits (N, outputs)."""
 
-    def phases(self) -> tuple[Callable[[Network, Weights, Batch], Grads], ...]:
+    def phases(self) -> tuple[Phase, ...]:
         """The updates that make one step, in order, each like `grads` and from the weights that the last one left.
 
         Training metrics are those of the last one's logits.

@@ -105,6 +105,7 @@ class Settings(_Strict):
     patience: PositiveInt | None
     stack: bool | None
     threads: PositiveInt
+    compile: bool | None
     checkpoint_minutes: NonNegativeFloat
     paths: Paths
 
@@ -128,11 +129,11 @@ class Settings(_Strict):
         return f"{rule}_{arch}_{self.dataset.name}"
 
     def identity(self) -> dict[str, Any]:
-        """All that can change a seed's result, and nothing else: no seeds, loggers, paths, device or thread count.
+        """All that can change a seed's result, and nothing else: no seeds, loggers, paths, device or compiler.
 
-        The last two change float32 rounding; a record states them beside its config.
+        The last two, and threads, change float32 rounding; a record states them beside its config.
         """
-        others = {"seeds", "logger", "diagnostics", "paths", "stack", "threads", "checkpoint_minutes"}
+        others = {"seeds", "logger", "diagnostics", "paths", "stack", "threads", "compile", "checkpoint_minutes"}
         config = self.model_dump(exclude=others)
         for key in ("root", "download", "cache", "verify"):
             config["dataset"]["source"].pop(key, None)

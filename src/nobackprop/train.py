@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nobackprop import records
+from nobackprop import hardware, records
 from nobackprop.batches import EvalBatches, Task, TrainBatches, batches_per_epoch, task
 from nobackprop.callbacks import ProgressBar, ResumePoint
 from nobackprop.data import Dataset, Source
@@ -34,7 +34,6 @@ from nobackprop.pixels import Pixels
 from nobackprop.records import Record
 from nobackprop.rule import Batch, Rule
 from nobackprop.settings import Component, Settings, build
-from nobackprop.streams import stream
 from nobackprop.trained import save
 
 # Lightning's lines about devices and products, and a warning of its own under recent torch, are no news to a user.
@@ -42,6 +41,7 @@ logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message=".*LeafSpec.*")
 
 
+COMPILE_FROM = 100_000  # mini-batches: on a small net compiling saves about 0.3 ms each, and costs half a minute once
 LOCAL = re.compile(r"^paths\.|\.(root|cache)=")  # overrides that say where things are on this machine
 
 
@@ -97,6 +97,10 @@ def prepare(cfg: DictConfig) -> Run:
         device=_trainer(s, logger=False).strategy.root_device,
         source=source,
     )
+    if s.compile and not hardware.can_compile(run.device):
+        raise ValueError(
+            "compile is true, but there is no C++ compiler (on a GPU: no Triton); use compile=false"
+        )
     _try_step(run)
     return run
 
@@ -161,7 +165,7 @@ def train(cfg: DictConfig, console: Console | None = None) -> list[Record]:
     run = prepare(cfg)
     s = run.settings
     torch.set_num_threads(s.threads)
-    choose_matmul(run.device)
+    hardware.prepare(run.device)
     done = recorded(run)
     missing = [seed for seed in s.seeds if seed not in done]
     _check_data(run, done.values(), run.source.checksum)
@@ -198,23 +202,6 @@ def _check_data(run: Run, done: Iterable[Record], fingerprint: str | None) -> No
             )
 
 
-def choose_matmul(device: torch.device, tolerance: float = 2e-6) -> None:
-    """Sends a CPU's float32 matrix products to oneDNN, where that is as accurate as torch's default, MKL.
-
-    MKL runs at half the speed on AMD's processors. torch's name for oneDNN is "medium", under which some processors
-    compute in bf16: hence the test against float64. The choice is in the record. On a GPU float32 means float32.
-    """
-    if device.type != "cpu":
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
-        return
-    a, b = (torch.randn(256, 256, generator=stream(0, "matmul", name)) for name in "ab")
-    exact = a.double() @ b.double()
-    torch.set_float32_matmul_precision("medium")
-    if ((a @ b - exact).abs().max() / exact.abs().max()).item() > tolerance:
-        torch.set_float32_matmul_precision("highest")
-
-
 def recorded(run: Run) -> dict[int, Record]:
     """The records there are of this run's seeds, by seed. Raises ValueError for a damaged or misplaced one."""
     paths = {seed: run.seed_folder(seed) / "record.json" for seed in run.settings.seeds}
@@ -242,6 +229,8 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console:
     """Trains a group of seeds, from its last checkpoint if there is one, and writes their weights and records."""
     s = run.settings
     seeds = [t.seed for t in tasks]
+    per_epoch = batches_per_epoch(tasks[0], s.batch_size)
+    steps = min(s.max_epochs * per_epoch, s.max_steps or s.max_epochs * per_epoch)
     pixels = Pixels.normalized(dataset.train.pixels) if s.dataset.normalize else Pixels()
     relabels = [t.relabel for t in tasks]
     learner = Learner(
@@ -260,19 +249,17 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console:
         update=s.update,
         l2=s.l2,
         patience=s.patience,
+        compile=s.compile if s.compile is not None else steps >= COMPILE_FROM and hardware.can_compile(run.device),
     )
     name = f"seeds{'-'.join(map(str, seeds))}_{dataset.fingerprint}.ckpt"
     checkpoint = run.folder / "checkpoints" / name
     loggers = []
-    epochs = s.max_epochs
-    if s.max_steps is not None:
-        epochs = min(epochs, -(-s.max_steps // batches_per_epoch(tasks[0], s.batch_size)))
     try:
         if run.logger is not None:
             loggers += [run.logger(run.folder, seed, s.model_dump()) for seed in seeds]
         trainer = _trainer(
             s,
-            max_epochs=epochs,
+            max_epochs=-(-steps // per_epoch),
             logger=loggers or False,
             callbacks=[ProgressBar(title, console), ResumePoint(checkpoint, s.checkpoint_minutes), *run.diagnostics],
         )
@@ -326,7 +313,7 @@ def _record(run: Run, dataset: Dataset, t: Task, learner: Learner, i: int, wall:
             validation=len(t.validation),
             test=len(t.test),
         ),
-        machine=records.machine(learner.device),
+        machine=records.machine(learner.device, learner.compiled),
         precision=run.settings.trainer.precision,
         stacked=len(learner.seeds),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
