@@ -98,9 +98,7 @@ def prepare(cfg: DictConfig) -> Run:
         source=source,
     )
     if s.compile and not hardware.can_compile(run.device):
-        raise ValueError(
-            "compile is true, but there is no C++ compiler (on a GPU: no Triton); use compile=false"
-        )
+        raise ValueError("compile is true, but there is no C++ compiler (on a GPU: no Triton); use compile=false")
     _try_step(run)
     return run
 
