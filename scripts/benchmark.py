@@ -96,11 +96,13 @@ def plain_step(
     return step
 
 
-def our_step(net: Network, rule: Rule, loss: Loss, optimizer: Any, pixels: Tensor, labels: Tensor) -> Callable[[], Any]:
+def our_step(
+    net: Network, rule: Rule, loss: Loss, optimizer: Any, pixels: Tensor, labels: Tensor, compile: bool = False
+) -> Callable[[], Any]:
     """One step of the learner, as in training: pixels to floats, the rule, the optimizer, the constraint."""
     w = initial_weights(net, rule, Uniform(), Uniform(), 0)
     data = dict.fromkeys(("batches", "validation", "test"), partial(dict))
-    learner = Learner(net, rule, loss, {0: w}, pixels=Pixels(), optimizer=optimizer, **data)  # pyright: ignore
+    learner = Learner(net, rule, loss, {0: w}, pixels=Pixels(), optimizer=optimizer, compile=compile, **data)  # pyright: ignore
     learner.configure_optimizers()
     hardware.choose_matmul(torch.device("cpu"))
     matmul = torch.get_float32_matmul_precision()

@@ -108,6 +108,15 @@ def test_stacked_seeds_equal_a_loop(rule: Rule, problem: Problem) -> None:
         torch.testing.assert_close({n: t[s] for n, t in projected.items()}, rule.constrain(problem.net, w))
 
 
+def test_activations_computed_again_give_the_same_gradients(rule: Rule, problem: Problem) -> None:
+    w = problem.weights(rule)
+    frugal = replace(problem, net=replace(problem.net, recompute=True))
+    (grads, logits), (kept, kept_logits) = _grads(rule, frugal, w), _grads(rule, problem, w)
+    assert grads.keys() == kept.keys()
+    assert all(torch.equal(g, kept[name]) for name, g in grads.items())
+    assert torch.equal(logits, kept_logits)
+
+
 def test_compiled_whole_equals_eager(rule: Rule, problem: Problem) -> None:
     torch.compiler.reset()  # else the nets before this one count as recompilations
     w = problem.weights(rule)

@@ -133,7 +133,7 @@ class Learner(LightningModule):
         """`function` of one seed, for tensors without an axis of seeds where there is one, under vmap where more."""
         return function if self.alone else torch.func.vmap(function)
 
-    def _without_axis(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _without_axis(self, tensors: Mapping[str, Tensor] | nn.ParameterDict) -> dict[str, Tensor]:
         """Of one seed: no axis of seeds. Of several: as they are."""
         return {name: t[0] if self.alone else t for name, t in tensors.items()}
 
@@ -187,7 +187,7 @@ class Learner(LightningModule):
 
     # Evaluation
 
-    def evaluate(self, weights: Mapping[str, Tensor], batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    def evaluate(self, weights: nn.ParameterDict, batch: tuple[Tensor, Tensor, Tensor]) -> None:
         """Adds a batch, pixels (S, M, C, H, W), labels and mask (S, M), to the evaluation's scores."""
         pixels, labels, mask = batch
         x = self.inputs(pixels)
@@ -199,7 +199,7 @@ class Learner(LightningModule):
         self.evaluate(dict(self.w), batch)
 
     def test_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> None:
-        self.evaluate(dict(self.best), batch)
+        self.evaluate(self.best, batch)
 
     def on_validation_epoch_start(self) -> None:
         self.eval_scores.reset()

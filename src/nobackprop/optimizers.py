@@ -64,8 +64,8 @@ class Adam(_ForeachOptimizer):
         if len(set(steps)) == 1:
             _adam(self.kernel, weights, grads, m, v, steps[0], **options)
         else:  # weights that had no gradient at some step
-            for parts in zip(weights, grads, m, v, steps, strict=True):
-                _adam(self.kernel, *([t] for t in parts[:4]), parts[4], **options)
+            for p, g, m1, v1, step in zip(weights, grads, m, v, steps, strict=True):
+                _adam(self.kernel, [p], [g], [m1], [v1], step, **options)
 
 
 class AdamW(Adam):

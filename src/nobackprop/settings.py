@@ -106,6 +106,7 @@ class Settings(_Strict):
     stack: bool | None
     threads: PositiveInt
     compile: bool | None
+    recompute: bool
     checkpoint_minutes: NonNegativeFloat
     paths: Paths
 
@@ -133,7 +134,17 @@ class Settings(_Strict):
 
         The last two, and threads, change float32 rounding; a record states them beside its config.
         """
-        others = {"seeds", "logger", "diagnostics", "paths", "stack", "threads", "compile", "checkpoint_minutes"}
+        others = {
+            "seeds",
+            "logger",
+            "diagnostics",
+            "paths",
+            "stack",
+            "threads",
+            "compile",
+            "recompute",
+            "checkpoint_minutes",
+        }
         config = self.model_dump(exclude=others)
         for key in ("root", "download", "cache", "verify"):
             config["dataset"]["source"].pop(key, None)

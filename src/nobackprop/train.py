@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -82,7 +82,7 @@ def prepare(cfg: DictConfig) -> Run:
         )
     rule = build(s.rule, "rule")
     loss = build(s.loss, "loss", s.dataset.classes or source.num_classes)
-    net = build(s.arch, "arch", source.shape, loss.outputs)
+    net = replace(build(s.arch, "arch", source.shape, loss.outputs), recompute=s.recompute)
     run = Run(
         settings=s,
         rule=rule,

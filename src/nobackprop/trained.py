@@ -1,7 +1,7 @@
 """Trained nets: written beside each record, loaded with `nobackprop.load`."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ class Trained:
         return self.net.logits(self.weights, self._inputs(images))
 
     @torch.no_grad()
-    def activations(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def activations(self, images: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """All pre-activations z[0..L] and activations h[0..L-1], as `Network.forward` gives them."""
         return self.net.forward(self.weights, self._inputs(images))
 
