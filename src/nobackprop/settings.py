@@ -134,18 +134,8 @@ class Settings(_Strict):
 
         The last two, and threads, change float32 rounding; a record states them beside its config.
         """
-        others = {
-            "seeds",
-            "logger",
-            "diagnostics",
-            "paths",
-            "stack",
-            "threads",
-            "compile",
-            "recompute",
-            "checkpoint_minutes",
-        }
-        config = self.model_dump(exclude=others)
+        how = {"stack", "compile", "recompute", "threads", "checkpoint_minutes"}
+        config = self.model_dump(exclude={"seeds", "logger", "diagnostics", "paths", *how})
         for key in ("root", "download", "cache", "verify"):
             config["dataset"]["source"].pop(key, None)
         config["trainer"] = {"precision": self.trainer.precision}
