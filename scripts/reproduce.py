@@ -25,6 +25,8 @@ from rich.table import Table
 
 from nobackprop.cli import CONF
 
+TUNED = "+tuned@_global_="  # after an experiment, whose settings it replaces; plain tuned=... comes before it
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -36,15 +38,29 @@ class Cell:
     def __str__(self) -> str:
         return " ".join(f"{axis}={choice}" for axis, choice in self.labels.items())
 
+    @property
+    def tuned(self) -> Path | None:
+        """The file of tuned settings that this cell takes, if it takes one."""
+        names = [text.removeprefix(TUNED) for text in self.overrides if text.startswith(TUNED)]
+        return CONF / "tuned" / f"{names[-1]}.yaml" if names else None
+
     def config(self, further: Sequence[str] = ()) -> DictConfig:
-        """The composed config; of several overrides of one key the last one counts."""
+        """The composed config; of several overrides of one key the last one counts.
+
+        Raises FileNotFoundError where it takes tuned settings that were not searched yet.
+        """
+        if self.tuned is not None and not self.tuned.exists():
+            raise FileNotFoundError(f"{self.tuned} is not there yet: scripts/tune.py makes it")
         by_key = {text.split("=", 1)[0]: text for text in (*self.overrides, *further)}
         with initialize_config_dir(str(CONF), version_base="1.3"):
             return compose("train", list(by_key.values()))
 
 
 def cells(paper: str) -> Iterator[Cell]:
-    """Every cell of a paper's grid. Raises ValueError, with the papers there are, for another one."""
+    """Every cell of a paper's grid; `{axis}` in an override is the cell's choice on that axis.
+
+    Raises ValueError, with the papers there are, for another one.
+    """
     papers = sorted(path.stem for path in (CONF / "grid").glob("*.yaml"))
     if paper not in papers:
         raise ValueError(f"no grid for paper {paper!r}: choose one of {', '.join(papers)}")
@@ -52,7 +68,7 @@ def cells(paper: str) -> Iterator[Cell]:
     for grid in grids:
         for choices in product(*(axis.items() for axis in grid.values())):
             labels = {axis: str(label) for axis, (label, _) in zip(grid, choices, strict=True)}
-            yield Cell(labels, [override for _, overrides in choices for override in overrides])
+            yield Cell(labels, [text.format(**labels) for _, overrides in choices for text in overrides])
 
 
 def select(every: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
