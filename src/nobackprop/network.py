@@ -48,18 +48,25 @@ class Network:
         """The shape of W of layer l, and of everything that stands in for it."""
         return self.layers[l - 1].weight_shape(self.shapes[l - 1])
 
+    def preactivation(self, l: int, w: Weights, h: Tensor) -> Tensor:
+        """Layer l's z, (N, *shape of layer l), from its input h."""
+        return self.layers[l - 1].forward(w[f"W{l}"], w.get(f"b{l}"), h)
+
     def forward(self, w: Weights, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """All pre-activations z[1..L] and activations h[0..L-1] for x (N, *in_shape); z[0] is x too."""
         z, h = [x], [x]
         for l in range(1, self.L + 1):
-            z.append(self.layers[l - 1].forward(w[f"W{l}"], w.get(f"b{l}"), h[l - 1]))
+            z.append(self.preactivation(l, w, h[l - 1]))
             if l < self.L:
                 h.append(self.activation.f(z[l]))
         return z, h
 
     def logits(self, w: Weights, x: Tensor) -> Tensor:
-        """The output z[L], (N, outputs)."""
-        return self.forward(w, x)[0][self.L]
+        """The output z[L], (N, outputs); keeps no layer's activations longer than the next layer needs them."""
+        h = x
+        for l in range(1, self.L):
+            h = self.activation.f(self.preactivation(l, w, h))
+        return self.preactivation(self.L, w, h)
 
     def df(self, z: Tensor, h: Tensor) -> Tensor:
         """The activation's derivative at z, where h = f(z). Raises ValueError where there is none."""
