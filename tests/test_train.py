@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,13 @@ from rich.console import Console
 import nobackprop
 from nobackprop.callbacks import ResumePoint
 from nobackprop.data import Digits
+from nobackprop.losses import SoftmaxCrossEntropy
+from nobackprop.network import Network, Weights, mlp
+from nobackprop.pixels import Pixels
 from nobackprop.records import Record
+from nobackprop.rules.bp import BP
 from nobackprop.train import choose_matmul, prepare, summary, train
+from nobackprop.trained import save
 
 # 161 mini-batches an epoch, so two chunks: the first ends in mid-epoch.
 SMALL = ["logger=none", "arch.hidden=[12]", "batch_size=8", "max_epochs=2"]
@@ -343,6 +348,47 @@ def test_a_trained_net_predicts_as_it_was_tested(config: Config) -> None:
     assert [t.shape for t in z[1:]] == [(5, 12), (5, 3)]
     assert torch.equal(z[2], trained.logits(test.pixels[:5]))
     assert torch.equal(h[1], z[1].tanh())
+
+
+@dataclass(frozen=True)
+class Upside(BP):
+    """Says the opposite of what its net says, times the scale."""
+
+    scale: float = 1.0
+
+    def logits(self, net: Network, w: Weights, x: torch.Tensor) -> torch.Tensor:
+        return -self.scale * net.logits(w, x)
+
+
+def test_a_trained_net_predicts_as_its_rule_does(config: Config) -> None:
+    cfg = config("max_epochs=1", "rule=bp", f"rule._target_={__name__}.Upside", "+rule.scale=2.0")
+    (record,) = train(cfg)
+    trained = nobackprop.load(folder(cfg))
+    test = Digits().load().test
+    assert trained.rule == Upside(scale=2.0)
+    assert trained.evaluate(test) == pytest.approx(record.test)
+    z, _ = trained.activations(test.pixels)
+    assert torch.equal(trained.logits(test.pixels), -2 * z[-1])
+
+
+@pytest.mark.parametrize("option", options("rule"))
+def test_a_trained_net_knows_its_rule(config: Config, tmp_path: Path, option: str) -> None:
+    run = prepare(config(f"rule={option}"))
+    save(tmp_path / "best.pt", run.net, run.rule, {}, run.loss, Pixels(), tuple(range(10)))
+    assert nobackprop.load(tmp_path).rule == run.rule
+
+
+@pytest.mark.parametrize("name", ["my.rules.Mine", "nobackprop.settings.Settings", "os.system"])
+def test_a_rule_that_is_no_rule_or_not_imported_is_not_made(tmp_path: Path, name: str) -> None:
+    run_net, loss = mlp((4,), 2, hidden=[3], activation="tanh"), SoftmaxCrossEntropy(2)
+    path = tmp_path / "best.pt"
+    save(path, run_net, BP(), {}, loss, Pixels(), (0, 1))
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {"rule": {"class": name, "fields": {}}}, path)
+    with pytest.raises(
+        ValueError, match=rf"best\.pt was trained by rule {name}, which is not in nobackprop\.rules: import"
+    ):
+        nobackprop.load(tmp_path)
 
 
 def test_a_net_refuses_other_images(config: Config) -> None:

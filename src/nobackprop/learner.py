@@ -20,7 +20,7 @@ from nobackprop.metrics import Scores
 from nobackprop.network import Network
 from nobackprop.pixels import Pixels
 from nobackprop.rule import Batch, Grads, Rule
-from nobackprop.streams import stream
+from nobackprop.streams import normal
 from nobackprop.updates import UPDATES
 
 
@@ -119,11 +119,8 @@ class Learner(LightningModule):
     def _noise(self, x: Tensor) -> dict[str, Tensor]:
         """What the rule asks for at this step, (S, ...) by name: each seed's is a function of seed, name and step."""
         shapes = self.rule.noise(self.net, x.shape[1])
-        drawn = {
-            name: [torch.randn(shape, generator=stream(seed, "noise", name, self.steps)) for seed in self.seeds]
-            for name, shape in shapes.items()
-        }
-        return {name: torch.stack(each).to(x) for name, each in drawn.items()}
+        drawn = [normal(shapes, seed, "noise", self.steps) for seed in self.seeds]
+        return {name: torch.stack([each[name] for each in drawn]).to(x) for name in shapes}
 
     def _update(self, w: Mapping[str, Tensor], grads: Mapping[str, Tensor], samples: int) -> None:
         """One step of the optimizer for the weights that have a gradient, then the rule's constraints."""

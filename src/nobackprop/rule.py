@@ -48,10 +48,19 @@ class Rule(ABC):
         """
         return (self.grads,)
 
+    def all_grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
+        """What all phases give from the same weights (of two gradients of one weight the later), and the last logits.
+
+        For looking at a step without taking it; training goes through `phases`.
+        """
+        each = [phase(net, w, batch) for phase in self.phases()]
+        return {name: g for grads, _ in each for name, g in grads.items()}, each[-1][1]
+
     def noise(self, net: Network, samples: int) -> dict[str, Shape]:
         """Shapes of the standard normal numbers that a step on so many samples needs, by name: `batch.noise[name]`.
 
-        They are functions of seed, name and step, and the same for all phases of a step.
+        They are functions of seed, name and step, and the same for all phases of a step. Numbers of each sample's own
+        have the samples on the first axis; the shapes of all others do not depend on `samples`.
         """
         return {}
 

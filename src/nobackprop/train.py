@@ -117,9 +117,7 @@ def _try_step(run: Run) -> None:
     x = torch.empty(2, *run.net.in_shape, device=meta)
     y = torch.empty(2, run.loss.outputs, device=meta)
     noise = {name: torch.empty(shape, device=meta) for name, shape in run.rule.noise(run.net, len(x)).items()}
-    grads = {}
-    for phase in run.rule.phases():
-        grads |= phase(run.net, w, Batch(x, y, run.loss, noise))[0]
+    grads, _ = run.rule.all_grads(run.net, w, Batch(x, y, run.loss, noise))
     if unknown := grads.keys() - w.keys():
         raise ValueError(f"rule {type(run.rule).__name__} gives gradients of {sorted(unknown)}, which are no weights")
     try:
@@ -291,7 +289,7 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console:
         folder = run.seed_folder(t.seed)
         if record.best_epoch is not None:
             weights = {name: p[i].cpu() for name, p in learner.best.items()}
-            save(folder / "best.pt", run.net, weights, run.loss, pixels, t.classes)
+            save(folder / "best.pt", run.net, run.rule, weights, run.loss, pixels, t.classes)
         record.write(folder / "record.json")  # last: a seed with a record is complete
     checkpoint.unlink(missing_ok=True)
     return finished
