@@ -60,20 +60,20 @@ class Network:
             return _recomputed(self, w, x)
         z, h = [x], [x]
         for l in range(1, self.L + 1):
-            z.append(self.weighted(l, w, h[l - 1]))
+            z.append(self.preactivation(l, w, h[l - 1]))
             if l < self.L:
                 h.append(self.activation.f(z[l]))
         return z, h
 
-    def weighted(self, l: int, w: Weights, h: Tensor) -> Tensor:
+    def preactivation(self, l: int, w: Weights, h: Tensor) -> Tensor:
         """The pre-activation z of layer l from the activation h of the layer below."""
         return self.layers[l - 1].forward(w[f"W{l}"], w.get(f"b{l}"), h)
 
     def logits(self, w: Weights, x: Tensor) -> Tensor:
         """The output z[L], (N, outputs); keeps nothing else."""
         for l in range(1, self.L):
-            x = self.activation.f(self.weighted(l, w, x))
-        return self.weighted(self.L, w, x)
+            x = self.activation.f(self.preactivation(l, w, x))
+        return self.preactivation(self.L, w, x)
 
     def df(self, z: Tensor, h: Tensor) -> Tensor:
         """The activation's derivative at z, where h = f(z). Raises ValueError where there is none."""
@@ -146,7 +146,7 @@ def _recomputed(net: Network, w: Weights, x: Tensor) -> tuple[_Layers, _Layers]:
         bottom = number * length
         z, h = ({0: x} if bottom == 0 else {}), {bottom: kept[number]}
         for l in range(bottom + 1, min(bottom + length, net.L) + 1):
-            z[l] = net.weighted(l, w, h[l - 1])
+            z[l] = net.preactivation(l, w, h[l - 1])
             if l < net.L:
                 h[l] = net.activation.f(z[l])
         return z, h
