@@ -111,12 +111,10 @@ def _initializer(spec: Component | str | float, key: str) -> Initializer:
 
 
 def _try_step(run: Run) -> None:
-    """One step on tensors without memory: finds what does not go together before any data is loaded."""
-    meta = torch.device("meta")
-    w = {k: t.to(meta) for k, t in initial_weights(run.net, run.rule, run.forward, run.backward, 0).items()}
-    x = torch.empty(2, *run.net.in_shape, device=meta)
-    y = torch.empty(2, run.loss.outputs, device=meta)
-    noise = {name: torch.empty(shape, device=meta) for name, shape in run.rule.noise(run.net, len(x)).items()}
+    """One step on two blank images: finds what does not go together before any data is loaded."""
+    w = initial_weights(run.net, run.rule, run.forward, run.backward, 0)
+    x, y = torch.zeros(2, *run.net.in_shape), torch.zeros(2, run.loss.outputs)
+    noise = {name: torch.zeros(shape) for name, shape in run.rule.noise(run.net, len(x)).items()}
     grads = {}
     for phase in run.rule.phases():
         grads |= phase(run.net, w, Batch(x, y, run.loss, noise))[0]
