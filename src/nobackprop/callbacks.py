@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 
 from nobackprop.batches import TrainBatches
 from nobackprop.learner import Learner
+from nobackprop.stopping import StopSignals
 
 
 class ProgressBar(Callback):
@@ -55,16 +56,17 @@ class ProgressBar(Callback):
 
 
 class ResumePoint(Checkpoint):
-    """Writes, at most every `minutes`, the checkpoint that an interrupted run goes on from; each replaces the last.
+    """Writes, at most every `minutes` and when asked to stop, the checkpoint that an interrupted run goes on from.
 
     Lightning's ModelCheckpoint knows no time interval under manual optimization (2.6).
     """
 
-    def __init__(self, path: Path, minutes: float) -> None:
-        self.path, self.interval_s = path, 60 * minutes
+    def __init__(self, folder: Path, minutes: float, signals: StopSignals) -> None:
+        self.folder, self.interval_s, self.signals = folder, 60 * minutes, signals
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.saved = time.monotonic()
+        self.signals.listen()  # Lightning has taken SIGTERM
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if not trainer.is_last_batch:  # that one waits for its epoch's validation
@@ -74,9 +76,10 @@ class ResumePoint(Checkpoint):
         self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        if time.monotonic() - self.saved >= self.interval_s:
-            trainer.save_checkpoint(self.path, weights_only=False)
+        if self.signals.due or time.monotonic() - self.saved >= self.interval_s:
+            trainer.save_checkpoint(self.folder, weights_only=False)
             self.saved = time.monotonic()
+        self.signals.check()
 
 
 def wandb_logger(

@@ -3,6 +3,7 @@
 import json
 from hashlib import sha256
 from inspect import signature
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from hydra.errors import InstantiationException
@@ -126,6 +127,11 @@ class Settings(_Strict):
         """`rule_arch_dataset`, as in `lra_e_mlp_mnist`."""
         rule, arch = self.rule["_target_"].split(".")[-2], self.arch["_target_"].split(".")[-1]
         return f"{rule}_{arch}_{self.dataset.name}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the run keeps everything: one folder a seed, and checkpoints while it trains."""
+        return Path(self.paths.runs) / f"{self.name}-{self.signature}"
 
     def identity(self) -> dict[str, Any]:
         """All that can change a seed's result, and nothing else: no seeds, loggers, paths, device or thread count.

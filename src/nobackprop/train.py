@@ -7,24 +7,29 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nobackprop import records
+from nobackprop import checkpoints, records
 from nobackprop.batches import EvalBatches, Task, TrainBatches, batches_per_epoch, task
 from nobackprop.callbacks import ProgressBar, ResumePoint
+from nobackprop.checkpoints import CheckpointFolder
 from nobackprop.data import Dataset, Source
 from nobackprop.initializers import Initializer, from_string, initial_weights
 from nobackprop.learner import Learner
@@ -34,6 +39,7 @@ from nobackprop.pixels import Pixels
 from nobackprop.records import Record
 from nobackprop.rule import Batch, Rule
 from nobackprop.settings import Component, Settings, build
+from nobackprop.stopping import Stopped, StopSignals
 from nobackprop.streams import stream
 from nobackprop.trained import save
 
@@ -64,11 +70,14 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where this run keeps everything: one folder a seed, and checkpoints while it trains."""
-        return Path(self.settings.paths.runs) / f"{self.settings.name}-{self.settings.signature}"
+        return self.settings.folder
 
     def seed_folder(self, seed: int) -> Path:
         return self.folder / f"seed{seed}"
+
+
+class Busy(Exception):
+    """Another process is training these seeds."""
 
 
 def prepare(cfg: DictConfig) -> Run:
@@ -149,11 +158,12 @@ def keeps_seeds_apart(make_optimizer: Callable[..., Optimizer]) -> bool:
         return False
 
 
-def train(cfg: DictConfig, console: Console | None = None) -> list[Record]:
+def train(cfg: DictConfig, console: Console | None = None, wait: bool = True) -> list[Record]:
     """Trains every seed of a composed config that has no record yet; gives the records of all its seeds.
 
-    Raises ValueError for a config that can't work, before any data is loaded, and ValueError or FileNotFoundError for
-    data that is missing or damaged.
+    Seeds that another process is training are left to it: in the end their records are waited for, or, without `wait`,
+    Busy is raised. Raises ValueError for a config that can't work, before any data is loaded, and ValueError or
+    FileNotFoundError for data that is missing or damaged.
     """
     console = console or Console()
     run = prepare(cfg)
@@ -180,9 +190,18 @@ def train(cfg: DictConfig, console: Console | None = None) -> list[Record]:
         choice = {k: getattr(s.dataset, k) for k in ("classes", "classes_seed", "validation", "split")}
         tasks = [task(dataset, seed, **choice) for seed in missing]
         groups = divide(tasks, s.batch_size, stack)
+        busy = []
         for i, group in enumerate(groups):
-            part = f" seed {','.join(str(t.seed) for t in group)} ({i + 1}/{len(groups)})"
-            done |= {record.seed: record for record in _fit(run, dataset, group, s.name + part, console)}
+            title = f"{s.name} {_names(group)} ({i + 1}/{len(groups)})"
+            try:
+                done |= _fit_unless_busy(run, dataset, group, title, console)
+            except Busy:
+                busy.append((group, title))
+        if busy and not wait:
+            raise Busy(f"another process is training {', '.join(_names(group) for group, _ in busy)}")
+        for group, title in busy:
+            console.print(f"{s.name}: waiting for another process that trains {_names(group)}", highlight=False)
+            done |= _fit_unless_busy(run, dataset, group, title, console, wait=True)
     return [done[seed] for seed in s.seeds]
 
 
@@ -236,6 +255,31 @@ def divide(tasks: Sequence[Task], batch_size: int, stack: bool) -> list[list[Tas
     return list(groups.values())
 
 
+def _names(group: Sequence[Task]) -> str:
+    return f"seed {','.join(str(t.seed) for t in group)}"
+
+
+def _fit_unless_busy(
+    run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console: Console, wait: bool = False
+) -> dict[int, Record]:
+    """Trains those of a group of seeds that were not recorded meanwhile, while no other process can.
+
+    Raises Busy where another one is training one of them, or waits for it. The system drops a dead process's locks.
+    """
+    with ExitStack() as locks:
+        for t in sorted(tasks, key=lambda t: t.seed):  # in one order, so that no two wait for each other
+            run.seed_folder(t.seed).mkdir(parents=True, exist_ok=True)
+            try:
+                locks.enter_context(FileLock(run.seed_folder(t.seed) / ".lock", blocking=wait, poll_interval=0.5))
+            except Timeout:
+                raise Busy from None
+        done = recorded(run)
+        left = [t for t in tasks if t.seed not in done]
+        if left:
+            done |= {record.seed: record for record in _fit(run, dataset, left, title, console)}
+        return {t.seed: done[t.seed] for t in tasks}
+
+
 def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console: Console) -> list[Record]:
     """Trains a group of seeds, from its last checkpoint if there is one, and writes their weights and records."""
     s = run.settings
@@ -259,45 +303,58 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console:
         l2=s.l2,
         patience=s.patience,
     )
-    name = f"seeds{'-'.join(map(str, seeds))}_{dataset.fingerprint}.ckpt"
-    checkpoint = run.folder / "checkpoints" / name
+    name = f"seeds{'-'.join(map(str, seeds))}_{dataset.fingerprint}"
+    folder = run.folder / "checkpoints" / name
     loggers = []
     epochs = s.max_epochs
     if s.max_steps is not None:
         epochs = min(epochs, -(-s.max_steps // batches_per_epoch(tasks[0], s.batch_size)))
-    try:
-        if run.logger is not None:
-            loggers += [run.logger(run.folder, seed, s.model_dump()) for seed in seeds]
-        trainer = _trainer(
-            s,
-            max_epochs=epochs,
-            logger=loggers or False,
-            callbacks=[ProgressBar(title, console), ResumePoint(checkpoint, s.checkpoint_minutes), *run.diagnostics],
-        )
-        resumed = str(checkpoint) if checkpoint.exists() else None
-        trainer.fit(learner, ckpt_path=resumed, weights_only=True)
-        wall = learner.wall_s
-        trainer.test(learner, verbose=False)
-        for logger, progress in zip(loggers, learner.progress, strict=bool(loggers)):
-            for name, value in (progress.test or {}).items():
-                logger.experiment.summary[f"test/{name}"] = value
-    finally:
-        for logger in loggers:
-            logger.experiment.finish(exit_code=int(sys.exc_info()[0] is not None))
-    finished = [_record(run, dataset, t, learner, i, wall) for i, t in enumerate(tasks)]
-    for i, (t, record) in enumerate(zip(tasks, finished, strict=True)):
-        folder = run.seed_folder(t.seed)
-        if record.best_epoch is not None:
-            weights = {name: p[i].cpu() for name, p in learner.best.items()}
-            save(folder / "best.pt", run.net, weights, run.loss, pixels, t.classes)
-        record.write(folder / "record.json")  # last: a seed with a record is complete
-    checkpoint.unlink(missing_ok=True)
+    with StopSignals() as signals:
+        try:
+            if run.logger is not None:
+                loggers += [run.logger(run.folder, seed, s.model_dump()) for seed in seeds]
+            trainer = _trainer(
+                s,
+                max_epochs=epochs,
+                logger=loggers or False,
+                callbacks=[
+                    ProgressBar(title, console),
+                    ResumePoint(folder, s.checkpoint_minutes, signals),
+                    *run.diagnostics,
+                ],
+            )
+            if resumed := checkpoints.newest(folder):
+                console.print(f"{title}: goes on from step {checkpoints.step(resumed)}", highlight=False)
+            trainer.fit(learner, ckpt_path=resumed, weights_only=True)
+            wall = learner.wall_s
+            trainer.test(learner, verbose=False)
+            for logger, progress in zip(loggers, learner.progress, strict=bool(loggers)):
+                for name, value in (progress.test or {}).items():
+                    logger.experiment.summary[f"test/{name}"] = value
+        except Stopped:
+            last = checkpoints.newest(folder)
+            there = f"goes on from step {checkpoints.step(last)}" if last else "starts it again"
+            console.print(f"{title}: stopped; the same command {there}", highlight=False)
+            raise
+        finally:
+            for logger in loggers:
+                logger.experiment.finish(exit_code=int(sys.exc_info()[0] is not None))
+        finished = [_record(run, dataset, t, learner, i, wall) for i, t in enumerate(tasks)]
+        for i, (t, record) in enumerate(zip(tasks, finished, strict=True)):
+            if record.best_epoch is not None:
+                weights = {name: p[i].cpu() for name, p in learner.best.items()}
+                save(run.seed_folder(t.seed) / "best.pt", run.net, weights, run.loss, pixels, t.classes)
+            record.write(run.seed_folder(t.seed) / "record.json")  # last: a seed with a record is complete
+        rmtree(folder, ignore_errors=True)
+        signals.check()
     return finished
 
 
 def _trainer(settings: Settings, **options: Any) -> Trainer:
     """Lightning's Trainer, without its bar, summary and sanity check. Raises ValueError for a device it can't use."""
     options |= {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    # LightningEnvironment: also in a cluster's job, which is not Lightning's to put back into the queue.
+    options["plugins"] = [CheckpointFolder(), LightningEnvironment()]
     try:
         return Trainer(**settings.trainer.model_dump(), **options)
     except (ValueError, RuntimeError, MisconfigurationException) as e:
