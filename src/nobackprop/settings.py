@@ -106,6 +106,7 @@ class Settings(_Strict):
     patience: PositiveInt | None
     stack: bool | None
     threads: PositiveInt
+    workers: PositiveInt | None
     checkpoint_minutes: NonNegativeFloat
     paths: Paths
 
@@ -138,7 +139,7 @@ class Settings(_Strict):
 
         The last two change float32 rounding; a record states them beside its config.
         """
-        others = {"seeds", "logger", "diagnostics", "paths", "stack", "threads", "checkpoint_minutes"}
+        others = {"seeds", "logger", "diagnostics", "paths", "stack", "threads", "workers", "checkpoint_minutes"}
         config = self.model_dump(exclude=others)
         for key in ("root", "download", "cache", "verify"):
             config["dataset"]["source"].pop(key, None)

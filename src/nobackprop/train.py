@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from nobackprop import checkpoints, records
 from nobackprop.batches import EvalBatches, Task, TrainBatches, batches_per_epoch, task
-from nobackprop.callbacks import ProgressBar, ResumePoint
+from nobackprop.callbacks import ProgressBar, ResumePoint, Screen
 from nobackprop.checkpoints import CheckpointFolder
 from nobackprop.data import Dataset, Source
 from nobackprop.initializers import Initializer, from_string, initial_weights
@@ -42,6 +42,7 @@ from nobackprop.settings import Component, Settings, build
 from nobackprop.stopping import Stopped, StopSignals
 from nobackprop.streams import stream
 from nobackprop.trained import save
+from nobackprop.workers import side_by_side, workers
 
 # Lightning's lines about devices and products, and a warning of its own under recent torch, are no news to a user.
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
@@ -190,18 +191,27 @@ def train(cfg: DictConfig, console: Console | None = None, wait: bool = True) ->
         choice = {k: getattr(s.dataset, k) for k in ("classes", "classes_seed", "validation", "split")}
         tasks = [task(dataset, seed, **choice) for seed in missing]
         groups = divide(tasks, s.batch_size, stack)
+        jobs = [(group, f"{s.name} {_names(group)} ({i + 1}/{len(groups)})") for i, group in enumerate(groups)]
+        count = workers(len(jobs), s.threads, s.workers) if run.device.type == "cpu" else 1
+
+        def attempt(job: tuple[Sequence[Task], str], screen: Screen) -> dict[int, Record] | None:
+            with suppress(Busy):
+                return _fit_unless_busy(run, dataset, *job, screen)
+
         busy = []
-        for i, group in enumerate(groups):
-            title = f"{s.name} {_names(group)} ({i + 1}/{len(groups)})"
-            try:
-                done |= _fit_unless_busy(run, dataset, group, title, console)
-            except Busy:
-                busy.append((group, title))
-        if busy and not wait:
-            raise Busy(f"another process is training {', '.join(_names(group) for group, _ in busy)}")
-        for group, title in busy:
-            console.print(f"{s.name}: waiting for another process that trains {_names(group)}", highlight=False)
-            done |= _fit_unless_busy(run, dataset, group, title, console, wait=True)
+        with Screen(console) as screen:
+            for (group, title), trained in side_by_side(attempt, jobs, count, screen):
+                screen.finish(title)
+                if trained is None:
+                    busy.append((group, title))
+                else:
+                    done |= trained
+            if busy and not wait:
+                raise Busy(f"another process is training {', '.join(_names(group) for group, _ in busy)}")
+            for group, title in busy:
+                screen.print(f"{s.name}: waiting for another process that trains {_names(group)}")
+                done |= _fit_unless_busy(run, dataset, group, title, screen, wait=True)
+                screen.finish(title)
     return [done[seed] for seed in s.seeds]
 
 
@@ -260,7 +270,7 @@ def _names(group: Sequence[Task]) -> str:
 
 
 def _fit_unless_busy(
-    run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console: Console, wait: bool = False
+    run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, screen: Screen, wait: bool = False
 ) -> dict[int, Record]:
     """Trains those of a group of seeds that were not recorded meanwhile, while no other process can.
 
@@ -276,11 +286,11 @@ def _fit_unless_busy(
         done = recorded(run)
         left = [t for t in tasks if t.seed not in done]
         if left:
-            done |= {record.seed: record for record in _fit(run, dataset, left, title, console)}
+            done |= {record.seed: record for record in _fit(run, dataset, left, title, screen)}
         return {t.seed: done[t.seed] for t in tasks}
 
 
-def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console: Console) -> list[Record]:
+def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, screen: Screen) -> list[Record]:
     """Trains a group of seeds, from its last checkpoint if there is one, and writes their weights and records."""
     s = run.settings
     seeds = [t.seed for t in tasks]
@@ -318,13 +328,13 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console:
                 max_epochs=epochs,
                 logger=loggers or False,
                 callbacks=[
-                    ProgressBar(title, console),
+                    ProgressBar(title, screen),
                     ResumePoint(folder, s.checkpoint_minutes, signals),
                     *run.diagnostics,
                 ],
             )
             if resumed := checkpoints.newest(folder):
-                console.print(f"{title}: goes on from step {checkpoints.step(resumed)}", highlight=False)
+                screen.print(f"{title}: goes on from step {checkpoints.step(resumed)}")
             trainer.fit(learner, ckpt_path=resumed, weights_only=True)
             wall = learner.wall_s
             trainer.test(learner, verbose=False)
@@ -334,7 +344,7 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console:
         except Stopped:
             last = checkpoints.newest(folder)
             there = f"goes on from step {checkpoints.step(last)}" if last else "starts it again"
-            console.print(f"{title}: stopped; the same command {there}", highlight=False)
+            screen.print(f"{title}: stopped; the same command {there}")
             raise
         finally:
             for logger in loggers:
