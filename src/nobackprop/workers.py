@@ -1,4 +1,4 @@
-"""Seeds side by side on a CPU: each is trained in a process of its own, forked when the data is loaded.
+"""Seeds side by side on a CPU: trained in processes that are forked when the data is loaded.
 
 A fork has all imports and shares the images with its parent; a fresh process would spend seconds on the first and need
 memory for the second. torch's threads do not survive a fork, so seeds with several threads are trained in turn.
@@ -12,15 +12,16 @@ import time
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
-from typing import Any, TypeVar
+from multiprocessing.context import ForkProcess
+from typing import Any, TypeVar, cast
 
 from hydra.core.hydra_config import HydraConfig
 
 from nobackprop.callbacks import Screen
-from nobackprop.stopping import Stopped, StopSignals
+from nobackprop.stopping import StopSignals
 
 PATIENCE_S = 60.0  # for a checkpoint, when workers are asked to end
 Job = TypeVar("Job")
@@ -69,72 +70,75 @@ def side_by_side(
         for job in jobs:
             yield job, work(job, screen)
         return
-    waiting = deque(jobs)
-    running: dict[Connection, tuple[Any, Job]] = {}
+    waiting = deque(range(len(jobs)))
+    running: dict[Connection, ForkProcess] = {}
     with StopSignals() as signals:
         try:
-            while waiting or running:
-                while waiting and len(running) < count:
-                    receiver, process = _fork(work, waiting[0], [*running], signals)
-                    running[receiver] = process, waiting.popleft()
-                for receiver in wait([*running], timeout=0.5):
-                    assert isinstance(receiver, Connection)
-                    process, job = running[receiver]
-                    try:
-                        kind, content = receiver.recv()
-                    except EOFError:
-                        raise ChildProcessError(_epitaph(process)) from None
+            for _ in range(count):
+                connection, process = _fork(work, jobs, [*running], signals)
+                running[connection] = process
+                connection.send(waiting.popleft())
+            while running:
+                for connection, kind, content in _messages(running):
                     if kind == "show":
                         _show(screen, content)
-                        continue
-                    process.join()
-                    del running[receiver]
-                    if kind == "error":
+                    elif kind == "end":
+                        if status := running.pop(connection).exitcode:
+                            raise ChildProcessError(_how(status))
+                    elif kind == "error":
                         raise content
-                    yield job, content
+                    else:
+                        connection.send(waiting.popleft() if waiting else None)
+                        index, result = content
+                        yield jobs[index], result
                 signals.check()
         finally:
             _end(running, screen)
 
 
-def _fork(work: Callable[..., Any], job: Any, others: list[Connection], signals: StopSignals) -> tuple[Connection, Any]:
+def _fork(
+    work: Callable[..., Any], jobs: Sequence[Any], others: list[Connection], signals: StopSignals
+) -> tuple[Connection, ForkProcess]:
     context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(work, job, sender, [*others, receiver], signals), daemon=True)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_worker, args=(work, jobs, theirs, [*others, ours], signals), daemon=True)
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
         process.start()  # Python 3.12 warns where there are threads, even those of a library that minds forks
-    sender.close()
-    return receiver, process
+    theirs.close()
+    return ours, process
 
 
-def _child(
-    work: Callable[..., Any], job: Any, sender: Connection, receivers: list[Connection], signals: StopSignals
+def _worker(
+    work: Callable[..., Any],
+    jobs: Sequence[Any],
+    connection: Connection,
+    inherited: list[Connection],
+    signals: StopSignals,
 ) -> None:
-    """Does a job in a new process, and sends what is to be shown and what came of it."""
-    for receiver in receivers:  # so that sending fails, and this process ends, when the parent is no more
-        receiver.close()
+    """In a new process: does the jobs whose numbers come, sends what is to be shown and what came of them."""
+    for other in inherited:  # so that this process learns when its parent is no more
+        other.close()
     for signum, handler in signals.before.items():
         signal.signal(signum, handler)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which asks by SIGUSR2
-    signal.signal(signal.SIGUSR2, lambda *_: None)  # something to call, so that StopSignals listens to it
-    try:
-        sender.send(("result", work(job, _Remote(sender))))
-    except Stopped:
-        raise
-    except BaseException as error:
-        error.add_note(f"In a process of its own:\n{traceback.format_exc()}")
-        with suppress(BrokenPipeError):
-            sender.send(("error", error))
+    signal.signal(signal.SIGUSR2, lambda *_: sys.exit())  # between jobs; within, StopSignals listens
+    with suppress(EOFError, BrokenPipeError):
+        try:
+            while (index := connection.recv()) is not None:
+                connection.send(("result", (index, work(jobs[index], cast(Screen, _Remote(connection))))))
+        except Exception as error:
+            error.add_note(f"In a process of its own:\n{traceback.format_exc()}")
+            connection.send(("error", error))
 
 
 class _Remote:
     """The parent's screen."""
 
-    def __init__(self, sender: Connection) -> None:
-        self.sender = sender
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args, **kwargs: self.sender.send(("show", (name, args, kwargs)))
+        return lambda *args, **kwargs: self.connection.send(("show", (name, args, kwargs)))
 
 
 def _show(screen: Screen, content: tuple[str, Any, Any]) -> None:
@@ -142,31 +146,38 @@ def _show(screen: Screen, content: tuple[str, Any, Any]) -> None:
     getattr(screen, name)(*args, **kwargs)
 
 
-def _end(running: dict[Connection, tuple[Any, Any]], screen: Screen) -> None:
+def _messages(running: Mapping[Connection, ForkProcess]) -> Iterator[tuple[Connection, str, Any]]:
+    """What has come from processes within half a second; "end" from one that is no more."""
+    for connection in wait([*running], timeout=0.5):
+        assert isinstance(connection, Connection)
+        try:
+            kind, content = connection.recv()
+        except (EOFError, ConnectionResetError):
+            running[connection].join()
+            kind, content = "end", None
+        yield connection, kind, content
+
+
+def _end(running: dict[Connection, ForkProcess], screen: Screen) -> None:
     """Asks processes to end and waits until they have, showing what they still have to say."""
-    for process, _ in running.values():
-        os.kill(process.pid, signal.SIGUSR2)
+    for process in running.values():
+        with suppress(ProcessLookupError):
+            os.kill(process.pid or 0, signal.SIGUSR2)
     deadline = time.monotonic() + PATIENCE_S
     while running and time.monotonic() < deadline:
-        for receiver in wait([*running], timeout=0.5):
-            assert isinstance(receiver, Connection)
-            try:
-                kind, content = receiver.recv()
-                if kind == "show":
-                    _show(screen, content)
-            except EOFError:
-                process, _ = running.pop(receiver)
-                process.join()
-    for process, _ in running.values():
+        for connection, kind, content in _messages(running):
+            if kind == "show":
+                _show(screen, content)
+            elif kind == "end":
+                del running[connection]
+    for process in running.values():
         process.kill()
         process.join()
 
 
-def _epitaph(process: Any) -> str:
-    process.join()
-    code = process.exitcode
-    if code == -signal.SIGKILL:
-        how = "killed, perhaps for want of memory (fewer `workers` need less)"
+def _how(status: int) -> str:
+    if status == -signal.SIGKILL:
+        how = "was killed, perhaps for want of memory (fewer `workers` need less)"
     else:
-        how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-    return f"a process that trained a seed was {how}; the same command goes on from the last checkpoints"
+        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    return f"a process that trained a seed {how}; the same command goes on from the last checkpoints"
