@@ -219,7 +219,8 @@ def test_what_workers_have_to_say_is_shown(screen: Screen) -> None:
 
 def start(tmp_path: Path) -> tuple[subprocess.Popen[str], list[int]]:
     """The command with two seeds on two cores, as soon as both have a checkpoint, and its processes."""
-    code = "import nobackprop.workers as w; w.cores = lambda: 2; from nobackprop.cli import main; main()"
+    code = "from nobackprop import lean; lean.start(); import nobackprop.workers as w; w.cores = lambda: 2; "
+    code += "from nobackprop.cli import main; main()"
     overrides = [*SMALL, "seeds=2", "max_epochs=60", "checkpoint_minutes=0", "paths.runs=runs"]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *overrides],
