@@ -66,6 +66,7 @@ def test_dtps_small_steps_go_down_through_the_decoders_jacobians(problem: Proble
             torch.testing.assert_close(grads[name] / 1e-6, g, rtol=1e-4, atol=1e-7)
         if l > 1:
             _, step = torch.autograd.functional.jvp(_decoder(net, w, l, h[l - 1]), h[l], step)
+            assert isinstance(step, Tensor)
 
 
 def test_dtps_targets_through_exact_inverses_are_gauss_newtons() -> None:

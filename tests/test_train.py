@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 import nobackprop
+from nobackprop import checkpoints
 from nobackprop.callbacks import ResumePoint
 from nobackprop.data import Digits
 from nobackprop.hardware import choose_matmul
@@ -242,14 +243,17 @@ def test_a_resumed_run_ends_like_one_left_alone(
     """From every checkpoint: in mid-epoch, between epochs, after the last; momentum, schedule, best weights too."""
     overrides = ["optimizer=sgd", "optimizer.momentum=0.9", "schedule=cosine", "rule=mdfa", "checkpoint_minutes=0"]
     cfg = config(*overrides)
-    copies: dict[int, bytes] = {}
-    names: set[str] = set()
+    copies: dict[int, Path] = {}
+    contents: dict[Path, bytes] = {}
     save = ResumePoint.save
 
     def save_and_copy(self: ResumePoint, trainer: Any) -> None:
         save(self, trainer)
-        copies[trainer.lightning_module.steps] = self.path.read_bytes()
-        names.add(self.path.name)
+        last = checkpoints.newest(self.folder)
+        assert last is not None
+        assert checkpoints.step(last) == trainer.lightning_module.steps
+        copies[checkpoints.step(last)] = last
+        contents[last] = last.read_bytes()
 
     monkeypatch.setattr(ResumePoint, "save", save_and_copy)
     (alone,) = train(cfg)
@@ -257,13 +261,13 @@ def test_a_resumed_run_ends_like_one_left_alone(
     assert list(copies) == [100, 161, 261, 322]
     for steps, checkpoint in copies.items():
         again = config(*overrides, f"paths.runs={tmp_path}/{steps}")
-        path = folder(again) / "checkpoints" / next(iter(names))
+        path = folder(again) / checkpoint.relative_to(folder(cfg))
         path.parent.mkdir(parents=True)
-        path.write_bytes(checkpoint)
+        path.write_bytes(contents[checkpoint])
         (resumed,) = train(again)
         assert same(resumed, alone)
-        assert resumed.wall_s > torch.load(io.BytesIO(checkpoint), weights_only=True)["wall_s"]
-        assert not path.exists()
+        assert resumed.wall_s > torch.load(io.BytesIO(contents[checkpoint]), weights_only=True)["wall_s"]
+        assert not path.parent.exists()
         a, b = weights(folder(cfg) / "seed0"), weights(folder(again) / "seed0")
         assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -274,7 +278,7 @@ def test_a_killed_run_ends_like_one_left_alone(config: Config, tmp_path: Path) -
     environment = {**os.environ, "NOBACKPROP_DATA": "data"}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("killed/*/checkpoints/*.ckpt")):
+    while not list(tmp_path.glob("killed/*/checkpoints/*/*.ckpt")):
         assert process.poll() is None, "ended before it was killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -19,6 +19,9 @@ CONF = _here / "conf" if (_here / "conf").is_dir() else _here.parents[1] / "conf
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def run(cfg: DictConfig) -> None:
     """Trains one config and prints its summary."""
+    from nobackprop import lean
+
+    lean.start()  # before all that imports Lightning
     from rich.console import Console
 
     from nobackprop.train import summary, train

@@ -3,6 +3,7 @@
 import json
 from hashlib import sha256
 from inspect import signature
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from hydra.errors import InstantiationException
@@ -107,6 +108,7 @@ class Settings(_Strict):
     threads: PositiveInt
     compile: bool | None
     recompute: bool
+    workers: PositiveInt | None
     checkpoint_minutes: NonNegativeFloat
     paths: Paths
 
@@ -129,12 +131,17 @@ class Settings(_Strict):
         rule, arch = self.rule["_target_"].split(".")[-2], self.arch["_target_"].split(".")[-1]
         return f"{rule}_{arch}_{self.dataset.name}"
 
+    @property
+    def folder(self) -> Path:
+        """Where the run keeps everything: one folder a seed, and checkpoints while it trains."""
+        return Path(self.paths.runs) / f"{self.name}-{self.signature}"
+
     def identity(self) -> dict[str, Any]:
         """All that can change a seed's result, and nothing else: no seeds, loggers, paths, device or compiler.
 
         The last two, and threads, change float32 rounding; a record states them beside its config.
         """
-        how = {"stack", "compile", "recompute", "threads", "checkpoint_minutes"}
+        how = {"stack", "compile", "recompute", "threads", "workers", "checkpoint_minutes"}
         config = self.model_dump(exclude={"seeds", "logger", "diagnostics", "paths", *how})
         for key in ("root", "download", "cache", "verify"):
             config["dataset"]["source"].pop(key, None)

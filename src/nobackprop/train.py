@@ -7,24 +7,29 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nobackprop import hardware, records
+from nobackprop import checkpoints, hardware, records
 from nobackprop.batches import EvalBatches, Task, TrainBatches, batches_per_epoch, task
-from nobackprop.callbacks import ProgressBar, ResumePoint
+from nobackprop.callbacks import ProgressBar, ResumePoint, Screen
+from nobackprop.checkpoints import CheckpointFolder
 from nobackprop.data import Dataset, Source
 from nobackprop.initializers import Initializer, from_string, initial_weights
 from nobackprop.learner import Learner
@@ -34,7 +39,9 @@ from nobackprop.pixels import Pixels
 from nobackprop.records import Record
 from nobackprop.rule import Batch, Rule
 from nobackprop.settings import Component, Settings, build
+from nobackprop.stopping import Stopped, StopSignals
 from nobackprop.trained import save
+from nobackprop.workers import side_by_side, workers
 
 # Lightning's lines about devices and products, and a warning of its own under recent torch, are no news to a user.
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
@@ -64,11 +71,14 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where this run keeps everything: one folder a seed, and checkpoints while it trains."""
-        return Path(self.settings.paths.runs) / f"{self.settings.name}-{self.settings.signature}"
+        return self.settings.folder
 
     def seed_folder(self, seed: int) -> Path:
         return self.folder / f"seed{seed}"
+
+
+class Busy(Exception):
+    """Another process is training these seeds."""
 
 
 def prepare(cfg: DictConfig) -> Run:
@@ -113,12 +123,10 @@ def _initializer(spec: Component | str | float, key: str) -> Initializer:
 
 
 def _try_step(run: Run) -> None:
-    """One step on tensors without memory: finds what does not go together before any data is loaded."""
-    meta = torch.device("meta")
-    w = {k: t.to(meta) for k, t in initial_weights(run.net, run.rule, run.forward, run.backward, 0).items()}
-    x = torch.empty(2, *run.net.in_shape, device=meta)
-    y = torch.empty(2, run.loss.outputs, device=meta)
-    noise = {name: torch.empty(shape, device=meta) for name, shape in run.rule.noise(run.net, len(x)).items()}
+    """One step on two blank images: finds what does not go together before any data is loaded."""
+    w = initial_weights(run.net, run.rule, run.forward, run.backward, 0)
+    x, y = torch.zeros(2, *run.net.in_shape), torch.zeros(2, run.loss.outputs)
+    noise = {name: torch.zeros(shape) for name, shape in run.rule.noise(run.net, len(x)).items()}
     grads, _ = run.rule.all_grads(run.net, w, Batch(x, y, run.loss, noise))
     if unknown := grads.keys() - w.keys():
         raise ValueError(f"rule {type(run.rule).__name__} gives gradients of {sorted(unknown)}, which are no weights")
@@ -151,11 +159,12 @@ def keeps_seeds_apart(make_optimizer: Callable[..., Optimizer]) -> bool:
         return False
 
 
-def train(cfg: DictConfig, console: Console | None = None) -> list[Record]:
+def train(cfg: DictConfig, console: Console | None = None, wait: bool = True) -> list[Record]:
     """Trains every seed of a composed config that has no record yet; gives the records of all its seeds.
 
-    Raises ValueError for a config that can't work, before any data is loaded, and ValueError or FileNotFoundError for
-    data that is missing or damaged.
+    Seeds that another process is training are left to it: in the end their records are waited for, or, without `wait`,
+    Busy is raised. Raises ValueError for a config that can't work, before any data is loaded, and ValueError or
+    FileNotFoundError for data that is missing or damaged.
     """
     console = console or Console()
     run = prepare(cfg)
@@ -182,9 +191,27 @@ def train(cfg: DictConfig, console: Console | None = None) -> list[Record]:
         choice = {k: getattr(s.dataset, k) for k in ("classes", "classes_seed", "validation", "split")}
         tasks = [task(dataset, seed, **choice) for seed in missing]
         groups = divide(tasks, s.batch_size, stack)
-        for i, group in enumerate(groups):
-            part = f" seed {','.join(str(t.seed) for t in group)} ({i + 1}/{len(groups)})"
-            done |= {record.seed: record for record in _fit(run, dataset, group, s.name + part, console)}
+        jobs = [(group, f"{s.name} {_names(group)} ({i + 1}/{len(groups)})") for i, group in enumerate(groups)]
+        count = workers(len(jobs), s.threads, s.workers) if run.device.type == "cpu" else 1
+
+        def attempt(job: tuple[Sequence[Task], str], screen: Screen) -> dict[int, Record] | None:
+            with suppress(Busy):
+                return _fit_unless_busy(run, dataset, *job, screen)
+
+        busy = []
+        with Screen(console) as screen:
+            for (group, title), trained in side_by_side(attempt, jobs, count, screen):
+                screen.finish(title)
+                if trained is None:
+                    busy.append((group, title))
+                else:
+                    done |= trained
+            if busy and not wait:
+                raise Busy(f"another process is training {', '.join(_names(group) for group, _ in busy)}")
+            for group, title in busy:
+                screen.print(f"{s.name}: waiting for another process that trains {_names(group)}")
+                done |= _fit_unless_busy(run, dataset, group, title, screen, wait=True)
+                screen.finish(title)
     return [done[seed] for seed in s.seeds]
 
 
@@ -221,7 +248,32 @@ def divide(tasks: Sequence[Task], batch_size: int, stack: bool) -> list[list[Tas
     return list(groups.values())
 
 
-def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console: Console) -> list[Record]:
+def _names(group: Sequence[Task]) -> str:
+    return f"seed {','.join(str(t.seed) for t in group)}"
+
+
+def _fit_unless_busy(
+    run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, screen: Screen, wait: bool = False
+) -> dict[int, Record]:
+    """Trains those of a group of seeds that were not recorded meanwhile, while no other process can.
+
+    Raises Busy where another one is training one of them, or waits for it. The system drops a dead process's locks.
+    """
+    with ExitStack() as locks:
+        for t in sorted(tasks, key=lambda t: t.seed):  # in one order, so that no two wait for each other
+            run.seed_folder(t.seed).mkdir(parents=True, exist_ok=True)
+            try:
+                locks.enter_context(FileLock(run.seed_folder(t.seed) / ".lock", blocking=wait, poll_interval=0.5))
+            except Timeout:
+                raise Busy from None
+        done = recorded(run)
+        left = [t for t in tasks if t.seed not in done]
+        if left:
+            done |= {record.seed: record for record in _fit(run, dataset, left, title, screen)}
+        return {t.seed: done[t.seed] for t in tasks}
+
+
+def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, screen: Screen) -> list[Record]:
     """Trains a group of seeds, from its last checkpoint if there is one, and writes their weights and records."""
     s = run.settings
     seeds = [t.seed for t in tasks]
@@ -247,42 +299,55 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console:
         patience=s.patience,
         compile=s.compile if s.compile is not None else steps >= COMPILE_FROM and hardware.can_compile(run.device),
     )
-    name = f"seeds{'-'.join(map(str, seeds))}_{dataset.fingerprint}.ckpt"
-    checkpoint = run.folder / "checkpoints" / name
+    name = f"seeds{'-'.join(map(str, seeds))}_{dataset.fingerprint}"
+    folder = run.folder / "checkpoints" / name
     loggers = []
-    try:
-        if run.logger is not None:
-            loggers += [run.logger(run.folder, seed, s.model_dump()) for seed in seeds]
-        trainer = _trainer(
-            s,
-            max_epochs=-(-steps // per_epoch),
-            logger=loggers or False,
-            callbacks=[ProgressBar(title, console), ResumePoint(checkpoint, s.checkpoint_minutes), *run.diagnostics],
-        )
-        resumed = str(checkpoint) if checkpoint.exists() else None
-        trainer.fit(learner, ckpt_path=resumed, weights_only=True)
-        wall = learner.wall_s
-        trainer.test(learner, verbose=False)
-        for logger, progress in zip(loggers, learner.progress, strict=bool(loggers)):
-            for name, value in (progress.test or {}).items():
-                logger.experiment.summary[f"test/{name}"] = value
-    finally:
-        for logger in loggers:
-            logger.experiment.finish(exit_code=int(sys.exc_info()[0] is not None))
-    finished = [_record(run, dataset, t, learner, i, wall) for i, t in enumerate(tasks)]
-    for i, (t, record) in enumerate(zip(tasks, finished, strict=True)):
-        folder = run.seed_folder(t.seed)
-        if record.best_epoch is not None:
-            weights = {name: p[i].cpu() for name, p in learner.best.items()}
-            save(folder / "best.pt", run.net, run.rule, weights, run.loss, pixels, t.classes)
-        record.write(folder / "record.json")  # last: a seed with a record is complete
-    checkpoint.unlink(missing_ok=True)
+    with StopSignals() as signals:
+        try:
+            if run.logger is not None:
+                loggers += [run.logger(run.folder, seed, s.model_dump()) for seed in seeds]
+            trainer = _trainer(
+                s,
+                max_epochs=-(-steps // per_epoch),
+                logger=loggers or False,
+                callbacks=[
+                    ProgressBar(title, screen),
+                    ResumePoint(folder, s.checkpoint_minutes, signals),
+                    *run.diagnostics,
+                ],
+            )
+            if resumed := checkpoints.newest(folder):
+                screen.print(f"{title}: goes on from step {checkpoints.step(resumed)}")
+            trainer.fit(learner, ckpt_path=resumed, weights_only=True)
+            wall = learner.wall_s
+            trainer.test(learner, verbose=False)
+            for logger, progress in zip(loggers, learner.progress, strict=bool(loggers)):
+                for name, value in (progress.test or {}).items():
+                    logger.experiment.summary[f"test/{name}"] = value
+        except Stopped:
+            last = checkpoints.newest(folder)
+            there = f"goes on from step {checkpoints.step(last)}" if last else "starts it again"
+            screen.print(f"{title}: stopped; the same command {there}")
+            raise
+        finally:
+            for logger in loggers:
+                logger.experiment.finish(exit_code=int(sys.exc_info()[0] is not None))
+        finished = [_record(run, dataset, t, learner, i, wall) for i, t in enumerate(tasks)]
+        for i, (t, record) in enumerate(zip(tasks, finished, strict=True)):
+            if record.best_epoch is not None:
+                weights = {name: p[i].cpu() for name, p in learner.best.items()}
+                save(run.seed_folder(t.seed) / "best.pt", run.net, run.rule, weights, run.loss, pixels, t.classes)
+            record.write(run.seed_folder(t.seed) / "record.json")  # last: a seed with a record is complete
+        rmtree(folder, ignore_errors=True)
+        signals.check()
     return finished
 
 
 def _trainer(settings: Settings, **options: Any) -> Trainer:
     """Lightning's Trainer, without its bar, summary and sanity check. Raises ValueError for a device it can't use."""
     options |= {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    # LightningEnvironment: also in a cluster's job, which is not Lightning's to put back into the queue.
+    options["plugins"] = [CheckpointFolder(), LightningEnvironment()]
     try:
         return Trainer(**settings.trainer.model_dump(), **options)
     except (ValueError, RuntimeError, MisconfigurationException) as e:
