@@ -97,6 +97,7 @@ class Settings(_Strict):
     trainer: TrainerSettings
     logger: Component  # empty: none
     diagnostics: Component  # empty: none
+    launcher: Component
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1), BeforeValidator(_seed_list)]  # how many, or a list
     max_epochs: PositiveInt
     max_steps: PositiveInt | None
@@ -107,6 +108,7 @@ class Settings(_Strict):
     stack: bool | None
     threads: PositiveInt
     checkpoint_minutes: NonNegativeFloat
+    dry_run: bool
     paths: Paths
 
     @classmethod
@@ -138,7 +140,8 @@ class Settings(_Strict):
 
         The last two change float32 rounding; a record states them beside its config.
         """
-        others = {"seeds", "logger", "diagnostics", "paths", "stack", "threads", "checkpoint_minutes"}
+        others = {"seeds", "logger", "diagnostics", "paths", "stack", "threads"}
+        others |= {"launcher", "checkpoint_minutes", "dry_run"}
         config = self.model_dump(exclude=others)
         for key in ("root", "download", "cache", "verify"):
             config["dataset"]["source"].pop(key, None)
