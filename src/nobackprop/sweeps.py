@@ -65,8 +65,8 @@ class Launcher(Protocol):
 
     def at_once(self, jobs: Sequence[Job]) -> int: ...
 
-    def run(self, jobs: Mapping[int, Job], say: "Say", wait: bool) -> Iterator[tuple[int, Outcome]]:
-        """The outcome of each job, when it is known; `say` tells the user that a job starts.
+    def run(self, jobs: Mapping[int, Job], say: "Say", console: Console, wait: bool) -> Iterator[tuple[int, Outcome]]:
+        """The outcome of each job, when it is known; `say` tells the user that a job starts, `console` its progress.
 
         Without `wait`, a job of which another process trains a seed is busy.
         """
@@ -155,6 +155,9 @@ def run(jobs: Sequence[Job], launcher: Launcher, console: Console, dry_run: bool
         if not found[i].missing:
             outcomes[i] = Outcome("recorded", records=found[i].records)
             say(i, "is recorded already")
+    def starting(i: int, text: str) -> None:
+        say(i, found[i].before or text)
+
     left = {i: job for i, job in enumerate(jobs) if i not in outcomes}
     if dry_run:
         _show_plan(jobs, {i: found[i] for i in left}, launcher, console)
@@ -162,7 +165,7 @@ def run(jobs: Sequence[Job], launcher: Launcher, console: Console, dry_run: bool
     start, to_run = time.monotonic(), len(left)
     try:
         for wait in (False, True):  # what another process trains comes last
-            for i, outcome in launcher.run(left, lambda i, text: say(i, found[i].before or text), wait):
+            for i, outcome in launcher.run(left, starting, console, wait):
                 outcomes[i] = outcome
                 _note(jobs[i], outcome)
                 over = sum(outcomes[k].state != "busy" for k in found if k in outcomes and found[k].missing)
@@ -261,10 +264,10 @@ class Basic:
     def at_once(self, jobs: Sequence[Job]) -> int:
         return 1
 
-    def run(self, jobs: Mapping[int, Job], say: Say, wait: bool) -> Iterator[tuple[int, Outcome]]:
+    def run(self, jobs: Mapping[int, Job], say: Say, console: Console, wait: bool) -> Iterator[tuple[int, Outcome]]:
         for i, job in jobs.items():
             say(i, "starts")
-            yield i, attempt(job, Console(), wait)
+            yield i, attempt(job, console, wait)
 
 
 @dataclass(frozen=True)
@@ -285,7 +288,7 @@ class Joblib:
         most = max(1, joblib.cpu_count() // max(job.config.threads for job in jobs))
         return min(self.workers or most, most, len(jobs))
 
-    def run(self, jobs: Mapping[int, Job], say: Say, wait: bool) -> Iterator[tuple[int, Outcome]]:
+    def run(self, jobs: Mapping[int, Job], say: Say, console: Console, wait: bool) -> Iterator[tuple[int, Outcome]]:
         context = get_context("forkserver")  # so that torch and Lightning are imported once
         context.set_forkserver_preload([__name__])
         waiting, running = deque(jobs), {}
@@ -365,7 +368,7 @@ class Cluster:
         most = self.parallel if self.executor == "slurm" else min(self.parallel, joblib.cpu_count())
         return max(1, min(most, len(jobs)))
 
-    def run(self, jobs: Mapping[int, Job], say: Say, wait: bool) -> Iterator[tuple[int, Outcome]]:
+    def run(self, jobs: Mapping[int, Job], say: Say, console: Console, wait: bool) -> Iterator[tuple[int, Outcome]]:
         queued = _queued_jobs() if self.executor == "slurm" else set()
         submitted = {i: _submitted_as(job) for i, job in jobs.items()}
         for i, name in submitted.items():
