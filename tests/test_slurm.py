@@ -48,13 +48,11 @@ def scontrol(*args: str) -> str:
     return subprocess.run(["scontrol", *args], check=True, capture_output=True, text=True, timeout=60).stdout
 
 
-def test_a_sweep_on_a_cluster_loses_nothing(
-    slurm: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sweep_on_a_cluster_loses_nothing(slurm: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four jobs: one gets USR2, as before a time limit; one is killed without a trace; two are left alone."""
     monkeypatch.setattr(Submitted, "POLL_S", 2.0)
-    long = ["max_epochs=3000", "checkpoint_minutes=0.01"]
-    rules = {"interrupted": ["rule=bp", "max_epochs=400", "checkpoint_minutes=0.01"], "killed": ["rule=fa", *long]}
+    long = ["max_epochs=100000", "checkpoint_minutes=0.002"]
+    rules = {"interrupted": ["rule=bp", "max_epochs=100", "checkpoint_minutes=0.002"], "killed": ["rule=fa", *long]}
     rules |= {rule: [f"rule={rule}", "seeds=2"] for rule in ("dfa", "mdfa")}
     runs = tmp_path / "runs"
     jobs = [Job(name, small(runs, *overrides)) for name, overrides in rules.items()]
@@ -110,8 +108,8 @@ def test_submit_and_leave(slurm: None, tmp_path: Path) -> None:
 def test_local_jobs_behave_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """launcher=slurm_local needs no SLURM."""
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
-    train(small(tmp_path / "alone", "max_epochs=400"))
-    jobs = [Job("a", small(tmp_path / "runs", "max_epochs=400", "checkpoint_minutes=0.01"))]
+    train(small(tmp_path / "alone", "max_epochs=100"))
+    jobs = [Job("a", small(tmp_path / "runs", "max_epochs=100", "checkpoint_minutes=0.002"))]
 
     def interrupt() -> None:
         until(lambda: list(folder(jobs[0].config).glob("checkpoints/*/*.ckpt")))

@@ -1,5 +1,6 @@
 """Hands the jobs of a `--multirun` to `nobackprop.sweeps`. Hydra finds launchers in this namespace alone."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ class SweepLauncher(Launcher):
         self.context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Runs a batch of jobs. The value of each is its mean best validation accuracy, NaN if it failed."""
+        """Runs a batch of jobs. The value of each is its mean best validation accuracy, None if it failed."""
         from rich.console import Console
 
         from nobackprop import sweeps  # torch takes seconds to import
@@ -26,7 +27,6 @@ class SweepLauncher(Launcher):
 
         console = Console()
         jobs, tuned = [], set()
-        common = set[str].intersection(*map(set, job_overrides)) if len(job_overrides) > 1 else set()
         for overrides in job_overrides:
             config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
             choices: Any = config.hydra.runtime.choices
@@ -35,7 +35,8 @@ class SweepLauncher(Launcher):
             tuned.add(choices.tuned)
             with open_dict(config):
                 del config["hydra"]
-            jobs.append(sweeps.Job(" ".join(o for o in filter_overrides(overrides) if o not in common), config))
+            varied = [text for text in filter_overrides(overrides) if text not in sys.argv]
+            jobs.append(sweeps.Job(" ".join(varied) or "the run", config))
         outcomes = sweeps.run(jobs, sweeps.launcher_of(jobs[0].config), console, jobs[0].config.dry_run)
         SweepLauncher.failed += sum(outcome.state == "failed" for outcome in outcomes)
         if jobs[0].config.dry_run:

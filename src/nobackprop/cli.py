@@ -72,7 +72,9 @@ def main() -> None:
 
 
 def _choices(message: str) -> str:
-    """For Hydra's message on a key that does not exist, the keys that do."""
+    """For Hydra's message on a key that does not exist, the keys that do; for a plugin that does not, how to get it."""
+    if "'hydra/sweeper/optuna'" in message:
+        return "\nIt comes with: pip install 'nobackprop[optuna]'"
     match = re.search(r"Could not override '(?:\w+@)?([\w.]+)'", message)
     if match is None:
         return ""

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from math import nan
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from shutil import copyfile
@@ -54,10 +53,10 @@ class Outcome:
     records: Sequence[Record] = ()
 
     @property
-    def objective(self) -> float:
-        """The mean over the seeds of the best validation accuracy; NaN where there is none."""
-        best = [r.epochs[r.best_epoch - 1]["val/accuracy"] if r.best_epoch else None for r in self.records]
-        return mean(b for b in best if b is not None) if any(b is not None for b in best) else nan
+    def objective(self) -> float | None:
+        """The mean over the seeds of the best validation accuracy; None where there is none."""
+        best = [r.epochs[r.best_epoch - 1]["val/accuracy"] or 0 for r in self.records if r.best_epoch]
+        return mean(best) if best else None
 
 
 class Launcher(Protocol):
@@ -155,6 +154,7 @@ def run(jobs: Sequence[Job], launcher: Launcher, console: Console, dry_run: bool
         if not found[i].missing:
             outcomes[i] = Outcome("recorded", records=found[i].records)
             say(i, "is recorded already")
+
     def starting(i: int, text: str) -> None:
         say(i, found[i].before or text)
 
