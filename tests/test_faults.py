@@ -6,6 +6,7 @@ import signal
 import time
 from multiprocessing import connection, get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -27,8 +28,8 @@ def sweep(runs: Path, begun: connection.Connection, die_at_write: int | None) ->
     on_train_start, fsync = ResumePoint.on_train_start, os.fsync
     writes = 0
 
-    def start(self: ResumePoint, *args: object) -> None:
-        on_train_start(self, *args)  # pyright: ignore[reportArgumentType]
+    def start(self: ResumePoint, trainer: Any, pl_module: Any) -> None:
+        on_train_start(self, trainer, pl_module)
         begun.send(None)
 
     def write(fd: int) -> None:

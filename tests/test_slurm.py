@@ -37,9 +37,10 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     del os.environ["SLURM_CONF"]
 
 
-def until(condition: Callable[[], object], seconds: float = 240) -> None:
+def until(condition: Callable[[], object], over: threading.Event, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
+        assert not over.is_set(), "the sweep was over before"
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.2)
 
@@ -61,16 +62,17 @@ def test_a_sweep_on_a_cluster_loses_nothing(slurm: None, tmp_path: Path, monkeyp
             train(small(tmp_path / "alone", *overrides))
     console = Console(file=io.StringIO(), width=250)
     troubles: list[BaseException] = []
+    over = threading.Event()
 
     def disturb() -> None:
         try:
-            until(lambda: all(list(folder(job.config).glob("checkpoints/*/*.ckpt")) for job in jobs[:2]))
+            until(lambda: all(list(folder(job.config).glob("checkpoints/*/*.ckpt")) for job in jobs[:2]), over)
             first, second = ((folder(job.config) / ".job").read_text() for job in jobs[:2])
             subprocess.run(["scancel", "--signal=USR2", first], check=True)
             subprocess.run(["scancel", "--signal=KILL", "--full", second], check=True)
-            until(lambda: "Restarts=1" in scontrol("show", "job", first))
+            until(lambda: "Restarts=1" in scontrol("show", "job", first), over)
             raw = scontrol("-o", "show", "job", first).split()[0].removeprefix("JobId=")
-            until(lambda: "JobState=PENDING" in scontrol("show", "job", first))
+            until(lambda: "JobState=PENDING" in scontrol("show", "job", first), over)
             scontrol("update", f"JobId={raw}", "StartTime=now")  # SLURM lets a job wait two minutes
         except BaseException as e:
             troubles.append(e)
@@ -78,10 +80,11 @@ def test_a_sweep_on_a_cluster_loses_nothing(slurm: None, tmp_path: Path, monkeyp
     thread = threading.Thread(target=disturb)
     thread.start()
     outcomes = sweeps.run(jobs, Cluster("slurm", memory_gb=1), console)
+    over.set()
     thread.join()
-    assert not troubles
     states = dict(zip(rules, [outcome.state for outcome in outcomes], strict=True))
     assert states == {"interrupted": "finished", "killed": "failed", "dfa": "finished", "mdfa": "finished"}
+    assert not troubles
     assert "ended without a result (killed? out of memory?); its log: " in outcomes[1].reason
     assert not list(folder(jobs[1].config).glob("*/record.json"))
     (log,) = runs.glob(".submitit/*/*_0/*_0_0_log.out")
@@ -101,7 +104,7 @@ def test_submit_and_leave(slurm: None, tmp_path: Path) -> None:
         assert outcome.state == "queued"
         assert isinstance(console.file, io.StringIO)
         assert said in console.file.getvalue()
-    until(lambda: list(tmp_path.glob("*/seed0/record.json")))
+    until(lambda: list(tmp_path.glob("*/seed0/record.json")), threading.Event())
     assert [o.state for o in sweeps.run(jobs, Cluster("slurm"), console)] == ["recorded"]
 
 
@@ -111,8 +114,10 @@ def test_local_jobs_behave_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     train(small(tmp_path / "alone", "max_epochs=100"))
     jobs = [Job("a", small(tmp_path / "runs", "max_epochs=100", "checkpoint_minutes=0.002"))]
 
+    over = threading.Event()
+
     def interrupt() -> None:
-        until(lambda: list(folder(jobs[0].config).glob("checkpoints/*/*.ckpt")))
+        until(lambda: list(folder(jobs[0].config).glob("checkpoints/*/*.ckpt")), over)
         lock = folder(jobs[0].config) / "seed0" / ".lock"
         inode = f":{lock.stat().st_ino} "
         (pid,) = {int(li.split()[4]) for li in Path("/proc/locks").read_text().splitlines() if inode in li}
@@ -121,6 +126,7 @@ def test_local_jobs_behave_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     thread = threading.Thread(target=interrupt)
     thread.start()
     (outcome,) = sweeps.run(jobs, Cluster("local"), Console(quiet=True))
+    over.set()
     thread.join()
     assert outcome.state == "finished"
     (log,) = (tmp_path / "runs").glob(".submitit/*/*/*_0_log.out")

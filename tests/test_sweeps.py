@@ -292,7 +292,7 @@ def test_a_sweep_skips_repeats_goes_on_and_tells(
     assert not (folder(jobs[2].config) / "error.txt").exists()
     best = [max(e["val/accuracy"] or 0 for e in r.epochs) for r in outcomes[0].records]
     assert outcomes[0].objective == pytest.approx(sum(best) / 2)
-    assert outcomes[0].objective > 0.5
+    assert min(best) > 0.5
 
 
 def test_a_dry_run_writes_nothing_and_estimates_by_earlier_records(

@@ -291,7 +291,8 @@ class Joblib:
     def run(self, jobs: Mapping[int, Job], say: Say, console: Console, wait: bool) -> Iterator[tuple[int, Outcome]]:
         context = get_context("forkserver")  # so that torch and Lightning are imported once
         context.set_forkserver_preload([__name__])
-        waiting, running = deque(jobs), {}
+        waiting = deque(jobs)
+        running: dict[Any, tuple[int, Any]] = {}
         try:
             while waiting or running:
                 while waiting and len(running) < self.at_once(list(jobs.values())):
@@ -302,12 +303,13 @@ class Joblib:
                     process.start()
                     sender.close()
                     running[receiver] = i, process
-                for receiver in connection.wait(list(running)):
+                ready = connection.wait(list(running))
+                for receiver in [r for r in running if r in ready]:
                     i, process = running[receiver]
                     try:
-                        outcome = receiver.recv()  # pyright: ignore[reportAttributeAccessIssue]
+                        outcome = receiver.recv()
                         process.join()
-                    except EOFError:
+                    except (EOFError, OSError):
                         process.join()
                         outcome = _died(process.exitcode)
                     del running[receiver]
