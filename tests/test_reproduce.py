@@ -1,5 +1,6 @@
 """The papers' grids: every cell is a config that can run, and the script runs the part it is asked for."""
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -64,17 +65,19 @@ def test_a_part_runs_then_is_skipped_and_a_failure_does_not_end_it(
     assert [cell.labels["rule"] for cell in chosen] == ["bp", "fa"]
     further = [*QUICK, "seeds=2", f"paths.runs={tmp_path}", "dataset.validation=100"]
     console = Console(width=200)
-    broken = reproduce.Cell({"rule": "none"}, ["rule=none"])
+    broken = reproduce.Cell({"rule": "none"}, ["rule=mdfa", "init=orthogonal"])
     assert not reproduce.run([chosen[0], broken, chosen[1]], further, console, dry=False)
     shown = capsys.readouterr().out
-    assert "failed: MissingConfigException: In 'train': Could not find 'rule/none'" in shown
-    assert "cell 2 of 3, about" in shown
+    assert "2/3 rule=none: failed: rule MDFA needs non-negative weights" in shown
+    assert re.search(r"rule=bp: finished, .*; about 0:\d\d:\d\d for the other 1", shown)
+    assert "2 finished, 1 failed" in shown
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/seed*/record.json")}
     assert len(written) == 4
     assert reproduce.run(chosen, further, console, dry=False)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/seed*/record.json")} == written
     assert reproduce.run(chosen, [*further, "seeds=3"], console, dry=True)
-    assert "2 recorded, 1 to run" in capsys.readouterr().out
+    assert "0 recorded, 3 to run" not in (shown := capsys.readouterr().out)
+    assert shown.count("2 recorded, 1 to run") == 2
     assert len(list(tmp_path.glob("*/seed*/record.json"))) == 4
 
 

@@ -1,5 +1,6 @@
 """Run records: one JSON line per run and seed, written whole or not at all, and checked when read."""
 
+import json
 import os
 import platform
 import subprocess
@@ -120,8 +121,14 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @cache
 def source_state() -> tuple[str | None, bool | None]:
-    """The commit of the checkout this package runs from and whether it was changed; (None, None) outside a checkout."""
+    """The commit of the checkout this package runs from and whether it was changed; (None, None) outside a checkout.
+
+    A sweep's copy of the package has them in a file.
+    """
     here = Path(__file__)
+    if (copied := here.with_name("source.json")).exists():
+        state = json.loads(copied.read_text())
+        return state["commit"], state["dirty"]
 
     def git(*args: str) -> str:
         result = subprocess.run(

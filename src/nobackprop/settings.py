@@ -97,6 +97,7 @@ class Settings(_Strict):
     trainer: TrainerSettings
     logger: Component  # empty: none
     diagnostics: Component  # empty: none
+    launcher: Component
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1), BeforeValidator(_seed_list)]  # how many, or a list
     max_epochs: PositiveInt
     max_steps: PositiveInt | None
@@ -110,6 +111,7 @@ class Settings(_Strict):
     recompute: bool
     workers: PositiveInt | None
     checkpoint_minutes: NonNegativeFloat
+    dry_run: bool
     paths: Paths
 
     @classmethod
@@ -141,7 +143,7 @@ class Settings(_Strict):
 
         The last two, and threads, change float32 rounding; a record states them beside its config.
         """
-        how = {"stack", "compile", "recompute", "threads", "workers", "checkpoint_minutes"}
+        how = {"stack", "compile", "recompute", "threads", "workers", "launcher", "checkpoint_minutes", "dry_run"}
         config = self.model_dump(exclude={"seeds", "logger", "diagnostics", "paths", *how})
         for key in ("root", "download", "cache", "verify"):
             config["dataset"]["source"].pop(key, None)

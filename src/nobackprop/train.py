@@ -266,6 +266,8 @@ def _fit_unless_busy(
                 locks.enter_context(FileLock(run.seed_folder(t.seed) / ".lock", blocking=wait, poll_interval=0.5))
             except Timeout:
                 raise Busy from None
+            for unfinished in run.seed_folder(t.seed).glob(".*.[0-9]*"):
+                unfinished.unlink()  # a process was killed while it wrote this
         done = recorded(run)
         left = [t for t in tasks if t.seed not in done]
         if left:
