@@ -1,12 +1,14 @@
 """Measures speed, side by side in one run on one thread: training steps against plain PyTorch, and reading images.
 
-    python scripts/benchmark.py [--only steps images] [--rounds 9] [--output results/benchmark.csv]
+    python scripts/benchmark.py [--only steps images startup ...] [--rounds 9] [--output results/benchmark.csv]
 
 Everything is timed in turn, round after round, and medians are shown; a ratio is the median of the rounds' ratios, so a
 machine whose speed drifts does not bend it. Writes what it prints, with the machine, as CSV.
 """
 
 import argparse
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,14 +21,16 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from nobackprop import records
+from nobackprop import hardware, records
 from nobackprop.batches import TrainBatches, task
+from nobackprop.cli import CONF
 from nobackprop.imagenet import ImageNet
 from nobackprop.initializers import Uniform, initial_weights
 from nobackprop.learner import Learner
@@ -39,7 +43,8 @@ from nobackprop.rules.dfa import DFA
 from nobackprop.rules.fa import FA
 from nobackprop.rules.lra_e import LRAE
 from nobackprop.rules.mdfa import MDFA
-from nobackprop.train import choose_matmul
+from nobackprop.train import train
+from nobackprop.workers import cores
 
 RULES: dict[str, Rule] = {"bp": BP(), "fa": FA(), "dfa": DFA(), "mdfa": MDFA(), "lra_e": LRAE()}
 MLP = partial(mlp, (1, 28, 28), activation="tanh")
@@ -97,14 +102,15 @@ def plain_step(
     return step
 
 
-def our_step(net: Network, rule: Rule, loss: Loss, optimizer: Any, pixels: Tensor, labels: Tensor) -> Callable[[], Any]:
+def our_step(
+    net: Network, rule: Rule, loss: Loss, optimizer: Any, pixels: Tensor, labels: Tensor, compile: bool = False
+) -> Callable[[], Any]:
     """One step of the learner, as in training: pixels to floats, the rule, the optimizer, the constraint."""
     w = initial_weights(net, rule, Uniform(), Uniform(), 0)
     data = dict.fromkeys(("batches", "validation", "test"), partial(dict))
-    learner = Learner(net, rule, loss, {0: w}, pixels=Pixels(), optimizer=optimizer, **data)  # pyright: ignore
-    stepper = learner.configure_optimizers()
-    learner.optimizers = lambda *_: stepper  # type: ignore[method-assign]
-    choose_matmul(torch.device("cpu"))
+    learner = Learner(net, rule, loss, {0: w}, pixels=Pixels(), optimizer=optimizer, compile=compile, **data)  # pyright: ignore
+    learner.configure_optimizers()
+    hardware.choose_matmul(torch.device("cpu"))
     matmul = torch.get_float32_matmul_precision()
 
     @torch.no_grad()
@@ -185,8 +191,87 @@ def images(rounds: int) -> list[dict[str, Any]]:
     return [row | {"unit": "images/s"} for row in rows]
 
 
+def startup(rounds: int) -> list[dict[str, Any]]:
+    """From the command to its help, and to the end of a run of one step on digits."""
+    with tempfile.TemporaryDirectory() as folder:
+        commands = {
+            "--help": ["--help"],
+            "one step, without a logger": ["max_steps=1", "logger=none"],
+            "one step, Weights & Biases offline": ["max_steps=1"],
+        }
+
+        def command(name: str) -> None:
+            runs = f"paths.runs={folder}/{time.monotonic_ns()}"
+            call = [sys.executable, "-m", "nobackprop.cli", *commands[name], *([] if name == "--help" else [runs])]
+            subprocess.run(call, check=True, capture_output=True)
+
+        measured: dict[str, list[float]] = {name: [] for name in commands}
+        for _ in track(range(rounds), "starting in turn"):
+            for name, each in measured.items():
+                each.append(seconds(partial(command, name), 1))
+    return [
+        {"measure": "the command nobackprop", "what": name, "value": median(each), "unit": "s"}
+        for name, each in measured.items()
+    ]
+
+
+def whole_run(folder: Path, *overrides: str) -> float:
+    """Seconds that a run of LRA-E on MNIST takes, all included."""
+    fixed = ["rule=lra_e", "dataset=mnist", "arch.hidden=[256,256,256,256]", "batch_size=50"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", [*fixed, f"paths.runs={folder}/{time.monotonic_ns()}", *overrides])
+    return seconds(partial(train, cfg, Console(quiet=True)), 1)
+
+
+def run_overhead(rounds: int) -> list[dict[str, Any]]:
+    """A whole run from its second epoch on, validation and all else included, against its bare training steps."""
+    net, loss = MLP(hidden=[256] * 4, outputs=10), cross_entropy(10)
+    pixels, labels = torch.randint(256, (50, 1, 28, 28), dtype=torch.uint8), torch.randint(10, (50,))
+    bare = our_step(net, LRAE(), loss, partial(ADAMW, fused=True), pixels, labels)
+    steps_an_epoch, epochs = 54_000 // 50, 3
+    rates: dict[str, list[float]] = {"the bare step": [], "the whole run": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in track(range(rounds), "running in turn"):
+            rates["the bare step"].append(50 / seconds(bare, steps_an_epoch))
+            first, all_epochs = (whole_run(Path(folder), f"max_epochs={n}") for n in (1, 1 + epochs))
+            rates["the whole run"].append(50 * steps_an_epoch * epochs / (all_epochs - first))
+            rates["the bare step"].append(50 / seconds(bare, steps_an_epoch))
+    ratio = median(rates["the whole run"]) / median(rates["the bare step"])
+    ratios = {"the bare step": 1.0, "the whole run": ratio}
+    return [
+        {"measure": "LRA-E on MNIST", "what": name, "value": median(each), "unit": "images/s", "ratio": ratios[name]}
+        for name, each in rates.items()
+    ]
+
+
+def many_seeds(rounds: int) -> list[dict[str, Any]]:
+    """Ten seeds in worker processes, one a core, against one after another."""
+    rates: dict[str, list[float]] = {"in turn, on one core": [], f"side by side, on {cores()} cores": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in track(range(rounds), "training in turn"):
+            for each, choice in zip(rates.values(), ("workers=1", "workers=null"), strict=True):
+                each.append(10 * 54_000 / whole_run(Path(folder), "seeds=10", "max_epochs=1", choice))
+    alone = next(iter(rates.values()))
+    return [
+        {
+            "measure": "ten seeds of LRA-E on MNIST",
+            "what": name,
+            "value": median(each),
+            "unit": "images/s",
+            "ratio": median(rate / other for rate, other in zip(each, alone, strict=True)),
+        }
+        for name, each in rates.items()
+    ]
+
+
 def main() -> None:
-    parts = {"steps": steps, "images": images}
+    parts = {
+        "steps": steps,
+        "images": images,
+        "startup": startup,
+        "run_overhead": run_overhead,
+        "many_seeds": many_seeds,
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--rounds", type=int, default=9)
@@ -198,7 +283,9 @@ def main() -> None:
     table = Table("", "what", "rate", "against plain PyTorch", title=f"{machine.processor}, one thread")
     for row in rows.to_dict("records"):
         ratio = f"{row['ratio']:.2f}x" if row.get("ratio", 0) > 0 else ""
-        table.add_row(row["measure"], row["what"], f"{row['value']:,.0f} {row['unit']}", ratio)
+        table.add_row(
+            row["measure"], row["what"], f"{row['value']:,.{0 if row['value'] > 100 else 2}f} {row['unit']}", ratio
+        )
     Console().print(table)
     commit, dirty = records.source_state()
     stamp = {"processor": machine.processor, "threads": 1, "commit": commit, "dirty": dirty, **records.versions()}

@@ -2,28 +2,28 @@
 
     python scripts/reproduce.py lra_e --seeds 3 --epochs 10
     python scripts/reproduce.py mdfa --only net=mlp_mnist classes=2,3 --dry-run
-    python scripts/reproduce.py mdfa --only net=mlp_cifar10 --set dataset=cifar10_jpeg
+    python scripts/reproduce.py mdfa --only net=mlp_cifar10 --set dataset=cifar10_jpeg --jobs 4
 
 What is recorded already is not run again; a cell that fails does not end the others. `--set` takes further overrides
-for every cell, as the command `nobackprop` takes them. Ends with a table of all cells; exit status 1 if any failed.
+for every cell, as the command `nobackprop` takes them; `--set launcher=slurm launcher.partition=...` submits the cells
+to a cluster. Ends with a table of all cells; exit status 1 if any failed.
 """
 
 import argparse
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import product
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.table import Table
 
 from nobackprop.cli import CONF
+
+TUNED = "+tuned@_global_="  # after an experiment, whose settings it replaces; plain tuned=... comes before it
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,29 @@ class Cell:
     def __str__(self) -> str:
         return " ".join(f"{axis}={choice}" for axis, choice in self.labels.items())
 
+    @property
+    def tuned(self) -> Path | None:
+        """The file of tuned settings that this cell takes, if it takes one."""
+        names = [text.removeprefix(TUNED) for text in self.overrides if text.startswith(TUNED)]
+        return CONF / "tuned" / f"{names[-1]}.yaml" if names else None
+
     def config(self, further: Sequence[str] = ()) -> DictConfig:
-        """The composed config; of several overrides of one key the last one counts."""
+        """The composed config; of several overrides of one key the last one counts.
+
+        Raises FileNotFoundError where it takes tuned settings that were not searched yet.
+        """
+        if self.tuned is not None and not self.tuned.exists():
+            raise FileNotFoundError(f"{self.tuned} is not there yet: scripts/tune.py makes it")
         by_key = {text.split("=", 1)[0]: text for text in (*self.overrides, *further)}
         with initialize_config_dir(str(CONF), version_base="1.3"):
             return compose("train", list(by_key.values()))
 
 
 def cells(paper: str) -> Iterator[Cell]:
-    """Every cell of a paper's grid. Raises ValueError, with the papers there are, for another one."""
+    """Every cell of a paper's grid; `{axis}` in an override is the cell's choice on that axis.
+
+    Raises ValueError, with the papers there are, for another one.
+    """
     papers = sorted(path.stem for path in (CONF / "grid").glob("*.yaml"))
     if paper not in papers:
         raise ValueError(f"no grid for paper {paper!r}: choose one of {', '.join(papers)}")
@@ -52,7 +66,7 @@ def cells(paper: str) -> Iterator[Cell]:
     for grid in grids:
         for choices in product(*(axis.items() for axis in grid.values())):
             labels = {axis: str(label) for axis, (label, _) in zip(grid, choices, strict=True)}
-            yield Cell(labels, [override for _, overrides in choices for override in overrides])
+            yield Cell(labels, [text.format(**labels) for _, overrides in choices for text in overrides])
 
 
 def select(every: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
@@ -74,40 +88,12 @@ def select(every: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
 
 
 def run(chosen: Sequence[Cell], further: Sequence[str], console: Console, dry: bool) -> bool:
-    """Runs cells one after another and prints a table of them; whether all went well."""
-    from nobackprop.records import mean_and_deviation, tested  # torch takes seconds to import
-    from nobackprop.train import prepare, recorded, train
+    """Runs cells as a sweep, with the launcher that `further` names; whether all went well."""
+    from nobackprop import sweeps  # torch takes seconds to import
 
-    table = Table("cell", "seeds", "test accuracy", "seconds", title="dry run" if dry else None)
-    failures, spent, skipped = 0, [], 0
-    for i, cell in enumerate(chosen):
-        left = ""
-        if spent:  # as if of the cells to come as many were recorded already as of those before
-            to_train = (len(chosen) - i) * len(spent) / (len(spent) + skipped)
-            left = f", about {timedelta(seconds=round(mean(spent) * to_train))} left"
-        console.rule(f"cell {i + 1} of {len(chosen)}{left}: {cell}", align="left")
-        try:
-            cfg = cell.config(further)
-            ready = prepare(cfg)
-            done = recorded(ready)
-            missing = len(ready.settings.seeds) - len(done)
-            start = time.monotonic()
-            if missing and not dry:
-                done = {r.seed: r for r in train(cfg, console)}
-                spent.append(time.monotonic() - start)
-            else:
-                skipped += 1
-        except Exception as error:  # whatever went wrong in this cell, the others have their turn
-            failures += 1
-            first = (str(error).splitlines() or [""])[0]
-            console.print(f"failed: {type(error).__name__}: {first}", style="red", markup=False, highlight=False)
-            table.add_row(str(cell), "-", f"failed: {first}", "")
-            continue
-        accuracy = mean_and_deviation(tested(done.values()))
-        state = f"{len(done)} recorded, {missing} to run" if missing and dry else f"{len(done)}"
-        table.add_row(str(cell), state, accuracy, f"{sum(r.wall_s / r.stacked for r in done.values()):.0f}")
-    console.print(table)
-    return not failures
+    jobs = [sweeps.Job(str(cell), cell.config(further)) for cell in chosen]
+    outcomes = sweeps.run(jobs, sweeps.launcher_of(jobs[0].config), console, dry)
+    return all(outcome.state != "failed" for outcome in outcomes)
 
 
 def main() -> None:
@@ -117,16 +103,19 @@ def main() -> None:
     parser.add_argument("--seeds", help="how many, or a list such as [0,4,7]")
     parser.add_argument("--epochs", type=int, help="instead of the paper's")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides for every cell")
-    parser.add_argument("--dry-run", action="store_true", help="show what is recorded and what would run")
+    parser.add_argument("--jobs", type=int, help="cells at a time, each in a process of its own")
+    parser.add_argument("--dry-run", action="store_true", help="show what would run, and about how long it would take")
     options = parser.parse_args()
     further = [*options.set]
     further += [] if options.seeds is None else [f"seeds={options.seeds}"]
     further += [] if options.epochs is None else [f"max_epochs={options.epochs}"]
+    further += [] if options.jobs is None else ["launcher=joblib", f"launcher.workers={options.jobs}"]
     try:
         chosen = select(list(cells(options.paper)), options.only)
-    except ValueError as error:
+        well = run(chosen, further, Console(), options.dry_run)
+    except (ValueError, HydraException) as error:
         parser.exit(2, f"{Path(__file__).name}: {error}\n")
-    parser.exit(0 if run(chosen, further, Console(), options.dry_run) else 1)
+    parser.exit(0 if well else 1)
 
 
 if __name__ == "__main__":

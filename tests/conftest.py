@@ -1,7 +1,7 @@
 """What several test files use: config files as objects, every rule, small problems, and a learner to step by hand."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from nobackprop.losses import Loss, SigmoidCrossEntropy, SoftmaxCrossEntropy
 from nobackprop.network import Network, allconv, mlp
 from nobackprop.pixels import Pixels
 from nobackprop.rule import Batch, Rule
+from nobackprop.streams import normal
 
 if TYPE_CHECKING:
     from nobackprop.learner import Learner
@@ -69,6 +70,11 @@ class Problem:
         for name in w:
             w[name] = torch.randn(w[name].shape, generator=generator) * 0.4 if name.startswith("b") else w[name]
         return {name: t.double() for name, t in w.items()}
+
+    def noisy(self, rule: Rule, seed: int = 0) -> Batch:
+        """The batch with the noise that the rule asks for, in float64."""
+        noise = normal(rule.noise(self.net, len(self.batch.x)), seed, "noise")
+        return replace(self.batch, noise={name: t.double() for name, t in noise.items()})
 
 
 # In the convolutional nets the second layer's stride does not divide its input, and images are not square.
@@ -139,7 +145,7 @@ def fitted(
 
 
 @pytest.fixture
-def learner(monkeypatch: pytest.MonkeyPatch) -> "Callable[..., Learner]":
+def learner() -> "Callable[..., Learner]":
     """Makes a Learner of one seed whose `step` can be called without a trainer."""
     from nobackprop.learner import Learner  # here, since Lightning takes seconds to import
 
@@ -159,8 +165,7 @@ def learner(monkeypatch: pytest.MonkeyPatch) -> "Callable[..., Learner]":
             optimizer=optimizer,
             **kwargs,
         )
-        the_optimizer = learner.configure_optimizers()
-        monkeypatch.setattr(learner, "optimizers", lambda: the_optimizer)
+        learner.configure_optimizers()
         return learner
 
     return make

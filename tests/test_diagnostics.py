@@ -1,6 +1,7 @@
 """Each number against one known beforehand or computed some other way; then the callback in a fit."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from math import isnan
 from typing import Any
@@ -27,6 +28,7 @@ from nobackprop.rules.dfa import DFA
 from nobackprop.rules.fa import FA
 from nobackprop.rules.lra_e import LRAE
 from nobackprop.rules.mdfa import MDFA
+from nobackprop.streams import normal
 
 WITH_DERIVATIVE = [name for name, a in ACTIVATIONS.items() if a.derivative is not None]
 
@@ -252,6 +254,48 @@ def test_nothing_is_said_of_a_net_whose_logits_are_not_finite() -> None:
     assert diagnose(net, BP(), w | {"W2": w["W2"] * torch.inf}, batch) == {}
 
 
+@dataclass(frozen=True)
+class NoisyPhases(BP):
+    """Backpropagation with noise of the samples' own and noise of the weights' shapes, after a phase of its own."""
+
+    def grads(self, net: Network, w: Any, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        g, logits = super().grads(net, w, replace(batch, x=batch.x + batch.noise["x"]))
+        return {name: g[name] * batch.noise.get(name, 1) for name in g}, logits
+
+    def first(self, net: Network, w: Any, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        g, logits = super().grads(net, w, batch)
+        return {"W1": 100 * g["W1"], "V1": g["W1"]}, logits
+
+    def phases(self) -> Any:
+        return self.first, self.grads
+
+    def noise(self, net: Network, samples: int) -> dict[str, Any]:
+        return {"x": (samples, *net.in_shape), "W1": net.weight_shape(1)}
+
+    def feedback(self, net: Network, draw: Any) -> dict[str, Tensor]:
+        return {"V1": draw("V1", net.weight_shape(1))}
+
+
+def test_noise_and_phases_are_those_of_the_rule() -> None:
+    net = mlp((5,), 1, hidden=[4], activation="tanh")
+    rule = NoisyPhases()
+    w, batch = binary(net, rule)
+    noise = normal(rule.noise(net, 40), 0)
+    found = diagnose(net, rule, w, replace(batch, noise=noise))
+    moved = replace(batch, x=batch.x + noise["x"])
+    g = BP().grads(net, w, moved)[0]
+    assert found["norm/update_W1"] == pytest.approx(float((g["W1"] * noise["W1"]).norm()))
+    opposed = {"W1": 0, "W2": 0}
+    for i in range(40):
+        update = BP().grads(net, w, Batch(moved.x[i : i + 1], batch.y[i : i + 1], batch.loss))[0]
+        gradient = BP().grads(net, w, Batch(batch.x[i : i + 1], batch.y[i : i + 1], batch.loss))[0]
+        update["W1"] = update["W1"] * noise["W1"]
+        for l in (1, 2):
+            opposed[f"W{l}"] += sum(float((update[n] * gradient[n]).sum()) for n in (f"W{l}", f"b{l}")) < 0
+    assert of("opposed/", found) == pytest.approx({name: n / 40 for name, n in opposed.items()})
+    assert any(opposed.values())
+
+
 # The callback
 
 SCORES = {"epoch", "step", "train/loss", "train/accuracy", "val/loss", "val/accuracy"}  # an entry without diagnostics
@@ -361,6 +405,14 @@ def test_a_seed_beside_others_has_the_numbers_it_has_alone(fit: Fit, rule: Rule)
         (alone,) = fit(rule, [seed], 64).progress
         for entry, other in zip(stack.progress[s].epochs, alone.epochs, strict=True):
             assert entry == pytest.approx(other, rel=1e-3, abs=1e-3)
+
+
+def test_noise_is_a_seeds_own_whatever_is_trained_beside_it(fit: Fit) -> None:
+    stack = fit(NoisyPhases(), [0, 1], 64)
+    (alone,) = fit(NoisyPhases(), [1], 64).progress
+    assert stack.progress[1].epochs[-1] == pytest.approx(alone.epochs[-1], rel=1e-3, abs=1e-3)
+    t = dict(stack.w)
+    assert not torch.equal(t["W1"][0], t["W1"][1])
 
 
 def test_a_conv_net_under_mdfa_reports_how_often_the_theorem_fails(fit: Fit) -> None:

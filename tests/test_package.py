@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 import zipfile
 from pathlib import Path
@@ -65,9 +67,36 @@ def test_a_mistake_in_one_job_of_a_multirun_does_not_stop_the_others(tmp_path: P
     jobs = ["--multirun", "rule=mdfa,dfa", "init=orthogonal", "max_epochs=1", "logger=none", "arch.hidden=[8]"]
     ended = nobackprop(*jobs, cwd=tmp_path)
     assert ended.returncode == 1
-    assert "nobackprop: rule MDFA needs non-negative weights" in ended.stderr
-    assert "Traceback" not in ended.stderr
+    assert "1/2 rule=mdfa: failed: rule MDFA needs non-negative weights" in ended.stdout
+    assert "2/2 rule=dfa: finished" in ended.stdout
+    assert "1 failed, 1 finished" in ended.stdout
+    assert "Traceback" not in ended.stdout + ended.stderr
     assert len(list(tmp_path.glob("runs/dfa_mlp_digits-*/seed0/record.json"))) == 1
+    ended = nobackprop(*jobs[:1], "rule=dfa,bp", *jobs[2:], "--dry-run", cwd=tmp_path)
+    assert ended.returncode == 0
+    assert "1/2 rule=dfa: is recorded already" in ended.stdout
+    assert "1 of 2 would run" in ended.stdout
+
+
+def test_ctrl_c_ends_the_command_with_130_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    overrides = ["max_epochs=100000", "logger=none", "arch.hidden=[8]", "checkpoint_minutes=0"]
+    command = [sys.executable, "-m", "nobackprop.cli", "--multirun", "rule=bp,dfa", *overrides]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 200
+        while not list(tmp_path.glob("runs/*/checkpoints/*/*.ckpt")):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        shown = process.communicate(timeout=100)[0]
+    assert process.returncode == 130
+    assert "stopped; the same command goes on from step" in shown
+    assert "2 stopped" in shown
+
+
+def test_a_launcher_without_a_multirun_is_a_mistake(tmp_path: Path) -> None:
+    ended = nobackprop("launcher=joblib", cwd=tmp_path)
+    assert ended.returncode == 1
+    assert "\nnobackprop: launcher=joblib is for several jobs: add --multirun" in ended.stderr
 
 
 def test_tuned_settings_are_announced_and_a_mistyped_one_is_refused(tmp_path: Path) -> None:

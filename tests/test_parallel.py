@@ -2,9 +2,12 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,30 +15,31 @@ from typing import Any
 import pytest
 import torch
 from conftest import CONF, Problem
+from filelock import FileLock, Timeout
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor
 
-from nobackprop import batches
+from nobackprop import batches, checkpoints
 from nobackprop.batches import EvalBatches, TrainBatches, task
 from nobackprop.callbacks import ResumePoint
 from nobackprop.data import Dataset
 from nobackprop.layers import Shape
 from nobackprop.network import Network
 from nobackprop.parallel import SameWeights, start
-from nobackprop.records import Record
+from nobackprop.records import Record, write_atomically
 from nobackprop.rule import Batch, Rule
 from nobackprop.rules.bp import BP
 from nobackprop.train import prepare, train
 
+SMALL = ["logger=none", "arch.hidden=[12]", "batch_size=64", "max_epochs=2", "optimizer=sgd", "optimizer.lr=0.05"]
 DDP = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
 
 
 def config(folder: Path, *overrides: str) -> DictConfig:
     """A small run on digits: 20 mini-batches an epoch."""
-    small = ["logger=none", "arch.hidden=[12]", "batch_size=64", "max_epochs=2", "optimizer=sgd", "optimizer.lr=0.05"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", [*small, f"paths.runs={folder}", *overrides])
+        return compose("train", [*SMALL, f"paths.runs={folder}", *overrides])
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,6 @@ class Noisy(BP):
 
 NOISY = [f"rule._target_={__name__}.Noisy", "~rule.beta", "~rule.gamma", "~rule.learn_E"]
 RUNS = {
-    "mean": ["rule=mdfa", "seeds=2", "diagnostics=alignment", "diagnostics.samples=33", "dataset.validation=0.1"],
     "sum": ["update=sum", "l2=0.001", "optimizer.lr=0.001", "schedule=cosine"],
     "unit_norm": ["update=unit_norm", "rule.gamma=0.5", "dataset.flip=true", "dataset.crop=1"],
     "noisy": NOISY,
@@ -64,11 +67,13 @@ def _train_all(folder: Path) -> None:
     """In each of two processes: every run, and the first one again from a checkpoint in its second epoch."""
     batches.CHUNK_STEPS = 8
     save = ResumePoint.save
-    copies: dict[int, bytes] = {}
+    copies: dict[int, tuple[str, bytes]] = {}
 
     def save_and_copy(self: ResumePoint, trainer: Any) -> None:
         save(self, trainer)
-        copies[trainer.lightning_module.steps] = self.path.read_bytes()
+        last = checkpoints.newest(self.folder)
+        assert last is not None
+        copies[trainer.lightning_module.steps] = f"{self.folder.name}/{last.name}", last.read_bytes()
 
     for name, overrides in RUNS.items():
         train(config(folder / name, *DDP, *overrides))
@@ -76,11 +81,8 @@ def _train_all(folder: Path) -> None:
     train(config(folder / "whole", *DDP, "checkpoint_minutes=0"))
     ResumePoint.save = save
     resumed = config(folder / "resumed", *DDP)
-    fingerprint = Record.read(only(folder / "whole")).data.fingerprint
-    path = prepare(resumed).folder / "checkpoints" / f"seeds0_{fingerprint}.ckpt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        path.write_bytes(copies[28])
+    name, content = copies[28]
+    write_atomically(prepare(resumed).folder / "checkpoints" / name, content)
     torch.distributed.barrier()
     train(resumed)
 
@@ -108,25 +110,39 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_two_processes_train_as_one_does(together: Path, tmp_path: Path, name: str) -> None:
-    for alone in train(config(tmp_path, *RUNS[name])):
-        path = only(together / name, alone.seed)
+def assert_trained_as_alone(together: Path, alone: Path, overrides: list[str]) -> None:
+    """The same run by two processes, in `together`, and by this one, in `alone`."""
+    for expected in train(config(alone, *overrides)):
+        path = only(together, expected.seed)
         record = Record.read(path)
-        assert (record.signature, record.steps, record.data) == (alone.signature, alone.steps, alone.data)
-        assert (record.machine.devices, alone.machine.devices) == (2, 1)
+        assert (record.signature, record.steps, record.data) == (expected.signature, expected.steps, expected.data)
+        assert (record.machine.devices, expected.machine.devices) == (2, 1)
         assert record.machine.threads == 1
-        assert record.best_epoch == alone.best_epoch
-        for ours, theirs in zip(record.epochs, alone.epochs, strict=True):
+        assert record.best_epoch == expected.best_epoch
+        for ours, theirs in zip(record.epochs, expected.epochs, strict=True):
             close(ours, theirs)
         assert record.test is not None
-        assert alone.test is not None
-        close(record.test, alone.test)
-        expected = weights(only(tmp_path, alone.seed))
-        for key, w in weights(path).items():
-            torch.testing.assert_close(w, expected[key], rtol=1e-4, atol=1e-5)
+        assert expected.test is not None
+        close(record.test, expected.test)
+        w = weights(only(alone, expected.seed))
+        for key, ours in weights(path).items():
+            torch.testing.assert_close(ours, w[key], rtol=1e-4, atol=1e-5)
 
 
+def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
+    overrides = ["rule=mdfa", "seeds=2", "diagnostics=alignment", "diagnostics.samples=33", "dataset.validation=0.1"]
+    records = train(config(tmp_path / "together", *DDP, *overrides))
+    assert [record.seed for record in records] == [0, 1]
+    assert_trained_as_alone(tmp_path / "together", tmp_path / "alone", overrides)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_train_as_one_does_whatever_the_options(together: Path, tmp_path: Path, name: str) -> None:
+    assert_trained_as_alone(together / name, tmp_path, RUNS[name])
+
+
+@pytest.mark.slow
 def test_resumed_processes_end_like_those_left_alone(together: Path) -> None:
     whole, resumed = (Record.read(only(together / name)) for name in ("whole", "resumed"))
     assert resumed.steps == 40
@@ -198,7 +214,7 @@ class Other:
 
 
 def test_processes_that_start_from_other_weights_are_stopped() -> None:
-    trainer: Any = type("T", (), {"strategy": Other(), "global_rank": 1})
+    trainer: Any = type("T", (), {"strategy": Other(), "global_rank": 1, "world_size": 2})
     module: Any = torch.nn.Linear(2, 2).requires_grad_(False)
     with pytest.raises(RuntimeError, match="process 1 has other weights or images than process 0"):
         SameWeights("task").on_train_start(trainer, module)
@@ -231,20 +247,71 @@ def test_a_clusters_tasks_must_be_the_runs_processes(tmp_path: Path, monkeypatch
     assert prepare(config(tmp_path, *DDP, "trainer.devices=4")).rank == 3
 
 
+def command(*options: str, launcher: Sequence[str] = (sys.executable, "-m")) -> list[str]:
+    return [*launcher, "nobackprop.cli", *SMALL, *DDP, "paths.runs=runs", *options]
+
+
+def run(command: list[str], folder: Path) -> str:
+    environment = {**os.environ, "COLUMNS": "120"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.slow
 def test_the_command_trains_in_parallel(tmp_path: Path) -> None:
-    options = [*DDP, "rule=bp,fa", "arch.hidden=[12]", "max_epochs=1", "paths.runs=runs"]
-    command = [sys.executable, "-m", "nobackprop.cli", "--multirun", *options]
-    environment = {**os.environ, "COLUMNS": "120"}
-
-    def run() -> str:
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
-
-    shown = run()
-    assert shown.count("records and weights: runs/bp_mlp_digits") == 1
+    sweep = command("--multirun", "rule=bp,fa", "logger=wandb")
+    run(sweep, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     for rule in ("bp", "fa"):
         (record,) = (tmp_path / "runs").glob(f"{rule}_*/seed0/record.json")
         assert Record.read(record).machine.devices == 2
         assert len(list(record.parent.glob("wandb/offline-run-*"))) == 1
-    assert "1 of 1 seeds are recorded already" in run()
+    assert run(sweep, tmp_path).count("is recorded already") == 2
+
+
+@pytest.mark.slow
+def test_torchruns_processes_wait_together_and_one_of_them_speaks(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    folder = prepare(config(tmp_path / "runs")).folder
+    with ThreadPoolExecutor() as threads:
+        (folder / "seed0").mkdir(parents=True)
+        with FileLock(folder / "seed0" / ".lock"):
+            shown = threads.submit(run, command("seeds=2", launcher=torchrun), tmp_path)
+            until(lambda: list(folder.glob("seed1/record.json")))
+            assert not shown.done()
+        assert shown.result().count("waiting for another process that trains seed 0") == 1
+    assert shown.result().count("records and weights: runs/lra_e_mlp_digits") == 1
+    for seed in range(2):
+        assert Record.read(only(tmp_path / "runs", seed)).machine.devices == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_command_leaves_a_checkpoint_that_it_goes_on_from(tmp_path: Path, signum: int) -> None:
+    """SIGTERM comes to the command alone, Ctrl-C to all of its processes."""
+    options = ["max_epochs=150", "checkpoint_minutes=0"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command(*options), cwd=tmp_path, start_new_session=True, **pipes)
+    until(lambda: list(tmp_path.glob("runs/*/checkpoints/*/*.ckpt")))
+    with pytest.raises(Timeout):
+        FileLock(next(tmp_path.glob("runs/*/seed0/.lock")), blocking=False).acquire()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    if signum == signal.SIGINT:
+        os.killpg(process.pid, signum)
+    else:
+        process.send_signal(signum)
+    shown, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signum, errors
+    assert shown.count("stopped; the same command goes on from step") == 1
+    assert "Traceback" not in errors
+    assert len(children) >= 2
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+    assert "goes on from step" in run(command(*options), tmp_path)
+    record = Record.read(only(tmp_path / "runs"))
+    assert len(record.epochs) == 150
+
+
+def until(condition: Callable[[], object], seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)

@@ -1,5 +1,6 @@
 """The papers' grids: every cell is a config that can run, and the script runs the part it is asked for."""
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -19,10 +20,11 @@ QUICK = ["dataset=digits", "arch.hidden=[6]", "max_epochs=1", "logger=none"]
 def test_every_cell_is_another_valid_config(paper: str) -> None:
     every = list(reproduce.cells(paper))
     assert len({str(cell) for cell in every}) == len(every)
-    settings = [Settings.of(cell.config()) for cell in every]
+    searched = [cell for cell in every if cell.tuned is None or cell.tuned.exists()]
+    settings = [Settings.of(cell.config()) for cell in searched]
     # Within a setting, how a rule's batch becomes an update does not depend on the number of classes or the start.
-    for cell, s in zip(every, settings, strict=True):
-        if "net" in cell.labels:
+    for cell, s in zip(searched, settings, strict=True):
+        if paper == "mdfa":
             summed = cell.labels["net"].startswith("allconv") or cell.labels["rule"] == "bp"
             assert s.update == ("sum" if summed else "mean"), cell
     twice = [name for name, n in Counter(s.signature for s in settings).items() if n > 1]
@@ -40,7 +42,8 @@ def test_one_cell_of_each_setting_makes_a_net(paper: str) -> None:
         key = (cell.overrides[0], cell.labels.get("rule"))
         if "imagenet" not in str(cell) and key not in seen:
             seen.add(key)
-            prepare(cell.config())
+            own = [text for text in cell.overrides if not text.startswith(reproduce.TUNED)]
+            prepare(reproduce.Cell(cell.labels, own).config())
     assert len(seen) >= 7
 
 
@@ -62,17 +65,19 @@ def test_a_part_runs_then_is_skipped_and_a_failure_does_not_end_it(
     assert [cell.labels["rule"] for cell in chosen] == ["bp", "fa"]
     further = [*QUICK, "seeds=2", f"paths.runs={tmp_path}", "dataset.validation=100"]
     console = Console(width=200)
-    broken = reproduce.Cell({"rule": "none"}, ["rule=none"])
+    broken = reproduce.Cell({"rule": "none"}, ["rule=mdfa", "init=orthogonal"])
     assert not reproduce.run([chosen[0], broken, chosen[1]], further, console, dry=False)
     shown = capsys.readouterr().out
-    assert "failed: MissingConfigException: In 'train': Could not find 'rule/none'" in shown
-    assert "cell 2 of 3, about" in shown
+    assert "2/3 rule=none: failed: rule MDFA needs non-negative weights" in shown
+    assert re.search(r"rule=bp: finished, .*; about 0:\d\d:\d\d for the other 1", shown)
+    assert "2 finished, 1 failed" in shown
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/seed*/record.json")}
     assert len(written) == 4
     assert reproduce.run(chosen, further, console, dry=False)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/seed*/record.json")} == written
     assert reproduce.run(chosen, [*further, "seeds=3"], console, dry=True)
-    assert "2 recorded, 1 to run" in capsys.readouterr().out
+    assert "0 recorded, 3 to run" not in (shown := capsys.readouterr().out)
+    assert shown.count("2 recorded, 1 to run") == 2
     assert len(list(tmp_path.glob("*/seed*/record.json"))) == 4
 
 
@@ -87,5 +92,5 @@ def test_a_part_runs_then_is_skipped_and_a_failure_does_not_end_it(
 def test_a_choice_that_is_not_there_is_named(only: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("...", r"\.\.\.")):
         reproduce.select(list(reproduce.cells("lra_e")), only)
-    with pytest.raises(ValueError, match="no grid for paper 'none': choose one of lra_e, mdfa"):
+    with pytest.raises(ValueError, match="no grid for paper 'none': choose one of compare, lra_e, mdfa"):
         list(reproduce.cells("none"))

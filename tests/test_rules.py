@@ -11,39 +11,54 @@ from typing import Any
 import torch
 from conftest import Problem
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from nobackprop.initializers import Normal, initial_weights
 from nobackprop.layers import Shape
-from nobackprop.rule import Batch, Rule
+from nobackprop.rule import Batch, Grads, Rule
+from nobackprop.streams import normal
 
-Grads = tuple[dict[str, Tensor], Tensor]
+
+def _phases(rule: Rule, problem: Problem, w: dict[str, Tensor], batch: Batch | None = None) -> tuple[Grads, ...]:
+    """What each phase of the rule gives, all from the same weights."""
+    batch = batch or problem.noisy(rule)
+    return tuple(phase(problem.net, w, batch) for phase in rule.phases())
 
 
 def _grads(
-    rule: Rule, problem: Problem, w: dict[str, Tensor], x: Tensor | None = None, y: Tensor | None = None
-) -> Grads:
-    batch = problem.batch
-    return rule.grads(problem.net, w, Batch(batch.x if x is None else x, batch.y if y is None else y, batch.loss))
+    rule: Rule, problem: Problem, w: dict[str, Tensor], batch: Batch | None = None
+) -> dict[tuple[int, str], Tensor]:
+    """Every gradient of every phase, by phase and name."""
+    phases = _phases(rule, problem, w, batch)
+    return {(i, name): g for i, (grads, _) in enumerate(phases) for name, g in grads.items()}
 
 
-def _assert_close(actual: Grads, expected: Grads) -> None:
-    assert actual[0].keys() == expected[0].keys()
-    torch.testing.assert_close(actual[0], expected[0])
-    torch.testing.assert_close(actual[1], expected[1])
+def _samples(rule: Rule, problem: Problem, which: Tensor) -> Batch:
+    """The samples of those numbers, each with the noise of its own."""
+    batch = problem.noisy(rule)
+    n = len(batch.x)
+    more = rule.noise(problem.net, n + 1)
+    own = {name for name, t in batch.noise.items() if t.shape != more[name]}
+    noise = {name: t[which] if name in own else t for name, t in batch.noise.items()}
+    assert all(noise[name].shape == shape for name, shape in rule.noise(problem.net, len(which)).items())
+    return replace(batch, x=batch.x[which], y=batch.y[which], noise=noise)
 
 
-def test_gradients_fit_the_weights_and_logits_are_the_nets(rule: Rule, problem: Problem) -> None:
+def test_gradients_fit_the_weights_and_logits_are_the_rules(rule: Rule, problem: Problem) -> None:
     w = problem.weights(rule)
     before = {name: t.clone() for name, t in w.items()}
-    grads, logits = _grads(rule, problem, w)
-    assert grads.keys() <= w.keys()
-    assert {f"W{l}" for l in range(1, problem.net.L + 1)} <= grads.keys()
-    for name, g in grads.items():
+    grads = _grads(rule, problem, w)
+    moved = {name for _, name in grads}
+    assert moved <= w.keys()
+    assert {f"W{l}" for l in range(1, problem.net.L + 1)} <= moved
+    for (_, name), g in grads.items():
         assert (g.shape, g.dtype) == (w[name].shape, w[name].dtype), name
         assert g.isfinite().all(), name
         assert g.any(), name
         assert not g.requires_grad, name
-    torch.testing.assert_close(logits, problem.net.logits(w, problem.batch.x))
+    *_, (_, logits) = _phases(rule, problem, w)
+    assert not logits.requires_grad
+    torch.testing.assert_close(logits, rule.logits(problem.net, w, problem.batch.x))
     assert w.keys() == before.keys()
     assert all(torch.equal(w[name], t) for name, t in before.items())
 
@@ -60,66 +75,102 @@ def test_each_of_the_rules_own_weights_is_drawn_by_its_name_and_used(rule: Rule,
     w = problem.weights(rule)
     assert all(name[0] not in "Wb" for name in own)
     assert w.keys() == own.keys() | {f"{letter}{l}" for letter in "Wb" for l in range(1, problem.net.L + 1)}
-    grads, _ = _grads(rule, problem, w)
+    grads = _grads(rule, problem, w)
     for name in own:
-        changed, _ = _grads(rule, problem, w | {name: 2 * w[name]})
+        changed = _grads(rule, problem, w | {name: 2 * w[name]})
         assert any(not torch.equal(changed[other], g) for other, g in grads.items()), f"{name} is not used"
+
+
+def test_all_the_noise_asked_for_is_used(rule: Rule, problem: Problem) -> None:
+    w, batch = problem.weights(rule), problem.noisy(rule)
+    grads = _grads(rule, problem, w, batch)
+    for name in batch.noise:
+        other = replace(batch, noise={**batch.noise, name: -2 * batch.noise[name]})
+        changed = _grads(rule, problem, w, other)
+        assert any(not torch.equal(changed[key], g) for key, g in grads.items()), f"{name} is not used"
+
+
+def test_a_look_at_all_phases_gives_each_weights_last_gradient(rule: Rule, problem: Problem) -> None:
+    w, batch = problem.weights(rule), problem.noisy(rule)
+    grads, logits = rule.all_grads(problem.net, w, batch)
+    phases = _phases(rule, problem, w, batch)
+    assert grads.keys() == set().union(*(phase for phase, _ in phases))
+    for name, g in grads.items():
+        *_, last = (phase[name] for phase, _ in phases if name in phase)
+        assert torch.equal(g, last)
+    assert torch.equal(logits, phases[-1][1])
 
 
 def test_without_biases_none_are_asked_for(rule: Rule, problem: Problem) -> None:
     bare = replace(problem, net=replace(problem.net, bias=False))
-    grads, _ = _grads(rule, bare, bare.weights(rule))
-    assert not any(name.startswith("b") for name in grads)
+    assert not any(name.startswith("b") for _, name in _grads(rule, bare, bare.weights(rule)))
 
 
 def test_weights_that_require_grad_give_plain_gradients_under_no_grad(rule: Rule, problem: Problem) -> None:
     w = {name: t.requires_grad_() for name, t in problem.weights(rule).items()}
     with torch.no_grad():
-        grads, logits = _grads(rule, problem, w)
-    assert not any(t.requires_grad for t in [*grads.values(), logits])
+        phases = _phases(rule, problem, w)
+        said = rule.logits(problem.net, w, problem.batch.x)
+    assert not any(t.requires_grad for grads, logits in phases for t in (*grads.values(), logits, said))
 
 
 def test_the_order_of_samples_does_not_matter(rule: Rule, problem: Problem) -> None:
     w = problem.weights(rule)
     order = torch.tensor([3, 0, 5, 1, 4, 2])
-    grads, logits = _grads(rule, problem, w, problem.batch.x[order], problem.batch.y[order])
-    expected = _grads(rule, problem, w)
-    _assert_close((grads, logits), (expected[0], expected[1][order]))
+    expected = tuple((grads, logits[order]) for grads, logits in _phases(rule, problem, w))
+    torch.testing.assert_close(_phases(rule, problem, w, _samples(rule, problem, order)), expected)
 
 
 def test_the_gradient_is_the_mean_of_each_samples_own(rule: Rule, problem: Problem) -> None:
     w = problem.weights(rule)
-    samples = zip(problem.batch.x.split(1), problem.batch.y.split(1), strict=True)
-    each = [_grads(rule, problem, w, x, y)[0] for x, y in samples]
-    grads, _ = _grads(rule, problem, w)
+    each = [_grads(rule, problem, w, _samples(rule, problem, torch.tensor([i]))) for i in range(len(problem.batch.x))]
+    grads = _grads(rule, problem, w)
     torch.testing.assert_close({name: torch.stack([g[name] for g in each]).mean(0) for name in grads}, grads)
 
 
 def test_stacked_seeds_equal_a_loop(rule: Rule, problem: Problem) -> None:
     seeds = [problem.weights(rule, seed) for seed in range(3)]
-    batches = [(problem.batch.x.roll(s, 0) + s, problem.batch.y.roll(s + 1, 0)) for s in range(3)]
-    stack = {name: torch.stack([w[name] for w in seeds]) for name in seeds[0]}
-    x, y = (torch.stack(t) for t in zip(*batches, strict=True))
-    grads, logits = torch.func.vmap(lambda w, x, y: _grads(rule, problem, w, x, y))(stack, x, y)
-    for s, (w, batch) in enumerate(zip(seeds, batches, strict=True)):
-        _assert_close(({name: g[s] for name, g in grads.items()}, logits[s]), _grads(rule, problem, w, *batch))
-    projected = torch.func.vmap(lambda w: rule.constrain(problem.net, w))(stack)
-    for s, w in enumerate(seeds):
-        torch.testing.assert_close({n: t[s] for n, t in projected.items()}, rule.constrain(problem.net, w))
+    batches = [
+        replace(problem.noisy(rule, s), x=problem.batch.x.roll(s, 0) + s, y=problem.batch.y.roll(s + 1, 0))
+        for s in range(3)
+    ]
+
+    def all_of_it(w: dict[str, Tensor], x: Tensor, y: Tensor, noise: dict[str, Tensor]) -> Any:
+        phases = _phases(rule, problem, w, Batch(x, y, problem.batch.loss, noise))
+        return phases, rule.logits(problem.net, w, x), rule.constrain(problem.net, w)
+
+    alone = [(w, b.x, b.y, dict(b.noise)) for w, b in zip(seeds, batches, strict=True)]
+    stacked = torch.func.vmap(all_of_it)(*tree_map(lambda *each: torch.stack(each), *alone))
+    for s, arguments in enumerate(alone):
+        torch.testing.assert_close(tree_map(lambda t, s=s: t[s], stacked), all_of_it(*arguments))
+
+
+def test_activations_computed_again_give_the_same_gradients(rule: Rule, problem: Problem) -> None:
+    w = problem.weights(rule)
+    frugal = replace(problem, net=replace(problem.net, recompute=True))
+    for again, kept in zip(_phases(rule, frugal, w), _phases(rule, problem, w), strict=True):
+        torch.testing.assert_close(again, kept, rtol=0, atol=0)
 
 
 def test_compiled_whole_equals_eager(rule: Rule, problem: Problem) -> None:
     torch.compiler.reset()  # else the nets before this one count as recompilations
-    w = problem.weights(rule)
-    compiled = torch.compile(lambda w, x, y: _grads(rule, problem, w, x, y), backend="aot_eager", fullgraph=True)
-    _assert_close(compiled(w, problem.batch.x, problem.batch.y), _grads(rule, problem, w))
+    w, batch = problem.weights(rule), problem.noisy(rule)
+
+    def all_phases(w: dict[str, Tensor], x: Tensor, y: Tensor, noise: dict[str, Tensor]) -> tuple[Grads, ...]:
+        return _phases(rule, problem, w, Batch(x, y, batch.loss, noise))
+
+    compiled = torch.compile(all_phases, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(w, batch.x, batch.y, dict(batch.noise)), _phases(rule, problem, w, batch))
 
 
 def test_runs_on_tensors_without_memory(rule: Rule, problem: Problem) -> None:
     w = {name: t.to("meta") for name, t in problem.weights(rule).items()}
-    grads, logits = _grads(rule, problem, w, problem.batch.x.to("meta"), problem.batch.y.to("meta"))
-    assert all(g.shape == w[name].shape and g.is_meta for name, g in grads.items())
-    assert logits.shape == problem.batch.y.shape
+    batch = problem.noisy(rule)
+    noise = {name: t.to("meta") for name, t in batch.noise.items()}
+    phases = _phases(rule, problem, w, Batch(batch.x.to("meta"), batch.y.to("meta"), batch.loss, noise))
+    for grads, logits in phases:
+        assert all(g.shape == w[name].shape and g.is_meta for name, g in grads.items())
+        assert logits.shape == batch.y.shape
 
 
 def test_signs_are_right_at_the_start(rule: Rule, problem: Problem) -> None:
@@ -131,22 +182,28 @@ def test_signs_are_right_at_the_start(rule: Rule, problem: Problem) -> None:
             assert (t >= 0).all() == (name in nonnegative), name
 
 
-def test_constraints_hold_after_a_step_and_touch_nothing_else(
+def test_a_step_takes_the_phases_in_turn_and_touches_nothing_else(
     rule: Rule, problem: Problem, learner: Callable[..., Any]
 ) -> None:
-    w, rate = problem.weights(rule), 100.0
-    trained = learner(problem.net, rule, problem.batch.loss, w, partial(torch.optim.SGD, lr=rate))
-    trained.step(problem.batch.x.unsqueeze(0), problem.batch.y.unsqueeze(0))
+    net, batch = problem.net, problem.batch
+    before, rate = problem.weights(rule), 1.0
+    trained = learner(net, rule, batch.loss, before, partial(torch.optim.SGD, lr=rate))
+    logits = trained.step(batch.x.unsqueeze(0), batch.y.unsqueeze(0))[0]
     after = {name: p[0] for name, p in trained.w.items()}
-    projected = rule.constrain(problem.net, after)
-    assert projected.keys() <= w.keys()
-    for name, t in after.items():
-        if name in projected:
-            assert torch.equal(t, projected[name]), name
-        elif trained.w[name].grad is None:
-            assert torch.equal(t, w[name]), name
-        else:
-            torch.testing.assert_close(t, w[name] - rate * trained.w[name].grad[0], msg=name)
+
+    noise = {name: t.to(batch.x) for name, t in normal(rule.noise(net, len(batch.x)), 0, "noise", 0).items()}
+    w, moved, expected = dict(before), set(), None
+    for phase in rule.phases():
+        grads, expected = phase(net, w, replace(batch, noise=noise))
+        w |= {name: w[name] - rate * rule.gain(name) * g for name, g in grads.items()}
+        w |= rule.constrain(net, w)
+        moved |= grads.keys() | rule.constrain(net, w).keys()
+    torch.testing.assert_close(after, w)
+    torch.testing.assert_close(logits, expected)
+    for name, projected in rule.constrain(net, after).items():
+        assert torch.equal(after[name], projected), name
+    for name in w.keys() - moved:
+        assert torch.equal(after[name], before[name]), name
 
 
 def test_the_loss_falls(rule: Rule, problem: Problem, train: Callable[[Problem, Rule], tuple[float, float]]) -> None:

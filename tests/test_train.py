@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,17 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 import nobackprop
+from nobackprop import checkpoints
 from nobackprop.callbacks import ResumePoint
 from nobackprop.data import Digits
+from nobackprop.hardware import choose_matmul
+from nobackprop.losses import SoftmaxCrossEntropy
+from nobackprop.network import Network, Weights, mlp
+from nobackprop.pixels import Pixels
 from nobackprop.records import Record
-from nobackprop.train import choose_matmul, prepare, summary, train
+from nobackprop.rules.bp import BP
+from nobackprop.train import prepare, summary, train
+from nobackprop.trained import save
 
 # 161 mini-batches an epoch, so two chunks: the first ends in mid-epoch.
 SMALL = ["logger=none", "arch.hidden=[12]", "batch_size=8", "max_epochs=2"]
@@ -235,14 +242,17 @@ def test_a_resumed_run_ends_like_one_left_alone(
     """From every checkpoint: in mid-epoch, between epochs, after the last; momentum, schedule, best weights too."""
     overrides = ["optimizer=sgd", "optimizer.momentum=0.9", "schedule=cosine", "rule=mdfa", "checkpoint_minutes=0"]
     cfg = config(*overrides)
-    copies: dict[int, bytes] = {}
-    names: set[str] = set()
+    copies: dict[int, Path] = {}
+    contents: dict[Path, bytes] = {}
     save = ResumePoint.save
 
     def save_and_copy(self: ResumePoint, trainer: Any) -> None:
         save(self, trainer)
-        copies[trainer.lightning_module.steps] = self.path.read_bytes()
-        names.add(self.path.name)
+        last = checkpoints.newest(self.folder)
+        assert last is not None
+        assert checkpoints.step(last) == trainer.lightning_module.steps
+        copies[checkpoints.step(last)] = last
+        contents[last] = last.read_bytes()
 
     monkeypatch.setattr(ResumePoint, "save", save_and_copy)
     (alone,) = train(cfg)
@@ -250,13 +260,13 @@ def test_a_resumed_run_ends_like_one_left_alone(
     assert list(copies) == [100, 161, 261, 322]
     for steps, checkpoint in copies.items():
         again = config(*overrides, f"paths.runs={tmp_path}/{steps}")
-        path = folder(again) / "checkpoints" / next(iter(names))
+        path = folder(again) / checkpoint.relative_to(folder(cfg))
         path.parent.mkdir(parents=True)
-        path.write_bytes(checkpoint)
+        path.write_bytes(contents[checkpoint])
         (resumed,) = train(again)
         assert same(resumed, alone)
-        assert resumed.wall_s > torch.load(io.BytesIO(checkpoint), weights_only=True)["wall_s"]
-        assert not path.exists()
+        assert resumed.wall_s > torch.load(io.BytesIO(contents[checkpoint]), weights_only=True)["wall_s"]
+        assert not path.parent.exists()
         a, b = weights(folder(cfg) / "seed0"), weights(folder(again) / "seed0")
         assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -267,7 +277,7 @@ def test_a_killed_run_ends_like_one_left_alone(config: Config, tmp_path: Path) -
     environment = {**os.environ, "NOBACKPROP_DATA": "data"}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("killed/*/checkpoints/*.ckpt")):
+    while not list(tmp_path.glob("killed/*/checkpoints/*/*.ckpt")):
         assert process.poll() is None, "ended before it was killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -342,6 +352,47 @@ def test_a_trained_net_predicts_as_it_was_tested(config: Config) -> None:
     assert [t.shape for t in z[1:]] == [(5, 12), (5, 3)]
     assert torch.equal(z[2], trained.logits(test.pixels[:5]))
     assert torch.equal(h[1], z[1].tanh())
+
+
+@dataclass(frozen=True)
+class Upside(BP):
+    """Says the opposite of what its net says, times the scale."""
+
+    scale: float = 1.0
+
+    def logits(self, net: Network, w: Weights, x: torch.Tensor) -> torch.Tensor:
+        return -self.scale * net.logits(w, x)
+
+
+def test_a_trained_net_predicts_as_its_rule_does(config: Config) -> None:
+    cfg = config("max_epochs=1", "rule=bp", f"rule._target_={__name__}.Upside", "+rule.scale=2.0")
+    (record,) = train(cfg)
+    trained = nobackprop.load(folder(cfg))
+    test = Digits().load().test
+    assert trained.rule == Upside(scale=2.0)
+    assert trained.evaluate(test) == pytest.approx(record.test)
+    z, _ = trained.activations(test.pixels)
+    assert torch.equal(trained.logits(test.pixels), -2 * z[-1])
+
+
+@pytest.mark.parametrize("option", options("rule"))
+def test_a_trained_net_knows_its_rule(config: Config, tmp_path: Path, option: str) -> None:
+    run = prepare(config(f"rule={option}"))
+    save(tmp_path / "best.pt", run.net, run.rule, {}, run.loss, Pixels(), tuple(range(10)))
+    assert nobackprop.load(tmp_path).rule == run.rule
+
+
+@pytest.mark.parametrize("name", ["my.rules.Mine", "nobackprop.settings.Settings", "os.system"])
+def test_a_rule_that_is_no_rule_or_not_imported_is_not_made(tmp_path: Path, name: str) -> None:
+    run_net, loss = mlp((4,), 2, hidden=[3], activation="tanh"), SoftmaxCrossEntropy(2)
+    path = tmp_path / "best.pt"
+    save(path, run_net, BP(), {}, loss, Pixels(), (0, 1))
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {"rule": {"class": name, "fields": {}}}, path)
+    with pytest.raises(
+        ValueError, match=rf"best\.pt was trained by rule {name}, which is not in nobackprop\.rules: import"
+    ):
+        nobackprop.load(tmp_path)
 
 
 def test_a_net_refuses_other_images(config: Config) -> None:

@@ -41,7 +41,7 @@ def activation(name: str) -> Activation:
 ACTIVATIONS = {
     a.name: a
     for a in (
-        Activation("tanh", torch.tanh, lambda z, h: 1 - h * h),
+        Activation("tanh", torch.tanh, lambda z, h: torch.addcmul(h.new_ones(()), h, h, value=-1)),  # 1 - h^2
         Activation("relu", torch.relu, lambda z, h: (z >= 0).to(z.dtype)),
         Activation("pl", F.hardtanh, lambda z, h: (z.abs() <= 1).to(z.dtype)),  # piecewise linear: clip to [-1, 1]
         Activation("sigmoid", torch.sigmoid, lambda z, h: h * (1 - h)),

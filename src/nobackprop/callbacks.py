@@ -1,59 +1,97 @@
-"""What accompanies training: the progress bar and Weights & Biases."""
+"""What accompanies training: what it shows, and the checkpoints that it goes on from."""
 
-import logging
-import os
-import shutil
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import WandbLogger
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 
 from nobackprop.batches import TrainBatches
 from nobackprop.learner import Learner
+from nobackprop.stopping import StopSignals
 
 
-class ProgressBar(Callback):
-    """One bar for the whole fit, in mini-batches: what is trained, epochs, validation accuracy, speed, time left."""
+class Screen:
+    """What a run shows on a console: lines, and a bar for each title that is training, in mini-batches.
 
-    def __init__(self, title: str, console: Console) -> None:
-        self.bar = Progress(
+    Drawn when there is something new, without a thread of its own: it would take turns with the training.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.bars = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.fields[state]}"),
             TimeRemainingColumn(),
             console=console,
-            refresh_per_second=4,
+            auto_refresh=False,
+            transient=True,
         )
-        self.task = self.bar.add_task(title, total=None, state="")
+        self.tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "Screen":
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.bars.stop()
+
+    def print(self, text: str) -> None:
+        self.bars.console.print(text, highlight=False, soft_wrap=True)
+
+    def bar(self, title: str, **fields: Any) -> None:
+        """Draws a bar, a new one if need be: its `total`, how much is `completed`, its `state` in words."""
+        if title not in self.tasks:
+            self.tasks[title] = self.bars.add_task(title, total=None, state="")
+        self.bars.update(self.tasks[title], refresh=True, **fields)
+
+    def finish(self, title: str) -> None:
+        """Leaves a bar as a line above those that go on."""
+        if (number := self.tasks.pop(title, None)) is not None:
+            self.bars.console.print(self.bars.make_tasks_table([t for t in self.bars.tasks if t.id == number]))
+            self.bars.remove_task(number)
+
+
+class ProgressBar(Callback):
+    """Draws one bar for the whole fit: what is trained, epochs, validation accuracy, speed, time left."""
+
+    INTERVAL_S = 0.25
+
+    def __init__(self, title: str, screen: Screen) -> None:
+        self.draw = partial(screen.bar, title)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         batches = trainer.train_dataloader
         assert isinstance(pl_module, Learner)
         assert isinstance(batches, TrainBatches)
         total = batches.per_epoch * (trainer.max_epochs or 0)
-        self.bar.start()
-        self.bar.update(self.task, total=min(total, batches.max_steps or total), completed=pl_module.steps)
+        self.draw(total=min(total, batches.max_steps or total), completed=pl_module.steps)
         self.images = batches.batch_size * len(pl_module.seeds)
         self.first, self.started = pl_module.steps, time.monotonic()
+        self.drawn = self.started
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if time.monotonic() - self.drawn >= self.INTERVAL_S:
+            self.show(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.show(trainer, pl_module)
+
+    def show(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Learner)
-        speed = (pl_module.steps - self.first) * self.images / (time.monotonic() - self.started)
-        state = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {speed:,.0f} images/s"
+        self.drawn = time.monotonic()
+        speed = (pl_module.steps - self.first) * self.images / (self.drawn - self.started)
+        epoch = min(trainer.current_epoch + 1, trainer.max_epochs or 1)
+        state = f"epoch {epoch}/{trainer.max_epochs}  {speed:,.0f} images/s"
         if last := [p.epochs[-1] for p in pl_module.progress if p.epochs]:
             state += f"  validation {sum(e['val/accuracy'] for e in last) / len(last):.1%}"
-        self.bar.update(self.task, completed=pl_module.steps, state=state)
-
-    on_train_epoch_end = on_train_batch_end
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.bar.stop()
+        self.draw(completed=pl_module.steps, state=state)
 
 
 class EpochLog(Callback):
@@ -78,16 +116,17 @@ class EpochLog(Callback):
 
 
 class ResumePoint(Checkpoint):
-    """Writes, at most every `minutes`, the checkpoint that an interrupted run goes on from; each replaces the last.
+    """Writes, at most every `minutes` and when asked to stop, the checkpoint that an interrupted run goes on from.
 
     Lightning's ModelCheckpoint knows no time interval under manual optimization (2.6).
     """
 
-    def __init__(self, path: Path, minutes: float) -> None:
-        self.path, self.interval_s = path, 60 * minutes
+    def __init__(self, folder: Path, minutes: float, signals: StopSignals) -> None:
+        self.folder, self.interval_s, self.signals = folder, 60 * minutes, signals
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.saved = time.monotonic()
+        self.signals.listen()  # Lightning has taken SIGTERM
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if not trainer.is_last_batch:  # that one waits for its epoch's validation
@@ -97,53 +136,10 @@ class ResumePoint(Checkpoint):
         self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        due = time.monotonic() - self.saved >= self.interval_s
-        if trainer.strategy.broadcast(due):  # all processes save, or none
-            trainer.save_checkpoint(self.path, weights_only=False)
+        due = self.signals.due or time.monotonic() - self.saved >= self.interval_s
+        # Of several processes the first decides for all, since they write, and stop, together or not at all.
+        due, self.signals.signum = trainer.strategy.broadcast((due, self.signals.signum))
+        if due:
+            trainer.save_checkpoint(self.folder, weights_only=False)
             self.saved = time.monotonic()
-
-
-def wandb_logger(
-    folder: Path,
-    seed: int,
-    config: dict[str, Any],
-    *,
-    project: str,
-    mode: Literal["online", "offline", "disabled"],
-    entity: str | None,
-    group: str | None,
-    tags: list[str],
-) -> WandbLogger:
-    """A Weights & Biases run of its own for one seed of the run in `folder`; finish it with `experiment.finish()`.
-
-    Its id is the run's signature and the seed, so that an interrupted run goes on as the same one: online W&B resumes
-    it, offline the new files replace those of before. A W&B sweep gives ids itself, one a command; raises ValueError
-    where a command of a sweep has several seeds.
-    """
-    import wandb
-
-    if "WANDB_SWEEP_ID" in os.environ and len(config["seeds"]) > 1:
-        raise ValueError(f"seeds: a run of a W&B sweep is one seed, such as seeds=[0]; got {config['seeds']}")
-
-    logging.getLogger("wandb").setLevel(logging.ERROR)
-    seed_folder = folder / f"seed{seed}"
-    seed_folder.mkdir(parents=True, exist_ok=True)
-    run_id = f"{folder.name.rpartition('-')[2]}-{seed}"
-    for replaced in seed_folder.glob(f"wandb/offline-run-*-{run_id}"):
-        shutil.rmtree(replaced)
-    run = wandb.init(
-        project=project,
-        entity=entity,
-        mode=mode,
-        id=run_id,
-        resume="allow" if mode == "online" else None,
-        group=group or folder.name,
-        tags=tags,
-        name=f"{folder.name} seed {seed}",
-        dir=seed_folder,
-        config={**config, "seed": seed},
-        settings=wandb.Settings(reinit="create_new", silent=True, console="off"),
-    )
-    run.define_metric("trainer/global_step")
-    run.define_metric("*", step_metric="trainer/global_step")
-    return WandbLogger(experiment=run)
+        self.signals.check()

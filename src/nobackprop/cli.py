@@ -18,34 +18,45 @@ CONF = _here / "conf" if (_here / "conf").is_dir() else _here.parents[1] / "conf
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def run(cfg: DictConfig) -> None:
-    """Trains one config and prints its summary."""
+    """Trains one config and prints its summary. (The jobs of a multirun go to sweeps.py.)"""
+    from nobackprop import lean
+
+    lean.start()  # before all that imports Lightning
     from pytorch_lightning.utilities import rank_zero_only
     from rich.console import Console
 
     from nobackprop.train import summary, train
 
-    console = Console(quiet=rank_zero_only.rank > 0)  # started by a cluster, as one of several
-    if tuned := _tuned():
-        console.print(f"with the settings in conf/tuned/{tuned}.yaml; tuned=none keeps the defaults", highlight=False)
+    console = Console(quiet=rank_zero_only.rank > 0)  # started by srun or torchrun, as one of several
+    choices: Any = HydraConfig.get().runtime.choices
+    announce_tuned(choices, console)
+    if choices.launcher != "basic":
+        raise ValueError(f"launcher={choices.launcher} is for several jobs: add --multirun")
+    if cfg.dry_run:
+        from nobackprop import sweeps
+
+        sweeps.run([sweeps.Job("this run", cfg)], sweeps.Basic(), console, dry_run=True)
+        return
     recorded = train(cfg, console)
     console.print(summary(recorded))
     folder = Path(cfg.paths.runs) / f"{recorded[0].name}-{recorded[0].signature}"
     console.print(f"records and weights: {folder}", highlight=False, soft_wrap=True)
 
 
-def _tuned() -> str | None:
-    """The tuned file in use. Raises ValueError for one that does not exist: to Hydra it is optional."""
-    choices: Any = HydraConfig.get().runtime.choices
+def announce_tuned(choices: Any, console: Any) -> None:
+    """Says which tuned file is in use. Raises ValueError for one that does not exist: to Hydra it is optional."""
     files = sorted(path.stem for path in (CONF / "tuned").glob("*.yaml"))
-    if (choice := choices.tuned) in files:
-        return None if choice == "none" else choice
-    if choice != f"{choices.rule}_{choices.arch}_{choices.dataset}":
-        raise ValueError(f"no such tuned settings, {choice!r}: choose one of {', '.join(files)}")
-    return None
+    if choices.tuned in files:
+        if choices.tuned != "none":
+            text = f"with the settings in conf/tuned/{choices.tuned}.yaml; tuned=none keeps the defaults"
+            console.print(text, highlight=False)
+    elif choices.tuned != f"{choices.rule}_{choices.arch}_{choices.dataset}":
+        raise ValueError(f"no such tuned settings, {choices.tuned!r}: choose one of {', '.join(files)}")
 
 
 def main() -> None:
     """The command. A user's mistake ends in a sentence, all else in a traceback (with HYDRA_FULL_ERROR=1 both do)."""
+    sys.argv = ["dry_run=true" if text == "--dry-run" else text for text in sys.argv]
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         run()
         return
@@ -56,10 +67,18 @@ def main() -> None:
         sys.exit(f"nobackprop: {e}{_choices(str(e))}")
     except (ValueError, FileNotFoundError) as e:
         sys.exit(f"nobackprop: {e}")
+    except KeyboardInterrupt:
+        sys.stderr.write("nobackprop: interrupted; the same command goes on\n")
+        sys.exit(130)
+    launcher: Any = sys.modules.get("hydra_plugins.nobackprop_launcher")  # where a multirun has counted
+    if launcher and launcher.SweepLauncher.failed:
+        sys.exit(1)
 
 
 def _choices(message: str) -> str:
-    """For Hydra's message on a key that does not exist, the keys that do."""
+    """For Hydra's message on a key that does not exist, the keys that do; for a plugin that does not, how to get it."""
+    if "'hydra/sweeper/optuna'" in message:
+        return "\nIt comes with: pip install 'nobackprop[optuna]'"
     match = re.search(r"Could not override '(?:\w+@)?([\w.]+)'", message)
     if match is None:
         return ""

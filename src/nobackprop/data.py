@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from hashlib import sha256
 from http.client import HTTPException
+from importlib.util import find_spec
 from io import BytesIO
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -132,11 +134,14 @@ class Digits(Source):
     remedy = "Install scikit-learn again."
 
     def read(self) -> tuple[Images, Images]:
-        from sklearn.datasets import load_digits
-
-        values, targets = load_digits(return_X_y=True)
-        pixels = (torch.from_numpy(values) * (255 / 16)).round().to(torch.uint8).view(-1, *self.shape)
-        labels = torch.from_numpy(targets).long()
+        # What sklearn.datasets.load_digits reads; importing that takes seconds, since it brings SciPy and pandas.
+        package = find_spec("sklearn")
+        if package is None or package.origin is None:
+            raise FileNotFoundError(f"digits are a part of scikit-learn, which is not installed. {self.remedy}")
+        rows = np.loadtxt(Path(package.origin).parent / "datasets/data/digits.csv.gz", np.float64, delimiter=",")
+        values, labels = torch.from_numpy(rows).tensor_split([64], 1)
+        pixels = (values * (255 / 16)).round().to(torch.uint8).view(-1, *self.shape)
+        labels = labels.flatten().long()
         test = torch.zeros(len(labels), dtype=torch.bool)
         for label in range(self.num_classes):
             test[(labels == label).nonzero()[::5]] = True

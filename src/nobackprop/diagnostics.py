@@ -14,6 +14,7 @@ from nobackprop.learner import Learner
 from nobackprop.network import Network, Weights
 from nobackprop.rule import Batch, Rule
 from nobackprop.rules.bp import BP
+from nobackprop.streams import normal
 
 SATURATED = 0.05  # a unit is saturated where its activation's derivative is smaller
 ROUNDING = 1e-6  # a cosine above minus this may be zero but for rounding
@@ -53,11 +54,18 @@ class Diagnostics(Callback):
                 w = {name: p[s] for name, p in pl_module.w.items()}
                 x = pl_module.pixels(pixels[s, mask], w["W1"].dtype)
                 y = pl_module.loss.target(labels[s, mask], x.dtype)
-                pl_module.extra_scores[s] |= diagnose(pl_module.net, pl_module.rule, w, Batch(x, y, pl_module.loss))
+                shapes = pl_module.rule.noise(pl_module.net, len(x))
+                drawn = normal(shapes, pl_module.seeds[s], "diagnostics", pl_module.steps)
+                noise = {name: t.to(x) for name, t in drawn.items()}
+                batch = Batch(x, y, pl_module.loss, noise)
+                pl_module.extra_scores[s] |= diagnose(pl_module.net, pl_module.rule, w, batch)
 
 
 def diagnose(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, float]:
     """What one seed's weights do on a batch of images, by name; empty where its logits are not finite.
+
+    The batch holds the noise that the rule asks for. Of a rule with phases each weight's last gradient is measured, all
+    from these weights.
 
     | name | what | where |
     | --- | --- | --- |
@@ -73,7 +81,7 @@ def diagnose(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, fl
     the product of the weights above their layer, where those layers are dense. An update opposes a gradient where their
     inner product is negative.
     """
-    update, logits = rule.grads(net, w, batch)
+    update, logits = rule.all_grads(net, w, batch)
     if not logits.isfinite().all():
         return {}
     found = {f"norm/W{l}": w[f"W{l}"].norm() for l in range(1, net.L + 1)}
@@ -114,9 +122,13 @@ def _feedback_angles(net: Network, w: Weights) -> dict[str, Tensor]:
 
 
 def _opposed(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, Tensor]:
-    def of_one_sample(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        single = Batch(x.unsqueeze(0), y.unsqueeze(0), batch.loss)
-        update, gradient = rule.grads(net, w, single)[0], BP().grads(net, w, single)[0]
+    alone = rule.noise(net, 1)
+    own = {name: 0 if t.shape != alone[name] else None for name, t in batch.noise.items()}  # the samples' axis, if any
+
+    def of_one_sample(x: Tensor, y: Tensor, noise: dict[str, Tensor]) -> dict[str, Tensor]:
+        noise = {name: t if own[name] is None else t.unsqueeze(0) for name, t in noise.items()}
+        single = Batch(x.unsqueeze(0), y.unsqueeze(0), batch.loss, noise)
+        update, gradient = rule.all_grads(net, w, single)[0], BP().grads(net, w, single)[0]
         found = {}
         for l in range(1, net.L + 1):
             if names := [name for name in (f"W{l}", f"b{l}") if name in update]:
@@ -125,5 +137,6 @@ def _opposed(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, Te
         return found
 
     numbers = sum(t.numel() for t in w.values()) + sum(net.units(l) for l in range(net.L + 1))
-    over_samples = torch.func.vmap(of_one_sample, chunk_size=max(1, CHUNK // numbers))
-    return {name: opposed.float().mean() for name, opposed in over_samples(batch.x, batch.y).items()}
+    over_samples = torch.func.vmap(of_one_sample, in_dims=(0, 0, own), chunk_size=max(1, CHUNK // numbers))
+    found = over_samples(batch.x, batch.y, dict(batch.noise))
+    return {name: opposed.float().mean() for name, opposed in found.items()}

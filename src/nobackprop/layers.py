@@ -12,9 +12,10 @@ A learning rule decides which error d reaches a layer and which M stands in for 
 from dataclasses import dataclass
 from math import prod
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_input, conv2d_weight
+from torch.nn.grad import conv2d_input
 
 Shape = tuple[int, ...]
 
@@ -81,9 +82,12 @@ class Conv:
         return conv2d_input(like.shape, M, e, self.stride, self.padding)  # (N, C, H, W)
 
     def hebbian(self, h: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-        d = d / len(d)
-        shape = self.weight_shape(tuple(h.shape[1:]))
-        return conv2d_weight(h, shape, d, self.stride, self.padding), d.sum((0, 2, 3))
+        W = d.new_empty(1).expand(self.weight_shape(tuple(h.shape[1:])))  # for its shape alone
+        stride, padding = [self.stride] * 2, [self.padding] * 2
+        _, dW, db = torch.ops.aten.convolution_backward(
+            d, h, W, [self.channels], stride, padding, [1, 1], False, [0, 0], 1, [False, True, True]
+        )
+        return dW / len(d), db / len(d)
 
 
 Layer = Dense | Conv

@@ -20,8 +20,8 @@ from nobackprop.metrics import Scores
 from nobackprop.network import Network
 from nobackprop.parallel import mean_over_processes
 from nobackprop.pixels import Pixels
-from nobackprop.rule import Batch, Grads, Rule
-from nobackprop.streams import stream
+from nobackprop.rule import Batch, Grads, Phase, Rule
+from nobackprop.streams import normal
 from nobackprop.updates import UPDATES
 
 
@@ -43,8 +43,9 @@ class Learner(LightningModule):
     A stack of one calls the rule directly, a larger one under `torch.func.vmap`. Of each seed the weights with the best
     validation accuracy are kept, and tested at the end. A seed that diverges (NaN or infinite loss) or whose patience
     is over counts as stopped, and the others go on. `weights` are those that each seed starts from, by its number;
-    `batches`, `validation` and `test` make the data loaders. As one of several processes (`rank` of `ranks`) it sees a
-    part of each mini-batch and steps with the mean gradient of all.
+    `batches`, `validation` and `test` make the data loaders. `compile` has torch.compile make the rule's gradients. As
+    one of several processes (`rank` of `ranks`) it sees its part of each mini-batch, and steps with the mean gradient
+    of all.
     """
 
     def __init__(
@@ -63,14 +64,15 @@ class Learner(LightningModule):
         update: str = "mean",
         l2: float = 0.0,
         patience: int | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.net, self.rule, self.loss, self.pixels = net, rule, loss, pixels
         self.batches, self.validation, self.test = batches, validation, test
         self.make_optimizer, self.make_schedule = optimizer, schedule
-        self.update, self.l2, self.patience = UPDATES[update], l2, patience
-        self.seeds = tuple(weights)
+        self.update, self.l2, self.patience, self.compiled = UPDATES[update], l2, patience, compile
+        self.seeds, self.alone = tuple(weights), len(weights) == 1
         names = next(iter(weights.values()))
         self.w = nn.ParameterDict({n: _fixed(torch.stack([w[n] for w in weights.values()])) for n in names})
         self.best = nn.ParameterDict({name: _fixed(p.clone()) for name, p in self.w.items()})
@@ -85,8 +87,12 @@ class Learner(LightningModule):
         self.rank, self.ranks = self.trainer.global_rank, self.trainer.world_size
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(list(self.w.values()))
-        return optimizer if self.make_schedule is None else ([optimizer], [self.make_schedule(optimizer)])
+        # Called when the weights are on their device. Lightning's wrapper of an optimizer would cost time at each step.
+        self.optimizer = self.make_optimizer(list(self.w.values()))
+        self.weights, self.stack = dict(self.w), self._without_axis(self.w)
+        self.phases = [self._phase(phase) for phase in self.rule.phases()]
+        schedules = [] if self.make_schedule is None else [self.make_schedule(self.optimizer)]
+        return [self.optimizer], schedules
 
     def train_dataloader(self) -> TrainBatches:
         return self.batches(position=lambda: self.steps, device=self.device, rank=self.rank, ranks=self.ranks)
@@ -109,55 +115,61 @@ class Learner(LightningModule):
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
         """One step of all seeds from inputs x (S, N, *in_shape) and targets y (S, N, outputs); gives the logits."""
-        noise = self._noise(x)
-        for phase in self.rule.phases():
-
-            def one_seed(w: Mapping[str, Tensor], *batch: Any, phase: Any = phase) -> Grads:
-                x, y, noise = batch
-                return phase(self.net, w, Batch(x, y, self.loss, noise))
-
-            w = dict(self.w)
-            grads, logits = self._over_seeds(one_seed)(w, x, y, noise)
+        samples, noise = x.shape[1] * self.ranks, self._noise(x)
+        if self.alone:
+            x, y, noise = x[0], y[0], self._without_axis(noise)
+        for phase in self.phases:
+            for p in self.weights.values():
+                p.grad = None  # also: without a gradient from the rule, the optimizer leaves p alone, weight decay too
+            grads, logits = phase(self.stack, x, y, noise)
             if self.ranks > 1:
                 grads = mean_over_processes(grads, self.trainer.strategy, self.w["W1"].dtype)
-            self._update(w, grads, samples=x.shape[1] * self.ranks)
+            self._update({name: g.unsqueeze(0) for name, g in grads.items()} if self.alone else grads, samples)
         self.steps += 1
-        return logits
+        return logits.unsqueeze(0) if self.alone else logits
+
+    def _phase(self, phase: Phase) -> Callable[..., Grads]:
+        """A phase of the rule, of `stack`, x, y and noise: directly for one seed, under vmap for several."""
+        net, loss = self.net, self.loss
+
+        def grads(w: Mapping[str, Tensor], x: Tensor, y: Tensor, noise: Mapping[str, Tensor]) -> Grads:
+            return phase(net, w, Batch(x, y, loss, noise))
+
+        over_seeds = self._over_seeds(grads)
+        return torch.compile(over_seeds, dynamic=False) if self.compiled else over_seeds
+
+    def _over_seeds(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` of one seed, for tensors without an axis of seeds where there is one, under vmap where more."""
+        return function if self.alone else torch.func.vmap(function)
+
+    def _without_axis(self, tensors: Mapping[str, Tensor] | nn.ParameterDict) -> dict[str, Tensor]:
+        """Of one seed: no axis of seeds. Of several: as they are."""
+        return {name: t[0] if self.alone else t for name, t in tensors.items()}
 
     def _noise(self, x: Tensor) -> dict[str, Tensor]:
         """What the rule asks for at this step, (S, ...) by name: each seed's is a function of seed, name and step.
 
-        It is drawn for the whole mini-batch; of what has an axis of samples this process takes its own.
+        It is drawn for the whole mini-batch; of what each sample has of its own this process takes its samples'.
         """
         n = x.shape[1]
-        shapes = self.rule.noise(self.net, n * self.ranks)
-        own = self.rule.noise(self.net, n)
-        drawn = {
-            name: [torch.randn(shape, generator=stream(seed, "noise", name, self.steps)) for seed in self.seeds]
-            for name, shape in shapes.items()
-        }
-        noise = {name: torch.stack(each) for name, each in drawn.items()}
-        return {
-            name: (t if own[name] == shapes[name] else t.narrow(1, self.rank * n, n)).to(x) for name, t in noise.items()
-        }
+        own, whole = (self.rule.noise(self.net, samples) for samples in (n, n * self.ranks))
+        drawn = [normal(whole, seed, "noise", self.steps) for seed in self.seeds]
+        noise = {name: torch.stack([each[name] for each in drawn]).to(x) for name in whole}
+        return {name: t if own[name] == whole[name] else t.narrow(1, self.rank * n, n) for name, t in noise.items()}
 
-    def _update(self, w: Mapping[str, Tensor], grads: Mapping[str, Tensor], samples: int) -> None:
+    def _update(self, grads: Mapping[str, Tensor], samples: int) -> None:
         """One step of the optimizer for the weights that have a gradient, then the rule's constraints."""
-        for name, p in w.items():
-            if (g := grads.get(name)) is None:
-                p.grad = None  # so the optimizer leaves p alone, weight decay included
-                continue
+        for name, g in grads.items():
+            p = self.weights[name]
             # Mixed precision computes in a shorter type, and convolutions may give kernels with the channels last in
             # memory, which fused optimizers would take for kernels laid out like the weights.
             g = self.update(g.to(p.dtype).contiguous(), samples)
             if (gain := self.rule.gain(name)) != 1:
                 g = g * gain
             p.grad = g.add(p, alpha=self.l2) if self.l2 else g
-        optimizer = self.optimizers()
-        assert not isinstance(optimizer, list)
-        optimizer.step()
-        for name, projected in self._over_seeds(partial(self.rule.constrain, self.net))(w).items():
-            w[name].copy_(projected)
+        self.optimizer.step()
+        for name, projected in self._over_seeds(partial(self.rule.constrain, self.net))(self.stack).items():
+            self.stack[name].copy_(projected)
 
     @torch.no_grad()
     def training_step(self, chunk: tuple[Tensor, Tensor], index: int) -> None:
@@ -188,17 +200,19 @@ class Learner(LightningModule):
 
     # Evaluation
 
-    def evaluate(self, weights: Mapping[str, Tensor], batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    def evaluate(self, weights: nn.ParameterDict, batch: tuple[Tensor, Tensor, Tensor]) -> None:
         """Adds a batch, pixels (S, M, C, H, W), labels and mask (S, M), to the evaluation's scores."""
         pixels, labels, mask = batch
-        logits = self._over_seeds(partial(self.rule.logits, self.net))(weights, self.inputs(pixels))
-        self.eval_scores.update(logits, labels, mask)
+        x = self.inputs(pixels)
+        logits_of = self._over_seeds(partial(self.rule.logits, self.net))
+        logits = logits_of(self._without_axis(weights), x[0] if self.alone else x)
+        self.eval_scores.update(logits.unsqueeze(0) if self.alone else logits, labels, mask)
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> None:
-        self.evaluate(dict(self.w), batch)
+        self.evaluate(self.w, batch)
 
     def test_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> None:
-        self.evaluate(dict(self.best), batch)
+        self.evaluate(self.best, batch)
 
     def on_validation_epoch_start(self) -> None:
         self.eval_scores.reset()
@@ -238,12 +252,6 @@ class Learner(LightningModule):
         p.stopped = self.patience is not None and epoch - (p.best_epoch or 0) >= self.patience
         return improved
 
-    def _over_seeds(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` of one seed as one of stacked tensors; a stack of one is called as it is, without vmap."""
-        if len(self.seeds) > 1:
-            return torch.func.vmap(function)
-        return lambda *stacks: _map(_add_axis, function(*(_map(_first, s) for s in stacks)))
-
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -263,20 +271,6 @@ def per_seed(scores: Mapping[str, Tensor]) -> list[dict[str, float]]:
     """Vectors over the seeds, by name, as one dict of numbers a seed."""
     rows = zip(*(torch.atleast_1d(v).tolist() for v in scores.values()), strict=True)  # torchmetrics drops an axis of 1
     return [dict(zip(scores, row, strict=True)) for row in rows]
-
-
-def _map(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {name: change(t) for name, t in tree.items()}
-    return tuple(_map(change, t) for t in tree) if isinstance(tree, tuple) else change(tree)
-
-
-def _first(tensor: Tensor) -> Tensor:
-    return tensor[0]
-
-
-def _add_axis(tensor: Tensor) -> Tensor:
-    return tensor.unsqueeze(0)
 
 
 def _fixed(tensor: Tensor) -> nn.Parameter:

@@ -4,12 +4,13 @@ Layers are numbered 1..L. `z[l]` is layer l's pre-activation, `h[l] = f(z[l])` i
 layer is linear (the loss applies softmax or sigmoid), so h ends at L-1. Weights are named `W1 b1 ... WL bL`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from math import prod
+from math import isqrt, prod
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from nobackprop.activations import Activation, activation
@@ -20,12 +21,17 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Network:
-    """Layers in a row over inputs of shape `in_shape`. Raises ValueError where a layer does not fit the one below."""
+    """Layers in a row over inputs of shape `in_shape`. Raises ValueError where a layer does not fit the one below.
+
+    With `recompute`, `forward` keeps some layers' h in memory instead of all z and h, and computes the others again
+    when a rule asks for them: the same numbers, for up to one more forward pass.
+    """
 
     in_shape: Shape
     layers: tuple[Layer, ...]
     activation: Activation
     bias: bool = True
+    recompute: bool = False
     L: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -48,18 +54,26 @@ class Network:
         """The shape of W of layer l, and of everything that stands in for it."""
         return self.layers[l - 1].weight_shape(self.shapes[l - 1])
 
-    def forward(self, w: Weights, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(self, w: Weights, x: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """All pre-activations z[1..L] and activations h[0..L-1] for x (N, *in_shape); z[0] is x too."""
+        if self.recompute:
+            return _recomputed(self, w, x)
         z, h = [x], [x]
         for l in range(1, self.L + 1):
-            z.append(self.layers[l - 1].forward(w[f"W{l}"], w.get(f"b{l}"), h[l - 1]))
+            z.append(self.preactivation(l, w, h[l - 1]))
             if l < self.L:
                 h.append(self.activation.f(z[l]))
         return z, h
 
+    def preactivation(self, l: int, w: Weights, h: Tensor) -> Tensor:
+        """The pre-activation z of layer l from the activation h of the layer below."""
+        return self.layers[l - 1].forward(w[f"W{l}"], w.get(f"b{l}"), h)
+
     def logits(self, w: Weights, x: Tensor) -> Tensor:
-        """The output z[L], (N, outputs)."""
-        return self.forward(w, x)[0][self.L]
+        """The output z[L], (N, outputs); keeps nothing else."""
+        for l in range(1, self.L):
+            x = self.activation.f(self.preactivation(l, w, x))
+        return self.preactivation(self.L, w, x)
 
     def df(self, z: Tensor, h: Tensor) -> Tensor:
         """The activation's derivative at z, where h = f(z). Raises ValueError where there is none."""
@@ -68,6 +82,14 @@ class Network:
     def feedback(self, l: int, M: Tensor, e: Tensor, like: Tensor) -> Tensor:
         """The error e at layer l, sent down through M (in the shape of W of layer l): `M^T e`, like `like`."""
         return self.layers[l - 1].feedback(M, e, like)
+
+    def direct(self, B: Tensor, e: Tensor, like: Tensor) -> Tensor:
+        """The output's error e (N, outputs), sent through B (units, outputs) to a hidden layer: `B e`, like `like`."""
+        if like.ndim == 4 and like.stride(1) == 1:  # channels last in memory, and so is the result: B is the smaller
+            _, C, H, W = like.shape
+            B = B.view(C, H, W, -1).permute(1, 2, 0, 3).flatten(0, 2)
+            return F.linear(e, B).view(-1, H, W, C).permute(0, 3, 1, 2)
+        return F.linear(e, B).view_as(like)
 
     def hebbian(self, l: int, h: Tensor, d: Tensor) -> dict[str, Tensor]:
         """Gradients of W and b of layer l, by name, from its input h and the error d at its z (means over samples)."""
@@ -96,6 +118,54 @@ class Network:
         return cls(
             tuple(description["in_shape"]), tuple(layers), activation(description["activation"]), description["bias"]
         )
+
+
+class _Layers(Sequence[Tensor]):
+    """One tensor a layer, by its number, from `get`."""
+
+    def __init__(self, get: Callable[[int], Tensor], size: int) -> None:
+        self.get, self.size = get, size
+
+    def __getitem__(self, l: Any) -> Any:
+        return self.get(l)
+
+    def __len__(self) -> int:
+        return self.size
+
+
+def _recomputed(net: Network, w: Weights, x: Tensor) -> tuple[_Layers, _Layers]:
+    """z and h as `Network.forward` gives them: the layers in use, and below them one h for each segment of layers.
+
+    Chen, Xu, Zhang & Guestrin, "Training deep nets with sublinear memory cost", 2016. Each segment is computed once
+    more, going down as rules do; but for the logits, what was above is freed then and can't be asked for again.
+    """
+    length = isqrt(net.L) // 2 + 1
+    kept = {0: x}  # segment number: the h below its first layer
+
+    def segment(number: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        bottom = number * length
+        z, h = ({0: x} if bottom == 0 else {}), {bottom: kept[number]}
+        for l in range(bottom + 1, min(bottom + length, net.L) + 1):
+            z[l] = net.preactivation(l, w, h[l - 1])
+            if l < net.L:
+                h[l] = net.activation.f(z[l])
+        return z, h
+
+    last = (net.L - 1) // length
+    for number in range(last):
+        kept[number + 1] = segment(number)[1][(number + 1) * length]
+    current = list(segment(last))
+    logits = current[0][net.L]
+
+    def find(which: int, l: int) -> Tensor:
+        number = max(l - 1, 0) // length
+        if l not in current[which]:
+            for above in [n for n in kept if n > number]:
+                del kept[above]
+            current[:] = segment(number)
+        return current[which][l]
+
+    return _Layers(lambda l: logits if l == net.L else find(0, l), net.L + 1), _Layers(lambda l: find(1, l), net.L)
 
 
 def mlp(in_shape: Shape, outputs: int, *, hidden: Sequence[int], activation: str, bias: bool = True) -> Network:

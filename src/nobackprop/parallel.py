@@ -12,9 +12,17 @@ from typing import Any
 import torch
 from lightning_fabric.plugins.environments.lightning import find_free_network_port
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from torch import Tensor
+from torch.multiprocessing.spawn import ProcessException
+
+from nobackprop.stopping import StopSignals
 
 
 class DataParallel(DDPStrategy):
@@ -48,6 +56,8 @@ class SameWeights(Callback):
         self.task = task
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.world_size == 1:
+            return
         digest = blake2b(repr(self.task).encode(), digest_size=8)
         for p in pl_module.parameters():
             digest.update(p.cpu().contiguous().numpy().tobytes())
@@ -60,6 +70,16 @@ class SameWeights(Callback):
     on_train_epoch_end = on_train_start
 
 
+def environment(parallel: bool) -> ClusterEnvironment:
+    """Who has started this process: torchrun, SLURM's srun, or nobody that a run on one device needs to know of.
+
+    A cluster's job is never Lightning's to put back into the queue.
+    """
+    if parallel and TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    return SLURMEnvironment(auto_requeue=False) if parallel and SLURMEnvironment.detect() else LightningEnvironment()
+
+
 def to_start(strategy: Strategy) -> int:
     """How many processes are still to be started: none where a cluster, torchrun or `start` has done so."""
     if not isinstance(strategy, DataParallel):
@@ -70,12 +90,33 @@ def to_start(strategy: Strategy) -> int:
     return strategy.num_processes if alone or not environment.creates_processes_externally else 0
 
 
+def connect(strategy: Strategy) -> None:
+    """Lets this process `broadcast` to the others of its run. Does nothing where it has none, or is to start them."""
+    if isinstance(strategy, DataParallel) and not to_start(strategy):
+        strategy.setup_environment()
+
+
 def start(function: Callable[..., None], processes: int, *args: Any) -> None:
     """Runs `function(*args)` in so many new processes on this machine, ranks 0, 1, ..., until all are done.
 
-    Where one fails the others are ended, and its traceback is raised.
+    Where one fails the others are ended, and its traceback is raised. Where this process is asked to end it asks them,
+    and raises Stopped when they have.
     """
-    torch.multiprocessing.spawn(_as_rank, (find_free_network_port(), function, args), processes)
+    args = find_free_network_port(), function, args
+    spawned: Any = torch.multiprocessing.spawn(_as_rank, args, processes, join=False)
+    with StopSignals() as signals:
+        try:
+            while not spawned.join(timeout=0.5):
+                if signals.signum is not None:
+                    for process in spawned.processes:
+                        process.terminate()
+        except ProcessException:
+            signals.check()
+            raise
+        finally:
+            for process in spawned.processes:
+                process.kill()
+        signals.check()
 
 
 def _as_rank(rank: int, port: int, function: Callable[..., None], args: Sequence[Any]) -> None:

@@ -1,5 +1,6 @@
 """Run records: one JSON line per run and seed, written whole or not at all, and checked when read."""
 
+import json
 import os
 import platform
 import subprocess
@@ -38,6 +39,7 @@ class Machine(_Strict):
     device: str
     threads: PositiveInt
     matmul: str = "highest"  # torch's float32_matmul_precision
+    compiled: bool = False
     devices: PositiveInt = 1  # each trained on its part of every mini-batch
 
 
@@ -109,14 +111,25 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name, too
+        finally:
+            os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)  # there only where something went wrong, such as a full disk
 
 
 @cache
 def source_state() -> tuple[str | None, bool | None]:
-    """The commit of the checkout this package runs from and whether it was changed; (None, None) outside a checkout."""
+    """The commit of the checkout this package runs from and whether it was changed; (None, None) outside a checkout.
+
+    A sweep's copy of the package has them in a file.
+    """
     here = Path(__file__)
+    if (copied := here.with_name("source.json")).exists():
+        state = json.loads(copied.read_text())
+        return state["commit"], state["dirty"]
 
     def git(*args: str) -> str:
         result = subprocess.run(
@@ -138,7 +151,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
-def machine(device: torch.device, devices: int = 1) -> Machine:
+def machine(device: torch.device, compiled: bool = False, devices: int = 1) -> Machine:
     """This machine, as it trains on that device, one of so many."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(
@@ -148,6 +161,7 @@ def machine(device: torch.device, devices: int = 1) -> Machine:
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         threads=torch.get_num_threads(),
         matmul=torch.get_float32_matmul_precision(),
+        compiled=compiled,
         devices=devices,
     )
 

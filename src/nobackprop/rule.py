@@ -28,6 +28,9 @@ class Batch:
         return self.loss.error(z, self.y)
 
 
+Phase = Callable[[Network, Weights, Batch], Grads]
+
+
 @dataclass(frozen=True)
 class Rule(ABC):
     """A learning rule: a frozen dataclass of the paper's hyper-parameters, with pure methods over a dict of weights.
@@ -41,18 +44,26 @@ class Rule(ABC):
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
         """The gradient of each weight that this rule changes, by name, and the logits (N, outputs)."""
 
-    def phases(self) -> tuple[Callable[[Network, Weights, Batch], Grads], ...]:
+    def phases(self) -> tuple[Phase, ...]:
         """The updates that make one step, in order, each like `grads` and from the weights that the last one left.
 
         Training metrics are those of the last one's logits.
         """
         return (self.grads,)
 
+    def all_grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
+        """What all phases give from the same weights (of two gradients of one weight the later), and the last logits.
+
+        For looking at a step without taking it; training goes through `phases`.
+        """
+        each = [phase(net, w, batch) for phase in self.phases()]
+        return {name: g for grads, _ in each for name, g in grads.items()}, each[-1][1]
+
     def noise(self, net: Network, samples: int) -> dict[str, Shape]:
         """Shapes of the standard normal numbers that a step on so many samples needs, by name: `batch.noise[name]`.
 
-        They are functions of seed, name and step, and the same for all phases of a step. The first axis counts the
-        samples, or none does.
+        They are functions of seed, name and step, and the same for all phases of a step. Numbers of each sample's own
+        have the samples on the first axis; the shapes of all others do not depend on `samples`.
         """
         return {}
 

@@ -3,6 +3,7 @@
 import json
 from hashlib import sha256
 from inspect import signature
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from hydra.errors import InstantiationException
@@ -102,6 +103,7 @@ class Settings(_Strict):
     trainer: TrainerSettings
     logger: Component  # empty: none
     diagnostics: Component  # empty: none
+    launcher: Component
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1), BeforeValidator(_seed_list)]  # how many, or a list
     max_epochs: PositiveInt
     max_steps: PositiveInt | None
@@ -111,7 +113,11 @@ class Settings(_Strict):
     patience: PositiveInt | None
     stack: bool | None
     threads: PositiveInt
+    compile: bool | None
+    recompute: bool
+    workers: PositiveInt | None
     checkpoint_minutes: NonNegativeFloat
+    dry_run: bool
     paths: Paths
 
     @classmethod
@@ -133,13 +139,18 @@ class Settings(_Strict):
         rule, arch = self.rule["_target_"].split(".")[-2], self.arch["_target_"].split(".")[-1]
         return f"{rule}_{arch}_{self.dataset.name}"
 
-    def identity(self) -> dict[str, Any]:
-        """All that can change a seed's result, and nothing else: no seeds, loggers, paths, devices or threads.
+    @property
+    def folder(self) -> Path:
+        """Where the run keeps everything: one folder a seed, and checkpoints while it trains."""
+        return Path(self.paths.runs) / f"{self.name}-{self.signature}"
 
-        The last two change float32 rounding; a record states them beside its config.
+    def identity(self) -> dict[str, Any]:
+        """All that can change a seed's result, and nothing else: no seeds, loggers, paths, devices or compiler.
+
+        The last two, and threads, change float32 rounding; a record states them beside its config.
         """
-        others = {"seeds", "logger", "diagnostics", "paths", "stack", "threads", "checkpoint_minutes"}
-        config = self.model_dump(exclude=others)
+        how = {"stack", "compile", "recompute", "threads", "workers", "launcher", "checkpoint_minutes", "dry_run"}
+        config = self.model_dump(exclude={"seeds", "logger", "diagnostics", "paths", *how})
         for key in ("root", "download", "cache", "verify"):
             config["dataset"]["source"].pop(key, None)
         config["trainer"] = {"precision": self.trainer.precision}

@@ -4,16 +4,20 @@ import logging
 import re
 import shlex
 import sys
+import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.strategies import Strategy
@@ -23,21 +27,23 @@ from rich.table import Table
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nobackprop import records
+from nobackprop import checkpoints, hardware, records
 from nobackprop.batches import EvalBatches, Task, TrainBatches, batches_per_epoch, task
-from nobackprop.callbacks import EpochLog, ProgressBar, ResumePoint
+from nobackprop.callbacks import EpochLog, ProgressBar, ResumePoint, Screen
+from nobackprop.checkpoints import CheckpointFolder
 from nobackprop.data import Dataset, Source
 from nobackprop.initializers import Initializer, from_string, initial_weights
 from nobackprop.learner import Learner
 from nobackprop.losses import Loss
 from nobackprop.network import Network
-from nobackprop.parallel import DataParallel, SameWeights, start, to_start
+from nobackprop.parallel import DataParallel, SameWeights, connect, environment, start, to_start
 from nobackprop.pixels import Pixels
 from nobackprop.records import Record
 from nobackprop.rule import Batch, Rule
 from nobackprop.settings import Component, Settings, build
-from nobackprop.streams import stream
+from nobackprop.stopping import Stopped, StopSignals
 from nobackprop.trained import save
+from nobackprop.workers import side_by_side, workers
 
 # Lightning's lines about devices and products, and a warning of its own under recent torch, are no news to a user.
 for name in ("pytorch_lightning", "lightning_fabric"):
@@ -45,6 +51,7 @@ for name in ("pytorch_lightning", "lightning_fabric"):
 warnings.filterwarnings("ignore", message=".*LeafSpec.*")
 
 
+COMPILE_FROM = 100_000  # mini-batches: on a small net compiling saves about 0.3 ms each, and costs half a minute once
 LOCAL = re.compile(r"^paths\.|\.(root|cache)=")  # overrides that say where things are on this machine
 
 
@@ -67,8 +74,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where this run keeps everything: one folder a seed, and checkpoints while it trains."""
-        return Path(self.settings.paths.runs) / f"{self.settings.name}-{self.settings.signature}"
+        return self.settings.folder
 
     @property
     def device(self) -> torch.device:
@@ -83,6 +89,10 @@ class Run:
         return self.folder / f"seed{seed}"
 
 
+class Busy(Exception):
+    """Another process is training these seeds."""
+
+
 def prepare(cfg: DictConfig) -> Run:
     """Makes a composed config into objects. Raises ValueError, in a sentence for the user, for whatever can't work."""
     s = Settings.of(cfg)
@@ -94,7 +104,7 @@ def prepare(cfg: DictConfig) -> Run:
         )
     rule = build(s.rule, "rule")
     loss = build(s.loss, "loss", s.dataset.classes or source.num_classes)
-    net = build(s.arch, "arch", source.shape, loss.outputs)
+    net = replace(build(s.arch, "arch", source.shape, loss.outputs), recompute=s.recompute)
     run = Run(
         settings=s,
         rule=rule,
@@ -110,6 +120,8 @@ def prepare(cfg: DictConfig) -> Run:
         strategy=_trainer(s, logger=False).strategy,
     )
     _check_processes(run)
+    if s.compile and not hardware.can_compile(run.device):
+        raise ValueError("compile is true, but there is no C++ compiler (on a GPU: no Triton); use compile=false")
     _try_step(run)
     return run
 
@@ -144,15 +156,11 @@ def _check_processes(run: Run) -> None:
 
 
 def _try_step(run: Run) -> None:
-    """One step on tensors without memory: finds what does not go together before any data is loaded."""
-    meta = torch.device("meta")
-    w = {k: t.to(meta) for k, t in initial_weights(run.net, run.rule, run.forward, run.backward, 0).items()}
-    x = torch.empty(2, *run.net.in_shape, device=meta)
-    y = torch.empty(2, run.loss.outputs, device=meta)
-    noise = {name: torch.empty(shape, device=meta) for name, shape in run.rule.noise(run.net, len(x)).items()}
-    grads = {}
-    for phase in run.rule.phases():
-        grads |= phase(run.net, w, Batch(x, y, run.loss, noise))[0]
+    """One step on two blank images: finds what does not go together before any data is loaded."""
+    w = initial_weights(run.net, run.rule, run.forward, run.backward, 0)
+    x, y = torch.zeros(2, *run.net.in_shape), torch.zeros(2, run.loss.outputs)
+    noise = {name: torch.zeros(shape) for name, shape in run.rule.noise(run.net, len(x)).items()}
+    grads, _ = run.rule.all_grads(run.net, w, Batch(x, y, run.loss, noise))
     if unknown := grads.keys() - w.keys():
         raise ValueError(f"rule {type(run.rule).__name__} gives gradients of {sorted(unknown)}, which are no weights")
     try:
@@ -184,16 +192,18 @@ def keeps_seeds_apart(make_optimizer: Callable[..., Optimizer]) -> bool:
         return False
 
 
-def train(cfg: DictConfig, console: Console | None = None) -> list[Record]:
+def train(cfg: DictConfig, console: Console | None = None, wait: bool = True) -> list[Record]:
     """Trains every seed of a composed config that has no record yet; gives the records of all its seeds.
 
-    Raises ValueError for a config that can't work, before any data is loaded, and ValueError or FileNotFoundError for
-    data that is missing or damaged.
+    Seeds that another process is training are left to it: in the end their records are waited for, or, without `wait`,
+    Busy is raised. Raises ValueError for a config that can't work, before any data is loaded, and ValueError or
+    FileNotFoundError for data that is missing or damaged.
     """
     console = console or Console()
     run = prepare(cfg)
     s = run.settings
-    done = recorded(run)
+    _start_computing(run)
+    done = run.strategy.broadcast(recorded(run))  # one view of the folder for all processes
     missing = [seed for seed in s.seeds if seed not in done]
     _check_data(run, done.values(), run.source.checksum)
     if done:
@@ -211,29 +221,59 @@ def train(cfg: DictConfig, console: Console | None = None) -> list[Record]:
             )
         dataset = run.source.load()
         _check_data(run, done.values(), dataset.fingerprint)
-        if processes := to_start(run.strategy):
-            start(_train_as_rank, processes, s.model_dump() | {"seeds": missing})
-        else:
-            _train_seeds(run, dataset, missing, stack, console)
-        done = recorded(run)
+        tasks = _tasks(run, dataset, missing)
+        # Processes that are still to be started are started once, for all seeds.
+        jobs = _jobs(run, [tasks] if to_start(run.strategy) else divide(tasks, s.batch_size, stack))
+        count = workers(len(jobs), s.threads, s.workers) if run.device.type == "cpu" and not parallel else 1
+
+        def attempt(job: tuple[Sequence[Task], str], screen: Screen) -> dict[int, Record] | None:
+            with suppress(Busy):
+                return _fit_unless_busy(run, dataset, *job, screen)
+
+        busy = []
+        with Screen(console) as screen:
+            for (group, title), trained in side_by_side(attempt, jobs, count, screen):
+                screen.finish(title)
+                if trained is None:
+                    busy.append((group, title))
+                else:
+                    done |= trained
+            if busy and not wait:
+                raise Busy(f"another process is training {', '.join(_names(group) for group, _ in busy)}")
+            for group, title in busy:
+                screen.print(f"{s.name}: waiting for another process that trains {_names(group)}")
+                done |= _fit_unless_busy(run, dataset, group, title, screen, wait=True)
+                screen.finish(title)
     return [done[seed] for seed in s.seeds]
 
 
-def _train_as_rank(settings: dict[str, Any]) -> None:
-    """What each process of a data-parallel run does."""
+def _start_computing(run: Run) -> None:
+    """What a process needs once before it trains."""
+    torch.set_num_threads(run.settings.threads)
+    hardware.prepare(run.device)
+    connect(run.strategy)
+
+
+def _train_as_rank(settings: dict[str, Any], quiet: bool) -> None:
+    """What each process of a data-parallel run does; the one that started it has the seeds' locks."""
     run = prepare(OmegaConf.create(settings))
-    _train_seeds(run, run.source.load(), run.settings.seeds, stack=False, console=Console(quiet=run.rank > 0))
+    _start_computing(run)
+    dataset = run.source.load()
+    with Screen(Console(quiet=quiet or run.rank > 0)) as screen:
+        for group, title in _jobs(run, [[t] for t in _tasks(run, dataset, run.settings.seeds)]):
+            _fit(run, dataset, group, title, screen)
+            screen.finish(title)
 
 
-def _train_seeds(run: Run, dataset: Dataset, seeds: Sequence[int], stack: bool, console: Console) -> None:
-    s = run.settings
-    torch.set_num_threads(s.threads)
-    choose_matmul(run.device)
-    choice = {k: getattr(s.dataset, k) for k in ("classes", "classes_seed", "validation", "split")}
-    groups = divide([task(dataset, seed, **choice) for seed in seeds], s.batch_size, stack)
-    for i, group in enumerate(groups):
-        part = f" seed {','.join(str(t.seed) for t in group)} ({i + 1}/{len(groups)})"
-        _fit(run, dataset, group, s.name + part, console)
+def _tasks(run: Run, dataset: Dataset, seeds: Iterable[int]) -> list[Task]:
+    choice = {k: getattr(run.settings.dataset, k) for k in ("classes", "classes_seed", "validation", "split")}
+    return [task(dataset, seed, **choice) for seed in seeds]
+
+
+def _jobs(run: Run, groups: Sequence[Sequence[Task]]) -> list[tuple[Sequence[Task], str]]:
+    """Each group of seeds with its title."""
+    titles = [f"{run.settings.name} {_names(group)} ({i + 1}/{len(groups)})" for i, group in enumerate(groups)]
+    return list(zip(groups, titles, strict=True))
 
 
 def _check_data(run: Run, done: Iterable[Record], fingerprint: str | None) -> None:
@@ -244,23 +284,6 @@ def _check_data(run: Run, done: Iterable[Record], fingerprint: str | None) -> No
                 f"seed {record.seed} is recorded in {run.folder} with other images of {record.data.name} (fingerprint "
                 f"{record.data.fingerprint}, now {fingerprint}): use another paths.runs, or the images of then"
             )
-
-
-def choose_matmul(device: torch.device, tolerance: float = 2e-6) -> None:
-    """Sends a CPU's float32 matrix products to oneDNN, where that is as accurate as torch's default, MKL.
-
-    MKL runs at half the speed on AMD's processors. torch's name for oneDNN is "medium", under which some processors
-    compute in bf16: hence the test against float64. The choice is in the record. On a GPU float32 means float32.
-    """
-    if device.type != "cpu":
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
-        return
-    a, b = (torch.randn(256, 256, generator=stream(0, "matmul", name)) for name in "ab")
-    exact = a.double() @ b.double()
-    torch.set_float32_matmul_precision("medium")
-    if ((a @ b - exact).abs().max() / exact.abs().max()).item() > tolerance:
-        torch.set_float32_matmul_precision("highest")
 
 
 def recorded(run: Run) -> dict[int, Record]:
@@ -286,10 +309,56 @@ def divide(tasks: Sequence[Task], batch_size: int, stack: bool) -> list[list[Tas
     return list(groups.values())
 
 
-def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console: Console) -> None:
+def _names(group: Sequence[Task]) -> str:
+    return f"seed {','.join(str(t.seed) for t in group)}"
+
+
+def _fit_unless_busy(
+    run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, screen: Screen, wait: bool = False
+) -> dict[int, Record]:
+    """Trains those of a group of seeds that were not recorded meanwhile, while no other process can.
+
+    Raises Busy where another one is training one of them, or waits for it. Of the processes of a data-parallel run one
+    alone takes the locks. The system drops a dead process's locks.
+    """
+    with ExitStack() as locks:
+        while not run.strategy.broadcast(run.rank > 0 or _lock(run, tasks, locks)):
+            if not wait:
+                raise Busy
+            time.sleep(0.5)
+        done = run.strategy.broadcast(recorded(run))
+        left = [t for t in tasks if t.seed not in done]
+        if left and (processes := to_start(run.strategy)):
+            settings = run.settings.model_dump() | {"seeds": [t.seed for t in left]}
+            start(_train_as_rank, processes, settings, screen.bars.console.quiet)
+            done = recorded(run)
+        elif left:
+            done |= {record.seed: record for record in _fit(run, dataset, left, title, screen)}
+        return {t.seed: done[t.seed] for t in tasks}
+
+
+def _lock(run: Run, tasks: Sequence[Task], locks: ExitStack) -> bool:
+    """Takes the locks of all these seeds, and tidies up behind a process that was killed; False: it could take none."""
+    with ExitStack() as taken:
+        for t in tasks:
+            run.seed_folder(t.seed).mkdir(parents=True, exist_ok=True)
+            try:
+                taken.enter_context(FileLock(run.seed_folder(t.seed) / ".lock", blocking=False))
+            except Timeout:
+                return False
+        for t in tasks:
+            for unfinished in run.seed_folder(t.seed).glob(".*.[0-9]*"):
+                unfinished.unlink()  # a process was killed while it wrote this
+        locks.push(taken.pop_all())
+    return True
+
+
+def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, screen: Screen) -> list[Record]:
     """Trains a group of seeds, from its last checkpoint if there is one, and writes their weights and records."""
     s = run.settings
     seeds = [t.seed for t in tasks]
+    per_epoch = batches_per_epoch(tasks[0], s.batch_size)
+    steps = min(s.max_epochs * per_epoch, s.max_steps or s.max_epochs * per_epoch)
     pixels = Pixels.normalized(dataset.train.pixels) if s.dataset.normalize else Pixels()
     relabels = [t.relabel for t in tasks]
     learner = Learner(
@@ -308,55 +377,63 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, console:
         update=s.update,
         l2=s.l2,
         patience=s.patience,
+        compile=s.compile if s.compile is not None else steps >= COMPILE_FROM and hardware.can_compile(run.device),
     )
-    name = f"seeds{'-'.join(map(str, seeds))}_{dataset.fingerprint}.ckpt"
-    checkpoint = run.folder / "checkpoints" / name
+    name = f"seeds{'-'.join(map(str, seeds))}_{dataset.fingerprint}"
+    folder = run.folder / "checkpoints" / name
     loggers = []
-    epochs = s.max_epochs
-    if s.max_steps is not None:
-        epochs = min(epochs, -(-s.max_steps // batches_per_epoch(tasks[0], s.batch_size)))
-    try:
-        if run.logger is not None and run.rank == 0:
-            loggers += [run.logger(run.folder, seed, s.model_dump()) for seed in seeds]
-        trainer = _trainer(
-            s,
-            max_epochs=epochs,
-            logger=loggers or False,
-            callbacks=[
-                ProgressBar(title, console),
-                EpochLog(),
-                ResumePoint(checkpoint, s.checkpoint_minutes),
-                SameWeights(seeds, dataset.fingerprint),
-                *run.diagnostics,
-            ],
-        )
-        resumed = str(checkpoint) if checkpoint.exists() else None
-        trainer.fit(learner, ckpt_path=resumed, weights_only=True)
-        wall = learner.wall_s
-        trainer.test(learner, verbose=False)
-        for logger, progress in zip(loggers, learner.progress, strict=bool(loggers)):
-            for name, value in (progress.test or {}).items():
-                logger.experiment.summary[f"test/{name}"] = value
-    finally:
-        for logger in loggers:
-            logger.experiment.finish(exit_code=int(sys.exc_info()[0] is not None))
-    if run.rank == 0:
-        for i, t in enumerate(tasks):
-            folder = run.seed_folder(t.seed)
-            record = _record(run, dataset, t, learner, i, wall)
-            if record.best_epoch is not None:
-                weights = {name: p[i].cpu() for name, p in learner.best.items()}
-                save(folder / "best.pt", run.net, weights, run.loss, pixels, t.classes)
-            record.write(folder / "record.json")  # last: a seed with a record is complete
-        checkpoint.unlink(missing_ok=True)
-    trainer.strategy.barrier()  # so that all processes find the records
+    with StopSignals() as signals:
+        try:
+            if run.logger is not None and run.rank == 0:
+                loggers += [run.logger(run.folder, seed, s.model_dump()) for seed in seeds]
+            trainer = _trainer(
+                s,
+                max_epochs=-(-steps // per_epoch),
+                logger=loggers or False,
+                callbacks=[
+                    ProgressBar(title, screen),
+                    EpochLog(),
+                    ResumePoint(folder, s.checkpoint_minutes, signals),
+                    SameWeights(seeds, dataset.fingerprint),
+                    *run.diagnostics,
+                ],
+            )
+            if resumed := run.strategy.broadcast(checkpoints.newest(folder) if run.rank == 0 else None):
+                screen.print(f"{title}: goes on from step {checkpoints.step(resumed)}")
+            trainer.fit(learner, ckpt_path=resumed, weights_only=True)
+            wall = learner.wall_s
+            trainer.test(learner, verbose=False)
+            for logger, progress in zip(loggers, learner.progress, strict=bool(loggers)):
+                for name, value in (progress.test or {}).items():
+                    logger.experiment.summary[f"test/{name}"] = value
+        except Stopped:
+            last = checkpoints.newest(folder)
+            there = f"goes on from step {checkpoints.step(last)}" if last else "starts it again"
+            screen.print(f"{title}: stopped; the same command {there}")
+            raise
+        finally:
+            for logger in loggers:
+                logger.experiment.finish(exit_code=int(sys.exc_info()[0] is not None))
+        finished = [_record(run, dataset, t, learner, i, wall) for i, t in enumerate(tasks)]
+        if run.rank == 0:
+            for i, (t, record) in enumerate(zip(tasks, finished, strict=True)):
+                if record.best_epoch is not None:
+                    weights = {name: p[i].cpu() for name, p in learner.best.items()}
+                    save(run.seed_folder(t.seed) / "best.pt", run.net, run.rule, weights, run.loss, pixels, t.classes)
+                record.write(run.seed_folder(t.seed) / "record.json")  # last: a seed with a record is complete
+            rmtree(folder, ignore_errors=True)
+        finished = run.strategy.broadcast(finished)  # also: all processes wait until they are written
+        signals.check()
+    return finished
 
 
 def _trainer(settings: Settings, **options: Any) -> Trainer:
     """Lightning's Trainer, without its bar, summary and sanity check. Raises ValueError for a device it can't use."""
     options |= {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     options |= settings.trainer.model_dump()
-    if settings.trainer.strategy == "ddp":
+    parallel = settings.trainer.strategy == "ddp"
+    options["plugins"] = [CheckpointFolder(), environment(parallel)]
+    if parallel:
         options["strategy"] = DataParallel()
     try:
         return Trainer(**options)
@@ -384,7 +461,7 @@ def _record(run: Run, dataset: Dataset, t: Task, learner: Learner, i: int, wall:
             validation=len(t.validation),
             test=len(t.test),
         ),
-        machine=records.machine(learner.device, learner.ranks),
+        machine=records.machine(learner.device, learner.compiled, learner.ranks),
         precision=run.settings.trainer.precision,
         stacked=len(learner.seeds),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),

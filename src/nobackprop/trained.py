@@ -1,20 +1,23 @@
 """Trained nets: written beside each record, loaded with `nobackprop.load`."""
 
 import io
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 import torch
 from torch import Tensor
 
-from nobackprop import losses
+from nobackprop import losses, rules
 from nobackprop.data import Images
 from nobackprop.losses import Loss
 from nobackprop.metrics import Scores
 from nobackprop.network import Network
 from nobackprop.pixels import Pixels
 from nobackprop.records import write_atomically
+from nobackprop.rule import Rule
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Trained:
     """A net with its best weights. Images are uint8 (N, C, H, W); labels are the dataset's own class numbers."""
 
     net: Network
+    rule: Rule
     weights: dict[str, Tensor]
     loss: Loss
     pixels: Pixels
@@ -29,11 +33,14 @@ class Trained:
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """The net's output for images, (N, outputs). Raises ValueError for images of another type or shape."""
-        return self.net.logits(self.weights, self._inputs(images))
+        """What the rule makes the net say of images, (N, outputs).
+
+        Raises ValueError for images of another type or shape.
+        """
+        return self.rule.logits(self.net, self.weights, self._inputs(images))
 
     @torch.no_grad()
-    def activations(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def activations(self, images: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """All pre-activations z[0..L] and activations h[0..L-1], as `Network.forward` gives them."""
         return self.net.forward(self.weights, self._inputs(images))
 
@@ -67,12 +74,19 @@ class Trained:
 
 
 def save(
-    path: Path, net: Network, weights: Mapping[str, Tensor], loss: Loss, pixels: Pixels, classes: tuple[int, ...]
+    path: Path,
+    net: Network,
+    rule: Rule,
+    weights: Mapping[str, Tensor],
+    loss: Loss,
+    pixels: Pixels,
+    classes: tuple[int, ...],
 ) -> None:
     """Writes a trained net as tensors and plain data, atomically."""
     buffer = io.BytesIO()
     content = {
         "net": net.describe(),
+        "rule": {"class": _full_name(type(rule)), "fields": asdict(rule)},
         "weights": {name: t.clone() for name, t in weights.items()},
         "loss": type(loss).__name__,
         "pixels": {"mean": pixels.mean, "std": pixels.std},
@@ -82,11 +96,30 @@ def save(
     write_atomically(path, buffer.getvalue())
 
 
+class _UnknownRule(ValueError):
+    """A sound file of a rule that nobody imported."""
+
+
+def _full_name(rule: type[Rule]) -> str:
+    return f"{rule.__module__}.{rule.__qualname__}"
+
+
+def _known_rules() -> dict[str, type[Rule]]:
+    """The classes of rules in this package, and those imported from elsewhere, by name; nothing else is imported."""
+    for module in iter_modules(rules.__path__, f"{rules.__name__}."):
+        import_module(module.name)
+    found, below = {}, [Rule]
+    while below:
+        found |= {_full_name(rule): rule for rule in below}
+        below = [rule for base in below for rule in base.__subclasses__()]
+    return found
+
+
 def load(run_folder: str | Path) -> Trained:
     """The trained net of a seed's folder, such as `runs/lra_e_mlp_mnist-0123456789ab/seed0`, or of a run with one seed.
 
     Nothing in the folder is run or unpickled. Raises FileNotFoundError, with the folders there are, where there is no
-    trained net, and ValueError where the file is damaged.
+    trained net, and ValueError where the file is damaged or its rule is neither here nor imported.
     """
     path = Path(run_folder) / "best.pt"
     seeds = sorted(Path(run_folder).glob("seed*/best.pt"))
@@ -101,12 +134,18 @@ def load(run_folder: str | Path) -> Trained:
         content = torch.load(path, map_location="cpu", weights_only=True)
         kinds = {c.__name__: c for c in (losses.SoftmaxCrossEntropy, losses.SigmoidCrossEntropy, losses.SquaredError)}
         classes = tuple(content["classes"])
+        name, fields = content["rule"]["class"], content["rule"]["fields"]
+        if (known := _known_rules().get(name)) is None:
+            raise _UnknownRule(f"{path} was trained by rule {name}, which is not in nobackprop.rules: import it first")
         return Trained(
             net=Network.from_description(content["net"]),
+            rule=known(**fields),
             weights=content["weights"],
             loss=kinds[content["loss"]](len(classes)),
             pixels=Pixels(content["pixels"]["mean"], content["pixels"]["std"]),
             classes=classes,
         )
+    except _UnknownRule:
+        raise
     except Exception as e:
         raise ValueError(f"{path} is damaged ({type(e).__name__}: {e}): train this seed again") from e

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from nobackprop.network import Network, Weights
@@ -24,7 +23,7 @@ class DFA(Rule):
         e = batch.error(z[net.L])  # (N, outputs)
         g = net.hebbian(net.L, h[net.L - 1], e)
         for l in range(net.L - 1, 0, -1):
-            d = F.linear(e, w[f"B{l}"]).view_as(z[l]) * net.df(z[l], h[l])  # (N, *shape of layer l)
+            d = net.direct(w[f"B{l}"], e, like=z[l]) * net.df(z[l], h[l])  # (N, *shape of layer l)
             g |= net.hebbian(l, h[l - 1], d)
         return g, z[net.L]
 

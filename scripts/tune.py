@@ -1,0 +1,239 @@
+"""Searches settings for a grid's cells by validation accuracy, with the same budget for each: conf/search/<grid>.yaml.
+
+    python scripts/tune.py lra_e --only dataset=mnist hidden_layers=3
+    python scripts/tune.py compare --only net=mnist rule=bp,lra_e --jobs 2
+
+The cells are those of conf/grid/<grid>.yaml that take a file of tuned settings, `+tuned@_global_=...`; the search makes
+that file once a cell has all its trials. The trials are the points of a scrambled Halton sequence, so more trials go on
+where fewer ended, and every cell tries the same rates. Each trial is an ordinary run on one seed: what is recorded is
+not run again. The best validation accuracy decides, never a test figure; a trial that diverges counts as 0. Ends with a
+table; exit status 1 if all trials of a cell diverged.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from textwrap import wrap
+from typing import Annotated, Any
+
+import torch
+from omegaconf import OmegaConf
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from reproduce import TUNED, Cell, cells, select
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from scipy.stats import qmc
+
+from nobackprop import records
+from nobackprop.cli import CONF
+from nobackprop.records import Record
+from nobackprop.train import prepare, train
+
+Setting = bool | int | float | str
+Point = dict[str, Setting]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    when: dict[str, list[str]] = {}  # only in cells with one of these choices on each of these axes
+
+
+class Range(_Strict):
+    """Numbers between two positive ends, log-uniform, to three digits."""
+
+    low: PositiveFloat
+    high: PositiveFloat
+
+    def at(self, u: float) -> Setting:
+        return float(f"{self.low * (self.high / self.low) ** u:.3g}")
+
+    def __str__(self) -> str:
+        return f"{self.low:g} to {self.high:g}"
+
+
+class Choice(_Strict):
+    """One of several values, all equally often."""
+
+    values: Annotated[list[Setting], Field(min_length=2)]
+
+    def at(self, u: float) -> Setting:
+        return self.values[int(u * len(self.values))]
+
+    def __str__(self) -> str:
+        return " or ".join(map(str, self.values))
+
+
+class Search(BaseModel):
+    """conf/search/<grid>.yaml."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    trials: PositiveInt
+    epochs: PositiveInt
+    seed: NonNegativeInt  # of the trials; draws the points too
+    space: Annotated[dict[str, Range | Choice], Field(min_length=1)]
+
+    @classmethod
+    def read(cls, name: str) -> "Search":
+        """Raises ValueError for a search that does not exist or a file that is no search, saying what is wrong."""
+        names = sorted(path.stem for path in (CONF / "search").glob("*.yaml"))
+        if name not in names:
+            raise ValueError(f"no search {name!r}: choose one of {', '.join(names)}")
+        path = CONF / "search" / f"{name}.yaml"
+        search = cls.of(OmegaConf.to_container(OmegaConf.load(path)), str(path))
+        known = {choice for cell in cells(name) for choice in cell.labels.items()}
+        for key, dimension in search.space.items():
+            for axis, choices in dimension.when.items():
+                if unknown := [choice for choice in choices if (axis, choice) not in known]:
+                    raise ValueError(f"{path}: {key}: no cell of the grid has {axis}={','.join(unknown)}")
+        return search
+
+    @classmethod
+    def of(cls, content: Any, source: str) -> "Search":
+        """As `read`, from a mapping; `source` is its name in messages."""
+        try:
+            search = cls.model_validate(content)
+        except ValidationError as e:
+            told = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in e.errors())
+            raise ValueError(f"{source}: {told} (write low and high, both above 0, or values, two or more)") from None
+        for key, dimension in search.space.items():
+            if isinstance(dimension, Range) and dimension.low >= dimension.high:
+                raise ValueError(f"{source}: {key} goes from {dimension.low:g} to {dimension.high:g}: low must be less")
+        return search
+
+    def within(self, cell: Cell) -> dict[str, Range | Choice]:
+        """The part of the space that a cell searches."""
+        return {
+            key: dimension
+            for key, dimension in self.space.items()
+            if all(cell.labels.get(axis) in choices for axis, choices in dimension.when.items())
+        }
+
+    def points(self, cell: Cell) -> list[Point]:
+        """What each trial of a cell sets. A key has the same values in every cell that searches it."""
+        sequence = qmc.Halton(len(self.space), rng=self.seed).random(self.trials)
+        column = {key: i for i, key in enumerate(self.space)}
+        within = self.within(cell)
+        return [{key: d.at(row[column[key]]) for key, d in within.items()} for row in sequence]
+
+    def overrides(self, cell: Cell, point: Point, further: Sequence[str]) -> list[str]:
+        """The trial of a cell at a point, as overrides: all that the cell sets but for its tuned settings."""
+        own = [text for text in cell.overrides if not text.startswith(TUNED)]
+        fixed = [f"seeds=[{self.seed}]", f"max_epochs={self.epochs}", "logger=none"]
+        return [*own, *further, *fixed, *(f"{key}={value}" for key, value in point.items())]
+
+
+def run_trial(overrides: Sequence[str]) -> Record:
+    """One trial, in a process of its own."""
+    (record,) = train(Cell({}, overrides).config(), Console(quiet=True))
+    return record
+
+
+def accuracy(record: Record) -> float:
+    """The best validation accuracy of a trial; 0 where it diverged."""
+    if record.diverged_epoch is not None or record.best_epoch is None:
+        return 0.0
+    return record.epochs[record.best_epoch - 1]["val/accuracy"] or 0.0
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the search of one cell came to: its trials, each a point and its record."""
+
+    cell: Cell
+    trials: Sequence[tuple[Point, Record]]
+
+    @property
+    def best(self) -> tuple[Point, Record]:
+        """The trial with the best validation accuracy; of equals, the first."""
+        return max(self.trials, key=lambda trial: accuracy(trial[1]))
+
+    @property
+    def accuracy(self) -> float:
+        return accuracy(self.best[1])
+
+
+def write(found: Found, name: str, search: Search, further: Sequence[str], path: Path) -> None:
+    """Writes what was found as a file of conf/tuned: only what was searched, under a header that says how."""
+    within = search.within(found.cell)
+    only = " ".join(f"{axis}={choice}" for axis, choice in found.cell.labels.items())
+    told = (
+        f"The best by validation accuracy, {found.accuracy:.2%}, of {search.trials} trials: seed {search.seed}, "
+        f"{search.epochs} epochs. Searched: {'; '.join(f'{key} {dimension}' for key, dimension in within.items())}."
+    )
+    command = f"python scripts/tune.py {name} --trials {search.trials} --epochs {search.epochs} --only {only}"
+    command += f" --set {' '.join(further)}" if further else ""
+    settings = OmegaConf.create()
+    for key, value in found.best[0].items():
+        OmegaConf.update(settings, key, value)
+    header = ["# @package _global_", *(f"# {line}" for line in wrap(told, 116)), f"#   {command}"]
+    records.write_atomically(path, "\n".join([*header, OmegaConf.to_yaml(settings)]).encode())
+
+
+def tune(
+    name: str, search: Search, chosen: Sequence[Cell], further: Sequence[str], jobs: int, console: Console
+) -> Iterator[Found]:
+    """Runs every trial that has no record yet; gives each cell as its trials end.
+
+    Raises ValueError for a space that does not fit a cell, before any trial.
+    """
+    planned = [(cell, search.points(cell)) for cell in chosen]
+    trials = [search.overrides(cell, point, further) for cell, points in planned for point in points]
+    for first in trials[:: search.trials]:
+        prepare(Cell({}, first).config())
+    # Fresh processes: a fork of one that has run torch may hang.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        title = f"{name}: {len(chosen)} cells, {search.trials} trials each"
+        ended = track(pool.map(run_trial, trials), title, len(trials), console=console)
+        for cell, points in planned:
+            yield Found(cell, list(zip(points, ended, strict=False)))
+
+
+def table(found: Sequence[Found]) -> Table:
+    """Of every cell its best validation accuracy, the settings that gave it, and how the trials went."""
+    result = Table("cell", "validation", "best settings", "trials", "diverged", "seconds")
+    for each in found:
+        settings = " ".join(f"{key}={value}" for key, value in each.best[0].items()) if each.accuracy else "-"
+        every = [record for _, record in each.trials]
+        diverged, seconds = sum(r.diverged_epoch is not None for r in every), sum(r.wall_s for r in every)
+        result.add_row(
+            str(each.cell), f"{each.accuracy:.2%}", settings, *map(str, (len(every), diverged, round(seconds)))
+        )
+    return result
+
+
+def main() -> None:
+    cores = records.machine(torch.device("cpu")).cores
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("search", help="a file of conf/search, without .yaml")
+    parser.add_argument("--only", nargs="+", default=[], metavar="AXIS=CHOICE,...", help="a part of the grid")
+    parser.add_argument("--trials", type=int, help="of each cell, instead of the search's")
+    parser.add_argument("--epochs", type=int, help="of each trial, instead of the search's")
+    parser.add_argument("--jobs", type=int, choices=range(1, cores + 1), default=cores, help="trials at a time")
+    parser.add_argument("--runs", default="runs/tune", help="the folder of the trials (default: %(default)s)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides for every trial")
+    options = parser.parse_args()
+    console = Console()
+    try:
+        search = Search.read(options.search)
+        given = {key: value for key in ("trials", "epochs") if (value := getattr(options, key)) is not None}
+        search = Search.of(search.model_dump() | given, "the command")
+        tuned = [cell for cell in cells(options.search) if cell.tuned is not None]
+        chosen = select(tuned, options.only)
+        further = [*options.set, f"paths.runs={options.runs}"]
+        found = []
+        for each in tune(options.search, search, chosen, further, options.jobs, console):
+            found.append(each)
+            if each.accuracy and each.cell.tuned is not None:
+                write(each, options.search, search, options.set, each.cell.tuned)
+    except (ValueError, FileNotFoundError) as error:
+        parser.exit(2, f"{Path(__file__).name}: {error}\n")
+    console.print(table(found))
+    parser.exit(0 if all(each.accuracy for each in found) else 1)
+
+
+if __name__ == "__main__":
+    main()

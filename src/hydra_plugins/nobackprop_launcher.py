@@ -1,0 +1,47 @@
+"""Hands the jobs of a `--multirun` to `nobackprop.sweeps`. Hydra finds launchers in this namespace alone."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+
+class SweepLauncher(Launcher):
+    """Hydra's launcher for every choice of conf/launcher."""
+
+    failed: ClassVar[int] = 0  # jobs, of all batches
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.context, self.config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Runs a batch of jobs. The value of each is its mean best validation accuracy, None if it failed."""
+        from rich.console import Console
+
+        from nobackprop import sweeps  # torch takes seconds to import
+        from nobackprop.cli import announce_tuned
+
+        console = Console()
+        jobs, tuned = [], set()
+        for overrides in job_overrides:
+            config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
+            choices: Any = config.hydra.runtime.choices
+            if choices.tuned not in tuned:
+                announce_tuned(choices, console)
+            tuned.add(choices.tuned)
+            with open_dict(config):
+                del config["hydra"]
+            varied = [text for text in filter_overrides(overrides) if text not in sys.argv]
+            jobs.append(sweeps.Job(" ".join(varied) or "the run", config))
+        outcomes = sweeps.run(jobs, sweeps.launcher_of(jobs[0].config), console, jobs[0].config.dry_run)
+        SweepLauncher.failed += sum(outcome.state == "failed" for outcome in outcomes)
+        if jobs[0].config.dry_run:
+            raise SystemExit(min(SweepLauncher.failed, 1))
+        return [
+            JobReturn(overrides=overrides, cfg=job.config, status=JobStatus.COMPLETED, _return_value=outcome.objective)
+            for overrides, job, outcome in zip(job_overrides, jobs, outcomes, strict=True)
+        ]

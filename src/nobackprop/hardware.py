@@ -1,0 +1,53 @@
+"""What torch is told about this machine before it trains."""
+
+import ctypes
+import importlib.util
+import shutil
+import sys
+
+import torch
+
+from nobackprop.streams import stream
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+
+
+def prepare(device: torch.device) -> None:
+    """Chooses how this process computes matrix products and keeps memory, once for all that it trains."""
+    choose_matmul(device)
+    if device.type == "cpu":
+        keep_freed_memory()
+
+
+def choose_matmul(device: torch.device, tolerance: float = 2e-6) -> None:
+    """Sends a CPU's float32 matrix products to oneDNN, where that is as accurate as torch's default, MKL.
+
+    MKL runs at half the speed on AMD's processors. torch's name for oneDNN is "medium", under which some processors
+    compute in bf16: hence the test against float64. The choice is in the record. On a GPU float32 means float32.
+    """
+    if device.type != "cpu":
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        return
+    a, b = (torch.randn(256, 256, generator=stream(0, "matmul", name)) for name in "ab")
+    exact = a.double() @ b.double()
+    torch.set_float32_matmul_precision("medium")
+    if ((a @ b - exact).abs().max() / exact.abs().max()).item() > tolerance:
+        torch.set_float32_matmul_precision("highest")
+
+
+def keep_freed_memory(threshold: int = 2**30) -> None:
+    """Has glibc keep freed memory for the next tensor: by default it gives feature maps back to the system.
+
+    Each page of a tensor would then be mapped and cleared anew at every step.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(M_TRIM_THRESHOLD, threshold)
+        mallopt(M_MMAP_THRESHOLD, threshold)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile finds the compiler it needs: one for C++ on a CPU, Triton on a GPU."""
+    if device.type == "cpu":
+        return any(shutil.which(compiler) for compiler in ("g++", "clang++", "c++"))
+    return importlib.util.find_spec("triton") is not None

@@ -1,0 +1,95 @@
+"""A quick start of the command: without what Lightning and torch import at once and this training never uses.
+
+torchmetrics, which Lightning imports, imports torchvision, SciPy and matplotlib where they are installed, for metrics
+of pictures and sounds. Lightning and torch's optimizers import torch's compiler, only to keep out of its way. That is
+more than half of all the time until the first step. Only the command's own process does without; whoever imports
+`nobackprop` as a library finds everything as usual.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+UNUSED = {"torchvision", "scipy", "matplotlib"}  # what torchmetrics must not find
+COMPILER = "torch._dynamo"
+
+
+def start() -> None:
+    """Imports Lightning without its unused company. Does nothing where Lightning or the compiler is there already."""
+    if {"pytorch_lightning", "torchmetrics", COMPILER} & sys.modules.keys():
+        return
+    import torch
+
+    sys.modules[COMPILER] = torch._dynamo = Compiler(COMPILER)  # pyright: ignore[reportAttributeAccessIssue]
+    sys.meta_path.insert(0, Submodules)
+    with _not_found(UNUSED):
+        import pytorch_lightning  # noqa: F401
+
+
+@contextmanager
+def _not_found(packages: set[str]) -> Iterator[None]:
+    """Within, Lightning's and torchmetrics' questions whether one of these packages is installed are answered by no.
+
+    They can be imported all the same, within and after.
+    """
+    from lightning_utilities.core import imports
+
+    met, available = imports.RequirementCache.__bool__, imports.package_available
+    imports.RequirementCache.__bool__ = lambda self: self.requirement not in packages and met(self)
+    imports.package_available = lambda package_name: package_name not in packages and available(package_name)
+    try:
+        yield
+    finally:
+        imports.RequirementCache.__bool__, imports.package_available = met, available
+
+
+class Compiler(ModuleType):
+    """Stands for torch's compiler while nothing is compiled, and makes way for it when asked for anything else."""
+
+    __path__: Sequence[str] = ()  # it is a package
+
+    class OptimizedModule:
+        """The type of a compiled module: there is none."""
+
+    @staticmethod
+    def disable(function: Callable[..., Any], *_: Any, **__: Any) -> Callable[..., Any]:
+        return function
+
+    @staticmethod
+    def graph_break() -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # the import system's questions
+            raise AttributeError(name)
+        return getattr(make_way(), name)
+
+
+def make_way() -> ModuleType:
+    """Puts torch's compiler in the place of its stand-in."""
+    import torch
+
+    if isinstance(sys.modules[COMPILER], Compiler):
+        del sys.modules[COMPILER], torch._dynamo
+        sys.meta_path.remove(Submodules)
+    return importlib.import_module(COMPILER)
+
+
+class Submodules(MetaPathFinder, Loader):
+    """Where one of the compiler's own modules is imported, loads the compiler first."""
+
+    @classmethod
+    def find_spec(cls, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(fullname, cls()) if fullname.startswith(f"{COMPILER}.") else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        make_way()
+        return importlib.import_module(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass  # it is loaded

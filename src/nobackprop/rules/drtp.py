@@ -1,0 +1,41 @@
+"""Direct random target projection."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nobackprop.network import Network, Weights
+from nobackprop.rule import Batch, Draw, Grads, Rule
+
+
+@dataclass(frozen=True)
+class DRTP(Rule):
+    """Direct random target projection: each hidden layer learns from the label alone, while the net goes forward.
+
+    Frenkel, Lefebvre & Bol, "Learning without feedback: Fixed random learning signals allow for feedforward training
+    of deep neural networks", Frontiers in Neuroscience 2021. In DFA's place of the error, y - y*, is the one-hot target
+    y*, which tells its sign:
+
+        d[l] = -(B[l] y*) * f'(z[l]),   and at the output the error itself
+
+    No layer waits for those above: its input is freed as soon as its gradient is there, and a step stores no
+    activations. `B1 ... B(L-1)` are (units of layer l, outputs).
+
+    Departs from the paper's program: y* is subtracted, as in the error, so W above aligns with B and not with -B, which
+    is as likely a draw. With one output unit a label of 0 would teach hidden layers nothing: there y* is +-1.
+    """
+
+    def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
+        h = batch.x
+        y = batch.y if net.units(net.L) > 1 else 2 * batch.y - 1
+        g = {}
+        for l in range(1, net.L):
+            z = net.preactivation(l, w, h)
+            h, below = net.activation.f(z), h
+            d = net.direct(w[f"B{l}"], -y, like=z) * net.df(z, h)  # (N, *shape of layer l)
+            g |= net.hebbian(l, below, d)
+        z = net.preactivation(net.L, w, h)
+        return g | net.hebbian(net.L, h, batch.error(z)), z
+
+    def feedback(self, net: Network, draw: Draw) -> dict[str, Tensor]:
+        return {f"B{l}": draw(f"B{l}", (net.units(l), net.units(net.L))) for l in range(1, net.L)}

@@ -1,0 +1,64 @@
+"""Difference target propagation."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nobackprop.layers import Shape
+from nobackprop.network import Network, Weights
+from nobackprop.rule import Batch, Draw, Grads, Rule
+
+
+@dataclass(frozen=True)
+class DTP(Rule):
+    """Difference target propagation: targets go down through learned decoders, corrected by what these get wrong.
+
+    Lee, Zhang, Fischer & Bengio, "Difference target propagation", ECML 2015 (arXiv 1412.7525), its Algorithm 1, with
+    decoders `g[l](u) = f(Q[l]^T u)` from layer l to layer l-1; for l = L-1..2:
+
+        t[L-1] = h[L-1] - eta dloss/dh[L-1],   t[l-1] = h[l-1] - g[l](h[l]) + g[l](t[l])
+
+    Layer l's W and b descend `|h[l] - t[l]|^2`, the output's the loss itself, and Q[l] descends the reconstruction loss
+    `|g[l](f(W[l] n + b[l])) - n|^2` at `n = h[l-1] + sigma noise`. `Q2 ... Q(L-1)` have the shapes of `W2 ... W(L-1)`
+    (the paper's V is their transpose); in a convolutional layer the decoder is a transposed convolution.
+
+    Departs from the paper: decoders have no biases, and take the rates of the forward weights.
+    """
+
+    eta: float = 0.5
+    sigma: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.eta <= 0:
+            raise ValueError(f"rule.eta is {self.eta}: it scales the step to the first target, so it must be above 0")
+        if self.sigma < 0:
+            raise ValueError(f"rule.sigma is {self.sigma}: it is a standard deviation, so 0 or more")
+
+    def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
+        z, h = net.forward(w, batch.x)
+        e = batch.error(z[net.L])  # (N, outputs)
+        g = net.hebbian(net.L, h[net.L - 1], e)
+        t = h[net.L - 1] - self.eta * net.feedback(net.L, w[f"W{net.L}"], e, like=h[net.L - 1])
+        for l in range(net.L - 1, 0, -1):
+            g |= net.hebbian(l, h[l - 1], 2 * (h[l] - t) * net.df(z[l], h[l]))
+            if l > 1:
+                t = h[l - 1] - self._decode(net, w, l, h[l], h[l - 1])[1] + self._decode(net, w, l, t, h[l - 1])[1]
+                g[f"Q{l}"] = self._decoder_gradient(net, w, l, h[l - 1] + self.sigma * batch.noise[f"h{l - 1}"])
+        return g, z[net.L]
+
+    def _decode(self, net: Network, w: Weights, l: int, u: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The pre-activation and the output of the decoder of layer l, both shaped like (N, *shape of layer l-1)."""
+        v = net.feedback(l, w[f"Q{l}"], u, like)
+        return v, net.activation.f(v)
+
+    def _decoder_gradient(self, net: Network, w: Weights, l: int, n: Tensor) -> Tensor:
+        """The gradient of Q[l]: it takes u to v as W, transposed, would, so in `hebbian` the two change places."""
+        u = net.activation.f(net.layers[l - 1].forward(w[f"W{l}"], w.get(f"b{l}"), n))
+        v, r = self._decode(net, w, l, u, n)
+        return net.hebbian(l, 2 * (r - n) * net.df(v, r), u)[f"W{l}"]
+
+    def noise(self, net: Network, samples: int) -> dict[str, Shape]:
+        return {f"h{l - 1}": (samples, *net.shapes[l - 1]) for l in range(2, net.L)}
+
+    def feedback(self, net: Network, draw: Draw) -> dict[str, Tensor]:
+        return {f"Q{l}": draw(f"Q{l}", net.weight_shape(l)) for l in range(2, net.L)}

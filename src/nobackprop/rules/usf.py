@@ -1,0 +1,34 @@
+"""Uniform sign-concordant feedback."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nobackprop.network import Network, Weights
+from nobackprop.rule import Batch, Draw, Grads
+from nobackprop.rules.fa import FA
+
+
+@dataclass(frozen=True)
+class USF(FA):
+    """uSF, sign symmetry: feedback alignment through the signs of W, `B = scale sign(W)`.
+
+    Liao, Leibo & Poggio, "How important is weight symmetry in backpropagation?", AAAI 2016 (arXiv 1510.05067), its
+    "uniform sign-concordant feedbacks".
+
+    Departs from the paper: no batch normalization. Under an optimizer that rescales gradients, such as AdamW, the scale
+    hardly matters; with plain SGD take one about as large as the weights.
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.scale <= 0:
+            raise ValueError(f"rule.scale is {self.scale}: it scales the feedback weights, so it must be above 0")
+
+    def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
+        signs = {f"B{l}": self.scale * w[f"W{l}"].sign() for l in range(2, net.L + 1)}
+        return super().grads(net, {**w, **signs}, batch)
+
+    def feedback(self, net: Network, draw: Draw) -> dict[str, Tensor]:
+        return {}

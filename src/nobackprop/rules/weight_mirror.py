@@ -1,0 +1,54 @@
+"""Weight mirrors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+from nobackprop.layers import Shape
+from nobackprop.network import Network, Weights
+from nobackprop.rule import Batch, Grads
+from nobackprop.rules.fa import FA
+
+
+@dataclass(frozen=True)
+class WeightMirror(FA):
+    """Weight mirror: feedback alignment in which B learns W from the layer's own response to noise.
+
+    Akrout, Wilson, Humphreys, Lillicrap & Tweed, "Deep learning without weight transport", NeurIPS 2019, section 3. In
+    mirror mode each layer l-1 sends out noise and the layer above answers; then comes the step of feedback alignment:
+
+        delta[l-1] = sigma noise,   delta[l] = f(W[l] delta[l-1]),   dB[l] = decay B[l] - delta[l] delta[l-1]^T
+
+    The last product is sigma^2 W[l] on average where f is linear with slope 1, so that B tends to (sigma^2 / decay) W.
+    `B2 ... BL` have the shapes of `W2 ... WL` (the paper's B is their transpose); in a convolutional layer the product
+    is the mean over positions.
+
+    Departs from the paper: one mirror step, with as many samples as the batch, comes before each other step, not a
+    period of its own; biases do not take part.
+    """
+
+    sigma: float = 0.5
+    decay: float = 0.25
+
+    def __post_init__(self) -> None:
+        if self.sigma <= 0:
+            raise ValueError(f"rule.sigma is {self.sigma}: without noise there is nothing to mirror, so above 0")
+        if self.decay < 0:
+            raise ValueError(f"rule.decay is {self.decay}: it keeps B from growing, so 0 or more")
+
+    def mirror(self, net: Network, w: Weights, batch: Batch) -> Grads:
+        g = {}
+        for l in range(2, net.L + 1):
+            below = self.sigma * batch.noise[f"h{l - 1}"]
+            above = net.layers[l - 1].forward(w[f"W{l}"], None, below)
+            if l < net.L:
+                above = net.activation.f(above)
+            seen = net.hebbian(l, below, above)[f"W{l}"] / prod(net.shapes[l][1:])
+            g[f"B{l}"] = self.decay * w[f"B{l}"] - seen
+        return g, net.logits(w, batch.x)
+
+    def phases(self) -> tuple[Callable[[Network, Weights, Batch], Grads], ...]:
+        return self.mirror, self.grads
+
+    def noise(self, net: Network, samples: int) -> dict[str, Shape]:
+        return {f"h{l - 1}": (samples, *net.shapes[l - 1]) for l in range(2, net.L + 1)}

@@ -1,0 +1,53 @@
+"""Weights & Biases; a module of its own, so that only runs that log there import it, and before they fork."""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import wandb
+from pytorch_lightning.loggers import WandbLogger
+
+
+def wandb_logger(
+    folder: Path,
+    seed: int,
+    config: dict[str, Any],
+    *,
+    project: str,
+    mode: Literal["online", "offline", "disabled"],
+    entity: str | None,
+    group: str | None,
+    tags: list[str],
+) -> WandbLogger:
+    """A Weights & Biases run of its own for one seed of the run in `folder`; finish it with `experiment.finish()`.
+
+    Its id is the run's signature and the seed, so that an interrupted run goes on as the same one: online W&B resumes
+    it, offline the new files replace those of before. A W&B sweep gives ids itself, one a command; raises ValueError
+    where a command of a sweep has several seeds.
+    """
+    if "WANDB_SWEEP_ID" in os.environ and len(config["seeds"]) > 1:
+        raise ValueError(f"seeds: a run of a W&B sweep is one seed, such as seeds=[0]; got {config['seeds']}")
+    logging.getLogger("wandb").setLevel(logging.ERROR)
+    seed_folder = folder / f"seed{seed}"
+    seed_folder.mkdir(parents=True, exist_ok=True)
+    run_id = f"{folder.name.rpartition('-')[2]}-{seed}"
+    for replaced in seed_folder.glob(f"wandb/offline-run-*-{run_id}"):
+        shutil.rmtree(replaced)
+    run = wandb.init(
+        project=project,
+        entity=entity,
+        mode=mode,
+        id=run_id,
+        resume="allow" if mode == "online" else None,
+        group=group or folder.name,
+        tags=tags,
+        name=f"{folder.name} seed {seed}",
+        dir=seed_folder,
+        config={**config, "seed": seed},
+        settings=wandb.Settings(reinit="create_new", silent=True, console="off"),
+    )
+    run.define_metric("trainer/global_step")
+    run.define_metric("*", step_metric="trainer/global_step")
+    return WandbLogger(experiment=run)

@@ -1,0 +1,192 @@
+"""What the rules do whose feedback weights follow W: sign symmetry, Kolen-Pollack, weight mirrors; in float64."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from math import prod
+from typing import Any
+
+import pytest
+import torch
+from conftest import Problem
+from torch import Tensor
+
+from nobackprop.activations import activation
+from nobackprop.rule import Rule
+from nobackprop.rules.bp import BP
+from nobackprop.rules.brsf import BRSF
+from nobackprop.rules.frsf import FRSF
+from nobackprop.rules.kolen_pollack import KolenPollack
+from nobackprop.rules.usf import USF
+from nobackprop.rules.weight_mirror import WeightMirror
+from nobackprop.streams import normal
+
+
+def _grads(rule: Rule, problem: Problem, w: dict[str, Tensor]) -> dict[str, Tensor]:
+    return rule.grads(problem.net, w, problem.noisy(rule))[0]
+
+
+def _above_the_first(problem: Problem) -> range:
+    return range(2, problem.net.L + 1)
+
+
+# Sign symmetry
+
+
+def test_usf_is_bp_times_a_factor_where_all_weights_are_equally_large(problem: Problem) -> None:
+    w = problem.weights(USF())
+    w |= {f"W{l}": 0.3 * w[f"W{l}"].sign() for l in _above_the_first(problem)}
+    grads, expected = _grads(USF(scale=0.6), problem, w), _grads(BP(), problem, w)
+    for l in range(1, problem.net.L + 1):
+        for name in (f"W{l}", f"b{l}"):
+            torch.testing.assert_close(grads[name], expected[name] * 2 ** (problem.net.L - l))
+
+
+def test_brsf_with_the_magnitudes_of_the_weights_is_bp(problem: Problem) -> None:
+    rule, w = BRSF(scale=0.5), problem.weights(BRSF())
+    signs = {
+        f"B{l}": torch.ones_like(w[f"W{l}"]).bernoulli_(generator=torch.Generator().manual_seed(l))
+        for l in _above_the_first(problem)
+    }
+    noise = {f"B{l}": w[f"W{l}"] / 0.5 * (2 * signs[f"B{l}"] - 1) for l in _above_the_first(problem)}
+    assert {name: tuple(t.shape) for name, t in noise.items()} == rule.noise(problem.net, 6)
+    grads, _ = rule.grads(problem.net, w, replace(problem.batch, noise=noise))
+    torch.testing.assert_close(grads, _grads(BP(), problem, w))
+
+
+def test_brsfs_magnitudes_are_new_at_every_step_whatever_the_batch(problem: Problem) -> None:
+    shapes = BRSF().noise(problem.net, 6)
+    assert shapes == BRSF().noise(problem.net, 7)
+    first, second = (normal(shapes, 0, "noise", step) for step in (0, 1))
+    assert not any(torch.equal(first[name], second[name]) for name in shapes)
+
+
+def test_frsf_with_the_magnitudes_of_the_weights_is_bp(problem: Problem) -> None:
+    w = problem.weights(FRSF())
+    w |= {f"B{l}": w[f"W{l}"] * w[f"B{l}"].sign() for l in _above_the_first(problem)}
+    torch.testing.assert_close(_grads(FRSF(), problem, w), _grads(BP(), problem, w))
+
+
+def test_frsfs_magnitudes_stay_and_its_signs_follow_the_weights(problem: Problem, learner: Callable[..., Any]) -> None:
+    rule, w = FRSF(), problem.weights(FRSF())
+    trained = learner(problem.net, rule, problem.batch.loss, w, partial(torch.optim.AdamW, lr=0.3, weight_decay=0.1))
+    for _ in range(3):
+        trained.step(problem.batch.x.unsqueeze(0), problem.batch.y.unsqueeze(0))
+    after = {name: p[0] for name, p in trained.w.items()}
+    for l in _above_the_first(problem):
+        assert torch.equal(after[f"B{l}"], w[f"B{l}"])
+        assert (after[f"W{l}"].sign() != w[f"W{l}"].sign()).any()
+    turned = after | {f"B{l}": after[f"B{l}"].abs() * after[f"W{l}"].sign() for l in _above_the_first(problem)}
+    torch.testing.assert_close(
+        _grads(rule, problem, after), super(FRSF, rule).grads(problem.net, turned, problem.batch)[0]
+    )
+
+
+# Kolen-Pollack
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        (partial(torch.optim.SGD, lr=0.1), {"l2": 0.2}),
+        (partial(torch.optim.SGD, lr=0.1), {"l2": 0.2, "update": "unit_norm"}),
+        (partial(torch.optim.AdamW, lr=0.1, weight_decay=0.2), {}),
+    ],
+    ids=["sgd", "unit_norm", "adamw"],
+)
+def test_kolen_pollacks_distance_from_the_weights_decays_exactly(
+    problem: Problem, learner: Callable[..., Any], optimizer: Any, options: dict[str, Any]
+) -> None:
+    w = problem.weights(KolenPollack())
+    trained = learner(problem.net, KolenPollack(), problem.batch.loss, w, optimizer, **options)
+    for t in range(1, 6):
+        trained.step(problem.batch.x.unsqueeze(0), problem.batch.y.unsqueeze(0))
+        for l in _above_the_first(problem):
+            distance = trained.w[f"W{l}"][0] - trained.w[f"B{l}"][0]
+            torch.testing.assert_close(distance, (1 - 0.1 * 0.2) ** t * (w[f"W{l}"] - w[f"B{l}"]))
+    assert all(not torch.equal(trained.w[name][0], t) for name, t in w.items())
+
+
+def test_kolen_pollack_with_the_weights_themselves_is_and_stays_bp(
+    problem: Problem, learner: Callable[..., Any]
+) -> None:
+    w = problem.weights(KolenPollack())
+    w |= {f"B{l}": w[f"W{l}"] for l in _above_the_first(problem)}
+    trained = learner(problem.net, KolenPollack(), problem.batch.loss, w, partial(torch.optim.SGD, lr=0.5))
+    bp = {name: t for name, t in w.items() if not name.startswith("B")}
+    expected = learner(problem.net, BP(), problem.batch.loss, bp, partial(torch.optim.SGD, lr=0.5))
+    for _ in range(4):
+        for each in (trained, expected):
+            each.step(problem.batch.x.unsqueeze(0), problem.batch.y.unsqueeze(0))
+    torch.testing.assert_close({name: trained.w[name][0] for name in bp}, {n: p[0] for n, p in expected.w.items()})
+
+
+# Weight mirrors
+
+
+def _mirrored(rule: WeightMirror, problem: Problem, w: dict[str, Tensor], l: int) -> Tensor:
+    """The gradient of B[l] on average over the noise: samples whose second moments are those of the noise, exactly."""
+    shapes = rule.noise(problem.net, n := prod(problem.net.shapes[l - 1]))
+    noise = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    noise[f"h{l - 1}"] = n**0.5 * torch.eye(n, dtype=torch.float64).view(shapes[f"h{l - 1}"])
+    return rule.mirror(problem.net, w, replace(problem.batch, noise=noise))[0][f"B{l}"]
+
+
+@pytest.mark.parametrize(("name", "sigma"), [("identity", 0.7), ("tanh", 1e-4)])
+def test_mirrors_move_to_the_weights_on_average(problem: Problem, name: str, sigma: float) -> None:
+    problem = replace(problem, net=replace(problem.net, activation=activation(name)))
+    rule = WeightMirror(sigma=sigma, decay=0.3)
+    w = problem.weights(rule)
+    for l in _above_the_first(problem):
+        seen = 0.3 * w[f"B{l}"] - _mirrored(rule, problem, w, l)
+        if not getattr(problem.net.layers[l - 1], "padding", 0):
+            torch.testing.assert_close(seen / sigma**2, w[f"W{l}"], rtol=1e-6, atol=1e-7)
+        else:  # at the border a kernel looks past the noise
+            share = seen / sigma**2 / w[f"W{l}"]
+            assert 0 < share.min() < 1
+            assert share.max() <= 1 + 1e-6
+
+
+def test_a_mirror_that_is_the_weights_stays(problem: Problem) -> None:
+    problem = replace(problem, net=replace(problem.net, activation=activation("identity")))
+    rule = WeightMirror(sigma=0.7, decay=0.49)
+    w = problem.weights(rule)
+    w |= {f"B{l}": w[f"W{l}"] for l in _above_the_first(problem)}
+    for l in _above_the_first(problem):
+        if not getattr(problem.net.layers[l - 1], "padding", 0):
+            torch.testing.assert_close(_mirrored(rule, problem, w, l), torch.zeros_like(w[f"B{l}"]))
+    torch.testing.assert_close(_grads(rule, problem, w), _grads(BP(), problem, w))
+
+
+def test_mirrors_answer_through_the_activation_but_for_the_outputs(problem: Problem) -> None:
+    problem = replace(problem, net=replace(problem.net, activation=activation("sign")))
+    rule, net = WeightMirror(sigma=2.0, decay=0.0), problem.net
+    w, batch = problem.weights(rule), problem.noisy(rule)
+    g, logits = rule.mirror(net, w, batch)
+    assert g.keys() == {f"B{l}" for l in _above_the_first(problem)}
+    torch.testing.assert_close(logits, net.logits(w, batch.x))
+    if net.L == 4:  # dense
+        for l in (2, 3, 4):
+            noise = batch.noise[f"h{l - 1}"]
+            answer = noise @ w[f"W{l}"].T
+            answer = 2 * answer if l == 4 else answer.sign()
+            torch.testing.assert_close(g[f"B{l}"], -2 * answer.T @ noise / 6)
+
+
+def test_a_step_mirrors_first() -> None:
+    rule = WeightMirror()
+    assert rule.phases() == (rule.mirror, rule.grads)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: USF(scale=0), "rule.scale is 0: it scales the feedback weights, so it must be above 0"),
+        (lambda: BRSF(scale=-1), "rule.scale is -1: it scales the feedback weights, so it must be above 0"),
+        (lambda: WeightMirror(sigma=0), "rule.sigma is 0: without noise there is nothing to mirror, so above 0"),
+        (lambda: WeightMirror(decay=-1), "rule.decay is -1: it keeps B from growing, so 0 or more"),
+    ],
+)
+def test_hyper_parameters_out_of_range_are_refused(make: Callable[[], Rule], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

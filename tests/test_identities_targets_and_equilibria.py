@@ -1,0 +1,173 @@
+"""What difference target propagation and equilibrium propagation compute, in float64."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import Problem
+from torch import Tensor
+
+from nobackprop.activations import activation
+from nobackprop.losses import SoftmaxCrossEntropy
+from nobackprop.network import Network, mlp
+from nobackprop.rule import Batch, Rule
+from nobackprop.rules.bp import BP
+from nobackprop.rules.dtp import DTP
+from nobackprop.rules.equilibrium_propagation import EquilibriumPropagation
+
+
+def _grads(rule: Rule, problem: Problem, w: dict[str, Tensor], batch: Batch | None = None) -> dict[str, Tensor]:
+    return rule.grads(problem.net, w, batch or problem.noisy(rule))[0]
+
+
+# Difference target propagation
+
+
+def _decoder(net: Network, w: dict[str, Tensor], l: int, like: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda u: net.activation.f(net.feedback(l, w[f"Q{l}"], u, like=like))
+
+
+def test_dtps_decoders_descend_their_reconstruction_loss(problem: Problem) -> None:
+    rule, net = DTP(sigma=0.3), problem.net
+    w, batch = problem.weights(rule), problem.noisy(rule)
+    _, h = net.forward(w, batch.x)
+    grads = _grads(rule, problem, w, batch)
+    assert {name for name in grads if name.startswith("Q")} == {f"Q{l}" for l in range(2, net.L)}
+    for l in range(2, net.L):
+        Q = w[f"Q{l}"].clone().requires_grad_()
+        n = h[l - 1] + 0.3 * batch.noise[f"h{l - 1}"]
+        u = net.activation.f(net.layers[l - 1].forward(w[f"W{l}"], w[f"b{l}"], n))
+        r = _decoder(net, {f"Q{l}": Q}, l, n)(u)
+        (expected,) = torch.autograd.grad((r - n).square().flatten(1).sum(1).mean(), Q)
+        torch.testing.assert_close(grads[f"Q{l}"], expected)
+
+
+def test_dtps_last_two_layers_learn_as_under_bp(problem: Problem) -> None:
+    rule, L = DTP(eta=0.3), problem.net.L
+    w = problem.weights(rule)
+    grads, expected = _grads(rule, problem, w), _grads(BP(), problem, w)
+    for letter in "Wb":
+        torch.testing.assert_close(grads[f"{letter}{L}"], expected[f"{letter}{L}"])
+        if L > 1:  # the first target is a step of eta down the loss
+            torch.testing.assert_close(grads[f"{letter}{L - 1}"], 2 * 0.3 * expected[f"{letter}{L - 1}"])
+
+
+def test_dtps_small_steps_go_down_through_the_decoders_jacobians(problem: Problem) -> None:
+    rule, net = DTP(eta=1e-6), problem.net
+    w, batch = problem.weights(rule), problem.noisy(rule)
+    z, h = net.forward(w, batch.x)
+    grads = _grads(rule, problem, w, batch)
+    step = -net.feedback(net.L, w[f"W{net.L}"], batch.error(z[net.L]), like=h[-1])
+    for l in range(net.L - 1, 0, -1):
+        expected = net.hebbian(l, h[l - 1], -2 * step * net.df(z[l], h[l]))
+        for name, g in expected.items():
+            torch.testing.assert_close(grads[name] / 1e-6, g, rtol=1e-4, atol=1e-7)
+        if l > 1:
+            _, step = torch.autograd.functional.jvp(_decoder(net, w, l, h[l - 1]), h[l], step)
+            assert isinstance(step, Tensor)
+
+
+def test_dtps_targets_through_exact_inverses_are_gauss_newtons() -> None:
+    """Square linear layers: the targets move layer l by the inverse, not the transpose, of the weights above it."""
+    rule, loss = DTP(eta=0.3), SoftmaxCrossEntropy(4)
+    problem = Problem(mlp((5,), 4, hidden=[5, 5, 5], activation="identity"), _batch(5, loss))
+    net, batch = problem.net, problem.noisy(rule)
+    w = problem.weights(rule)
+    w |= {f"Q{l}": torch.linalg.inv(w[f"W{l}"]).T.contiguous() for l in (2, 3)}
+    z, h = net.forward(w, batch.x)
+    to_the_last = torch.eye(5, dtype=torch.float64)  # the Jacobian of the last hidden layer by layer l
+    biases = {name: torch.zeros_like(t) if name.startswith("b") else t for name, t in w.items()}
+    unbiased, grads = _grads(rule, problem, biases, batch), _grads(rule, problem, w, batch)
+    for l in (3, 2, 1):
+        d = 2 * 0.3 * torch.linalg.solve(to_the_last, (batch.error(z[4]) @ w["W4"]).T).T
+        torch.testing.assert_close({n: grads[n] for n in (f"W{l}", f"b{l}")}, net.hebbian(l, h[l - 1], d))
+        to_the_last = to_the_last @ w[f"W{l}"]
+    for l in (2, 3):  # nothing is left to learn for a decoder that is exact, which without biases it is
+        torch.testing.assert_close(unbiased[f"Q{l}"], torch.zeros_like(w[f"Q{l}"]))
+    assert grads["Q2"].norm() > 0.1
+
+
+def _batch(inputs: int, loss: Any) -> Batch:
+    x = torch.randn(6, inputs, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return Batch(x, loss.target(torch.arange(6) % loss.classes, x.dtype), loss)
+
+
+# Equilibrium propagation
+
+LONG = EquilibriumPropagation(free_steps=100, nudged_steps=100, epsilon=0.5)
+
+
+def _small(problem: Problem) -> dict[str, Tensor]:
+    """Weights under which the units come to rest."""
+    return {name: 0.2 * t for name, t in problem.weights(LONG).items()}
+
+
+def _at_rest(rule: Rule, problem: Problem, w: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradient of the prediction's loss by autograd through the whole relaxation."""
+    w = {name: t.clone().requires_grad_() for name, t in w.items()}
+    loss = problem.batch.loss.value(rule.logits(problem.net, w, problem.batch.x), problem.batch.y).mean()
+    return dict(zip(w, torch.autograd.grad(loss, list(w.values())), strict=True))
+
+
+def _distance(beta: float, problem: Problem, w: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    grads = _grads(replace(LONG, beta=beta), problem, w)
+    return max(float((grads[name] - g).norm() / g.norm()) for name, g in expected.items())
+
+
+@pytest.mark.parametrize("name", ["tanh", "sigmoid", "softsign"])
+def test_equilibrium_propagation_tends_to_the_gradient_of_the_loss_at_equilibrium(problem: Problem, name: str) -> None:
+    problem = replace(problem, net=replace(problem.net, activation=activation(name)))
+    w = _small(problem)
+    expected = _at_rest(LONG, problem, w)
+    coarse, fine = (_distance(beta, problem, w, expected) for beta in (1e-2, 1e-3))
+    assert fine < 1e-2
+    assert fine < 0.2 * coarse
+
+
+def test_both_signs_of_beta_together_are_nearer(problem: Problem) -> None:
+    w, rule = _small(problem), replace(LONG, beta=0.05)
+    expected = _at_rest(rule, problem, w)
+    signs = [_grads(rule, problem, w, replace(problem.batch, noise={"sign": torch.tensor([s])})) for s in (0.3, -2.0)]
+    for name, g in expected.items():
+        one, two = ((grads[name] - g).norm() for grads in signs)
+        assert ((signs[0][name] + signs[1][name]) / 2 - g).norm() < 0.2 * min(one, two)
+
+
+def test_units_at_rest_are_drawn_nowhere(problem: Problem) -> None:
+    net, w = problem.net, _small(problem)
+    out = LONG.logits(net, w, problem.batch.x)
+    h = LONG._free(net, w, problem.batch.x)
+    assert torch.equal(h[0], problem.batch.x)
+    assert torch.equal(h[-1], out)
+    for l in range(1, net.L + 1):
+        z = net.layers[l - 1].forward(w[f"W{l}"], w[f"b{l}"], h[l - 1])
+        if l < net.L:
+            z = torch.tanh(z + net.feedback(l + 1, w[f"W{l + 1}"], h[l + 1], like=h[l]))
+        torch.testing.assert_close(h[l], z)
+
+
+def test_without_a_layer_between_there_is_nothing_to_relax() -> None:
+    net, loss = mlp((5,), 4, hidden=[], activation="tanh"), SoftmaxCrossEntropy(4)
+    problem = Problem(net, _batch(5, loss))
+    w = problem.weights(LONG)
+    torch.testing.assert_close(LONG.logits(net, w, problem.batch.x), net.logits(w, problem.batch.x))
+    assert _distance(1e-4, problem, w, _grads(BP(), problem, w)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DTP(eta=0), "rule.eta is 0: it scales the step to the first target, so it must be above 0"),
+        (lambda: DTP(sigma=-1), "rule.sigma is -1: it is a standard deviation, so 0 or more"),
+        (lambda: EquilibriumPropagation(beta=0), "rule.beta is 0: it scales the push of the outputs"),
+        (lambda: EquilibriumPropagation(epsilon=0), "rule.epsilon is 0: a step goes part of the way"),
+        (lambda: EquilibriumPropagation(epsilon=1.5), "rule.epsilon is 1.5: a step goes part of the way"),
+        (lambda: EquilibriumPropagation(free_steps=-1), "rule.free_steps is -1: it must be 0 or more"),
+        (lambda: EquilibriumPropagation(nudged_steps=0), "rule.nudged_steps is 0: without any nothing is learned"),
+    ],
+)
+def test_hyper_parameters_out_of_range_are_refused(make: Callable[[], Rule], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,51 @@
+"""What the command's process does without, and that all of it is there when it is asked for."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ["scipy", "torchvision", "matplotlib", "sympy", "pandas", "sklearn", "torch._dynamo.utils"]
+
+
+def after_a_lean_start(code: str) -> str:
+    code = f"import sys\nfrom nobackprop import lean\nlean.start()\n{code}"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_a_run_needs_nothing_heavy() -> None:
+    code = f"""
+import torch
+from nobackprop.data import Digits
+import nobackprop.train
+Digits().load()
+p = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+p.grad = torch.ones(3)
+optimizer = torch.optim.AdamW([p])
+optimizer.step()
+optimizer.load_state_dict(optimizer.state_dict())
+print({{*sys.modules}} & {{*{HEAVY}}})"""
+    assert after_a_lean_start(code) == "set()"
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [
+        "torch.compile(torch.sin, backend='eager')(torch.zeros(2)); utils = torch._dynamo.utils",
+        "import torch._dynamo.utils as utils",
+        "import torchvision, scipy.signal, matplotlib; from torch._dynamo import utils",
+    ],
+    ids=["torch.compile", "one of its modules", "torchvision"],
+)
+def test_the_compiler_comes_when_it_is_asked_for(asks: str) -> None:
+    code = (
+        "assert utils is sys.modules['torch._dynamo.utils'] is torch._dynamo.utils; print(type(torch._dynamo).__name__)"
+    )
+    assert after_a_lean_start(f"import torch\n{asks}\n{code}") == "module"
+
+
+def test_who_has_lightning_already_keeps_the_compiler() -> None:
+    code = "import pytorch_lightning\nfrom nobackprop import lean\nlean.start()\nimport sys\n"
+    code += "print('torch._dynamo.utils' in sys.modules, 'torchvision' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "True True"

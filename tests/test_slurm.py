@@ -1,0 +1,134 @@
+"""launcher=slurm on a real SLURM of one node: an array, a job that is put back into the queue, one that is killed."""
+
+import io
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from test_sweeps import folder, same_results, small
+
+from nobackprop import records, sweeps
+from nobackprop.records import Record
+from nobackprop.sweeps import Cluster, Job, Submitted
+from nobackprop.train import train
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "slurm_one_node.sh"
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    if os.getuid() != 0:
+        pytest.skip("SLURM's daemons need root here")
+    if not all(shutil.which(command) for command in ("slurmctld", "slurmd", "munged", "srun")):
+        pytest.skip("no SLURM: scripts/slurm_one_node.sh install")
+    state = tmp_path_factory.mktemp("slurm")
+    subprocess.run([SCRIPT, "start", state], check=True, timeout=60)
+    os.environ["SLURM_CONF"] = f"{state}/slurm.conf"
+    yield
+    subprocess.run([SCRIPT, "stop", state], check=True, timeout=60)
+    del os.environ["SLURM_CONF"]
+
+
+def until(condition: Callable[[], object], over: threading.Event, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert not over.is_set(), "the sweep was over before"
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)
+
+
+def scontrol(*args: str) -> str:
+    return subprocess.run(["scontrol", *args], check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+def test_a_sweep_on_a_cluster_loses_nothing(slurm: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four jobs: one gets USR2, as before a time limit; one is killed without a trace; two are left alone."""
+    monkeypatch.setattr(Submitted, "POLL_S", 2.0)
+    long = ["max_epochs=100000", "checkpoint_minutes=0.002"]
+    rules = {"interrupted": ["rule=bp", "max_epochs=100", "checkpoint_minutes=0.002"], "killed": ["rule=fa", *long]}
+    rules |= {rule: [f"rule={rule}", "seeds=2"] for rule in ("dfa", "mdfa")}
+    runs = tmp_path / "runs"
+    jobs = [Job(name, small(runs, *overrides)) for name, overrides in rules.items()]
+    for name, overrides in rules.items():
+        if name != "killed":
+            train(small(tmp_path / "alone", *overrides))
+    console = Console(file=io.StringIO(), width=250)
+    troubles: list[BaseException] = []
+    over = threading.Event()
+
+    def disturb() -> None:
+        try:
+            until(lambda: all(list(folder(job.config).glob("checkpoints/*/*.ckpt")) for job in jobs[:2]), over)
+            first, second = ((folder(job.config) / ".job").read_text() for job in jobs[:2])
+            subprocess.run(["scancel", "--signal=USR2", first], check=True)
+            subprocess.run(["scancel", "--signal=KILL", "--full", second], check=True)
+            until(lambda: "Restarts=1" in scontrol("show", "job", first), over)
+            raw = scontrol("-o", "show", "job", first).split()[0].removeprefix("JobId=")
+            until(lambda: "JobState=PENDING" in scontrol("show", "job", first), over)
+            scontrol("update", f"JobId={raw}", "StartTime=now")  # SLURM lets a job wait two minutes
+        except BaseException as e:
+            troubles.append(e)
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    outcomes = sweeps.run(jobs, Cluster("slurm", memory_gb=1), console)
+    over.set()
+    thread.join()
+    states = dict(zip(rules, [outcome.state for outcome in outcomes], strict=True))
+    assert states == {"interrupted": "finished", "killed": "failed", "dfa": "finished", "mdfa": "finished"}
+    assert not troubles
+    assert "ended without a result (killed? out of memory?); its log: " in outcomes[1].reason
+    assert not list(folder(jobs[1].config).glob("*/record.json"))
+    (log,) = runs.glob(".submitit/*/*_0/*_0_0_log.out")
+    assert "goes on from step" in log.read_text()
+    assert same_results(tmp_path / "alone", runs) == 5
+    record = Record.read(folder(jobs[2].config) / "seed0" / "record.json")
+    assert (record.commit, record.dirty) == records.source_state()  # though it ran from a copy
+    assert "_submit" not in record.command
+
+
+def test_submit_and_leave(slurm: None, tmp_path: Path) -> None:
+    """The command ends; the same one does not submit what is in the queue, and later finds it recorded."""
+    jobs = [Job("a", small(tmp_path, "rule=bp"))]
+    console = Console(file=io.StringIO(), width=250)
+    for said in ("is submitted as job", "of an earlier sweep"):
+        (outcome,) = sweeps.run(jobs, Cluster("slurm", memory_gb=1, wait=False), console)
+        assert outcome.state == "queued"
+        assert isinstance(console.file, io.StringIO)
+        assert said in console.file.getvalue()
+    until(lambda: list(tmp_path.glob("*/seed0/record.json")), threading.Event())
+    assert [o.state for o in sweeps.run(jobs, Cluster("slurm"), console)] == ["recorded"]
+
+
+def test_local_jobs_behave_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """launcher=slurm_local needs no SLURM."""
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+    train(small(tmp_path / "alone", "max_epochs=100"))
+    jobs = [Job("a", small(tmp_path / "runs", "max_epochs=100", "checkpoint_minutes=0.002"))]
+
+    over = threading.Event()
+
+    def interrupt() -> None:
+        until(lambda: list(folder(jobs[0].config).glob("checkpoints/*/*.ckpt")), over)
+        lock = folder(jobs[0].config) / "seed0" / ".lock"
+        inode = f":{lock.stat().st_ino} "
+        (pid,) = {int(li.split()[4]) for li in Path("/proc/locks").read_text().splitlines() if inode in li}
+        os.kill(pid, signal.SIGUSR2)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    (outcome,) = sweeps.run(jobs, Cluster("local"), Console(quiet=True))
+    over.set()
+    thread.join()
+    assert outcome.state == "finished"
+    (log,) = (tmp_path / "runs").glob(".submitit/*/*/*_0_log.out")
+    assert "goes on from step" in log.read_text()
+    assert same_results(tmp_path / "alone", tmp_path / "runs") == 1

@@ -1,0 +1,413 @@
+"""Sweeps: what is skipped, goes on and is repeated; locks; signals; damaged checkpoints; dry runs; the table."""
+
+import fcntl
+import io
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CONF
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from rich.console import Console
+
+from nobackprop import records, sweeps
+from nobackprop.callbacks import ResumePoint
+from nobackprop.records import Record
+from nobackprop.stopping import Stopped
+from nobackprop.sweeps import Basic, Job, Joblib
+from nobackprop.train import Busy, prepare, train
+
+SMALL = ["logger=none", "arch.hidden=[12]", "batch_size=8", "max_epochs=2", "optimizer=sgd", "optimizer.momentum=0.9"]
+Config = Callable[..., DictConfig]
+
+
+def small(runs: Path, *overrides: str) -> DictConfig:
+    """A run on digits of 161 mini-batches an epoch, so two chunks: the first ends in mid-epoch."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", [*SMALL, f"paths.runs={runs}", *overrides])
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return lambda *overrides: small(tmp_path / "runs", *overrides)
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(width=250, file=io.StringIO())
+
+
+def shown(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def folder(cfg: DictConfig) -> Path:
+    return prepare(cfg).folder
+
+
+def same_results(one: Path, other: Path) -> int:
+    """Asserts that two folders of runs hold the same records, and the same weights to the bit; how many there are."""
+    changing = {"finished", "wall_s", "command", "dirty", "commit"}
+    paths = sorted(path.relative_to(one) for path in one.glob("*/seed*/record.json"))
+    assert paths == sorted(path.relative_to(other) for path in other.glob("*/seed*/record.json"))
+    for path in paths:
+        a, b = (Record.read(root / path).model_dump(exclude=changing) for root in (one, other))
+        assert a == b, path
+        v, w = (torch.load((root / path).with_name("best.pt"), weights_only=True)["weights"] for root in (one, other))
+        assert v.keys() == w.keys()
+        assert all(torch.equal(v[name], w[name]) for name in v), path
+    return len(paths)
+
+
+class Killed(BaseException):
+    """Ends a run where it stands, as a power cut does."""
+
+
+def at_save(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], Any]) -> None:
+    """Does something just before the run's `number`-th occasion to write a checkpoint."""
+    save, calls = ResumePoint.save, []
+
+    def counted(self: ResumePoint, trainer: Any) -> None:
+        calls.append(None)
+        if len(calls) == number:
+            action()
+        save(self, trainer)
+
+    monkeypatch.setattr(ResumePoint, "save", counted)
+
+
+def raise_killed() -> None:
+    raise Killed
+
+
+@contextmanager
+def training_elsewhere(cfg: DictConfig, seed: int = 0) -> Iterator[None]:
+    """As if another process were training a seed: it holds the system's lock."""
+    path = folder(cfg) / f"seed{seed}" / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("damaged", [1, 2])
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_is_used(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: Console, damaged: int
+) -> None:
+    train(small(tmp_path / "alone"))
+    cfg = config("checkpoint_minutes=0")
+    at_save(monkeypatch, 4, raise_killed)
+    with pytest.raises(Killed):
+        train(cfg)
+    monkeypatch.undo()
+    paths = sorted(folder(cfg).glob("checkpoints/*/*"))
+    assert [int(path.name.split("-")[0]) for path in paths] == [161, 261]  # the last two
+    for path in paths[-damaged:]:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"checkpoint .*\.damaged is damaged") as warned:
+        train(cfg, console)
+    assert sum("is damaged" in str(w.message) for w in warned) == damaged
+    assert ("goes on from step 161" in shown(console)) == (damaged == 1)
+    assert same_results(tmp_path / "alone", tmp_path / "runs") == 1
+    assert not list(folder(cfg).glob("checkpoints/*"))
+
+
+# Signals
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_after_a_checkpoint(
+    config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    console: Console,
+    signum: signal.Signals,
+    status: int,
+) -> None:
+    train(small(tmp_path / "alone"))
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    cfg = config("checkpoint_minutes=60")
+    at_save(monkeypatch, 1, lambda: os.kill(os.getpid(), signum))
+    with pytest.raises(Stopped) as stopped:
+        train(cfg, console)
+    monkeypatch.undo()
+    assert stopped.value.code == status
+    assert "stopped; the same command goes on from step 100" in shown(console)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    train(cfg, console)
+    assert "seed 0 (1/1): goes on from step 100" in shown(console)
+    assert same_results(tmp_path / "alone", tmp_path / "runs") == 1
+
+
+def test_a_second_ctrl_c_does_not_wait(config: Config, monkeypatch: pytest.MonkeyPatch, console: Console) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_save(monkeypatch, 1, twice)
+    cfg = config("checkpoint_minutes=60")
+    with pytest.raises(Stopped):
+        train(cfg, console)
+    assert "stopped; the same command starts it again" in shown(console)
+    assert not list(folder(cfg).glob("checkpoints/*/*"))
+
+
+def test_a_clusters_notice_writes_a_checkpoint_before_its_own_handler_has_its_turn(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As submitit does: USR2 puts the job back into the queue and exits, TERM is noted."""
+    train(small(tmp_path / "alone"))
+    cfg = config("checkpoint_minutes=60")
+    kept: dict[int, list[str]] = {}
+
+    def requeue(signum: int, _: Any) -> None:
+        kept[signum] = [path.name.split("-")[0] for path in folder(cfg).glob("checkpoints/*/*")]
+        raise SystemExit(-1)
+
+    before = {s: signal.signal(s, requeue) for s in (signal.SIGUSR2, signal.SIGTERM)}
+    try:
+        at_save(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        at_save(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGUSR2))
+        with pytest.raises(SystemExit) as ended:
+            train(cfg)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    monkeypatch.undo()
+    assert ended.value.code == -1
+    assert {s: sorted(names) for s, names in kept.items()} == {signal.SIGUSR2: ["000000100", "000000261"]}
+    train(cfg)
+    assert same_results(tmp_path / "alone", tmp_path / "runs") == 1
+
+
+# Locks
+
+
+def test_a_seed_that_another_process_trains_is_left_to_it(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = config("seeds=2")
+    with training_elsewhere(cfg):
+        with pytest.raises(Busy, match="another process is training seed 0"):
+            train(cfg, wait=False)
+        assert sorted(path.parent.name for path in folder(cfg).glob("*/record.json")) == ["seed1"]
+    assert [r.seed for r in train(cfg, wait=False)] == [0, 1]  # the lock went with its holder
+
+
+def test_what_another_process_has_trained_meanwhile_is_not_trained_again(
+    config: Config, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = small(tmp_path / "elsewhere")
+    train(elsewhere)
+    cfg = config()
+    holds, trained = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with training_elsewhere(cfg):
+            holds.set()
+            assert trained.wait(60)
+            shutil.copytree(folder(elsewhere), folder(cfg), dirs_exist_ok=True)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert holds.wait(60)
+    monkeypatch.setattr("nobackprop.train._fit", lambda *_: pytest.fail("was trained again"))
+    threading.Timer(0.3, trained.set).start()
+    assert [r.seed for r in train(cfg, console)] == [0]
+    thread.join()
+    assert "waiting for another process that trains seed 0" in shown(console)
+
+
+def test_a_busy_job_comes_last(config: Config, console: Console) -> None:
+    first, second = config("rule=bp"), config("rule=dfa")
+    held, done = threading.Event(), folder(second) / "seed0" / "record.json"
+
+    def other() -> None:
+        with training_elsewhere(first):
+            held.set()
+            while not done.exists():
+                time.sleep(0.02)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert held.wait(60)
+    outcomes = sweeps.run([Job("a", first), Job("b", second)], Basic(), console)
+    thread.join()
+    assert [o.state for o in outcomes] == ["finished", "finished"]
+    order = re.findall(r"^\d/2 (\w): (another|finished)", shown(console), re.MULTILINE)
+    assert order == [("a", "another"), ("b", "finished"), ("a", "finished")]
+
+
+# Sweeps
+
+
+def test_a_sweep_skips_repeats_goes_on_and_tells(
+    config: Config, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [
+        Job("good", config("rule=bp", "seeds=2")),
+        Job("wrong", config("rule=mdfa", "init=orthogonal")),
+        Job("breaks", config("rule=fa")),
+        Job("killed", config("rule=dfa", "checkpoint_minutes=0")),
+    ]
+    at_save(monkeypatch, 4, raise_killed)
+    with pytest.raises(Killed):
+        train(jobs[3].config)
+    monkeypatch.undo()
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no such thing\nin detail")
+
+    monkeypatch.setattr("nobackprop.rules.fa.FA.grads", broken)
+    with monkeypatch.context() as patched:
+        patched.setattr("nobackprop.train._try_step", lambda _: None)
+        outcomes = sweeps.run(jobs, Basic(), console)
+    text = shown(console)
+    assert [o.state for o in outcomes] == ["finished", "failed", "failed", "finished"]
+    assert outcomes[2].reason == "RuntimeError: no such thing"
+    assert text.index("raise RuntimeError") < text.index("4/4 killed: was interrupted, goes on from step 261")
+    assert "2/4 wrong: failed: rule MDFA needs non-negative weights" in text
+    assert "2 finished, 2 failed" in text
+    assert re.search(r"breaks +│ failed +│ +│ RuntimeError: no such thing", text)
+    monkeypatch.undo()
+    again = Console(width=250, file=io.StringIO())
+    outcomes = sweeps.run([jobs[0], *jobs[2:]], Basic(), again)
+    assert [o.state for o in outcomes] == ["recorded", "finished", "recorded"]
+    assert "1/3 good: is recorded already" in shown(again)
+    assert "2/3 breaks: failed before (in detail), is tried again" in shown(again)
+    assert not (folder(jobs[2].config) / "error.txt").exists()
+    best = [max(e["val/accuracy"] or 0 for e in r.epochs) for r in outcomes[0].records]
+    assert outcomes[0].objective == pytest.approx(sum(best) / 2)
+    assert min(best) > 0.5
+
+
+def test_a_dry_run_writes_nothing_and_estimates_by_earlier_records(
+    config: Config, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (record,) = train(config("rule=bp"))
+    path = folder(config("rule=bp")) / "seed0" / "record.json"
+    record.model_copy(update={"wall_s": 60.0}).write(path)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("nobackprop.train._fit", lambda *_: pytest.fail("was trained"))
+    jobs = [
+        Job("recorded", config("rule=bp")),
+        Job("more", config("rule=bp", "seeds=3", "max_epochs=4")),
+        Job("shorter", config("rule=bp", "l2=0.1", "max_steps=161")),
+        Job("other", config("rule=dfa")),
+        Job("wrong", config("rule=mdfa", "init=orthogonal")),
+    ]
+    outcomes = sweeps.run(jobs, Basic(), console, dry_run=True)
+    assert [o.state for o in outcomes] == ["recorded", "queued", "queued", "queued", "failed"]
+    text = shown(console)
+    assert re.search(r"more +│ 0 recorded, 3 to run +│ +│ 0:06:00", text)  # 3 seeds of 4 epochs of 30 s
+    assert re.search(r"shorter +│ 0 recorded, 1 to run +│ +│ 0:00:30", text)
+    assert re.search(r"other .*unknown", text)
+    assert "3 of 5 would run, 1 at once: about 0:06:30 by earlier records, and 1 of them of which" in text
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_ctrl_c_ends_a_sweep_with_a_table(config: Config, console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [Job("first", config("rule=bp")), Job("second", config("rule=dfa")), Job("third", config("rule=fa"))]
+    at_save(monkeypatch, 6, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Stopped) as stopped:
+        sweeps.run(jobs, Basic(), console)
+    assert stopped.value.code == 130
+    assert "1 finished, 2 stopped" in shown(console)
+    assert "the same command goes on" in shown(console)
+
+
+def test_processes_train_the_same_and_one_that_is_killed_harms_no_other(
+    config: Config, tmp_path: Path, console: Console
+) -> None:
+    rules = ("bp", "dfa", "mdfa")
+    for rule in rules:
+        train(small(tmp_path / "alone", f"rule={rule}", "seeds=2"))
+    jobs = [Job(rule, config(f"rule={rule}", "seeds=2")) for rule in rules]
+    endless = config("rule=fa", "max_epochs=100000", "checkpoint_minutes=0")
+
+    def kill() -> None:
+        while not list(folder(endless).glob("checkpoints/*/*.ckpt")):
+            time.sleep(0.02)
+        (pid,) = {int(pid) for pid in _holders(folder(endless) / "seed0" / ".lock")}
+        os.kill(pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    outcomes = sweeps.run([Job("endless", endless), *jobs], Joblib(), console)
+    thread.join()
+    assert [o.state for o in outcomes] == ["failed", "finished", "finished", "finished"]
+    assert outcomes[0].reason == "its process was killed by SIGKILL (out of memory?)"
+    assert same_results(tmp_path / "alone", tmp_path / "runs") == 6
+
+
+def test_ctrl_c_ends_the_processes_too_after_a_checkpoint(config: Config, tmp_path: Path, console: Console) -> None:
+    cfg = config("rule=bp", "max_epochs=100000", "checkpoint_minutes=60")
+
+    def interrupt() -> None:
+        while not _holders(folder(cfg) / "seed0" / ".lock"):
+            time.sleep(0.02)
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(Stopped):
+        sweeps.run([Job("endless", cfg)], Joblib(), console)
+    thread.join()
+    assert not _holders(folder(cfg) / "seed0" / ".lock")
+    assert len(list(folder(cfg).glob("checkpoints/*/*.ckpt"))) == 1
+
+
+def _holders(path: Path) -> list[str]:
+    """The processes, other than this one, that hold a lock on a file."""
+    if not path.exists():
+        return []
+    inode = f":{path.stat().st_ino} "
+    locks = [line.split() for line in Path("/proc/locks").read_text().splitlines() if inode in line]
+    return [fields[4] for fields in locks if fields[1] == "FLOCK" and int(fields[4]) != os.getpid()]
+
+
+def test_no_more_processes_than_cores(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("joblib.cpu_count", lambda: 4)
+    jobs = [Job("", config())] * 9
+    assert [Joblib(workers).at_once(jobs) for workers in (None, 2, 64)] == [4, 2, 4]
+    assert Joblib().at_once([Job("", config("threads=2"))] * 9) == 2
+    assert Joblib().at_once(jobs[:1]) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["launcher=joblib", "launcher.workers=0"], "launcher: workers is 0: 1 or more, or null"),
+        (["launcher=slurm", "+launcher.time=3"], "launcher: unknown key time; choose from: executor"),
+        (["launcher=slurm", "launcher.hours=long"], "launcher.hours: Input should be a valid number"),
+    ],
+)
+def test_a_launchers_keys_are_checked(config: Config, overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sweeps.launcher_of(config(*overrides))
+
+
+def test_a_copy_of_the_source_knows_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeps, "source_state", lambda: ("abc", True))
+    path = sweeps.snapshot(tmp_path / "source")
+    original = Path(records.__file__).parent
+    copied = {file.relative_to(path / "nobackprop") for file in path.rglob("*.py")}
+    assert copied == {file.relative_to(original) for file in original.rglob("*.py")}
+    monkeypatch.setattr(records, "__file__", str(path / "nobackprop" / "records.py"))
+    monkeypatch.setattr(records, "source_state", records.source_state.__wrapped__)
+    assert records.source_state() == ("abc", True)

@@ -1,0 +1,272 @@
+"""Seeds side by side: the same records as alone, no more processes than cores, and what happens when one goes wrong."""
+
+import io
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CONF
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+import nobackprop.train
+import nobackprop.workers
+from nobackprop.callbacks import Screen
+from nobackprop.records import Record
+from nobackprop.train import prepare, train
+from nobackprop.workers import cores, side_by_side, workers
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks safely")
+SMALL = ["logger=none", "arch.hidden=[12]", "batch_size=8"]
+Config = Callable[..., DictConfig]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    def make(folder: str, *overrides: str) -> DictConfig:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose("train", [*SMALL, f"paths.runs={tmp_path}/{folder}", *overrides])
+
+    return make
+
+
+@pytest.fixture
+def screen() -> Screen:
+    return Screen(Console(file=io.StringIO()))
+
+
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nobackprop.workers, "cores", lambda: 2)
+
+
+def results(folder: Path, seed: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """A seed's record, without what changes from run to run, and its weights."""
+    record = Record.read(folder / f"seed{seed}" / "record.json")
+    weights = torch.load(folder / f"seed{seed}" / "best.pt", weights_only=True)["weights"]
+    return record.model_dump(exclude={"finished", "wall_s", "command", "dirty", "commit"}), weights
+
+
+def assert_same(a: Path, b: Path, seed: int) -> None:
+    (record, weights), (other_record, other_weights) = results(a, seed), results(b, seed)
+    assert record == other_record
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights | other_weights)
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_seeds_are_the_same_to_the_bit_side_by_side_and_in_turn(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside, alone = config("beside", "seeds=3", "max_epochs=1"), config("alone", "seeds=3", "max_epochs=1", "workers=1")
+    records = train(beside)
+    monkeypatch.setattr(nobackprop.workers, "_fork", lambda *_: pytest.fail("workers=1 has no workers"))
+    train(alone)
+    assert [r.seed for r in records] == [0, 1, 2]
+    assert [r.machine.threads for r in records] == [1, 1, 1]
+    for seed in range(3):
+        assert_same(prepare(beside).folder, prepare(alone).folder, seed)
+
+
+def test_there_are_as_many_processes_as_asked_for_and_they_share_the_jobs(screen: Screen) -> None:
+    def work(job: int, screen: Screen) -> tuple[int, float, float]:
+        start = time.monotonic()
+        time.sleep(0.2)
+        return os.getpid(), start, time.monotonic()
+
+    done = dict(side_by_side(work, range(5), 2, screen))
+    assert sorted(done) == list(range(5))
+    assert len({pid for pid, _, _ in done.values()} - {os.getpid()}) == 2
+    at_once = [sum(start <= moment < stop for _, start, stop in done.values()) for _, moment, _ in done.values()]
+    assert max(at_once) == 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"jobs": 10, "threads": 1}, 3),
+        ({"jobs": 2, "threads": 1}, 2),
+        ({"jobs": 10, "threads": 1, "most": 2}, 2),
+        ({"jobs": 10, "threads": 1, "most": 8}, 3),
+        ({"jobs": 10, "threads": 2}, 1),
+        ({"jobs": 1, "threads": 1}, 1),
+    ],
+)
+def test_never_more_workers_than_cores(monkeypatch: pytest.MonkeyPatch, asked: dict[str, int], expected: int) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 4, 9})
+    assert workers(**asked) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"LOKY_MAX_CPU_COUNT": "2"}, 2),
+        ({"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "2"}, 2),
+        ({"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "9"}, 3),
+        ({"SLURM_JOB_ID": "7"}, 1),
+    ],
+)
+def test_a_launchers_or_a_clusters_grant_counts(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: int
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 4, 9})
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cores() == expected
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_jobs_that_a_launcher_runs_at_once_stay_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launched_by(target: str) -> None:
+        hydra = OmegaConf.create({"launcher": {"_target_": target}})
+        monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
+        monkeypatch.setattr(HydraConfig, "get", lambda: hydra)
+
+    launched_by("hydra._internal.core_plugins.basic_launcher.BasicLauncher")
+    assert workers(10, 1) == 2
+    launched_by("hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher")
+    assert workers(10, 1) == 1
+    assert workers(10, 1, most=2) == 2
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert workers(10, 1) == 2
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_a_process_that_may_have_no_children_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(multiprocessing.current_process()), "daemon", True)
+    assert workers(10, 1) == 1
+
+
+def test_the_first_error_ends_all_at_once_and_says_where_it_was(tmp_path: Path, screen: Screen) -> None:
+    def work(job: int, screen: Screen) -> int:
+        if job == 0:
+            return job
+        if job == 1:
+            while not list(tmp_path.iterdir()):
+                time.sleep(0.01)
+            raise ValueError("the second job went wrong")
+        (tmp_path / str(os.getpid())).touch()
+        time.sleep(60)
+        return job
+
+    done, start = [], time.monotonic()
+    with pytest.raises(ValueError, match="the second job went wrong") as raised:
+        done.extend(side_by_side(work, range(4), 2, screen))
+    assert done == [(0, 0)]
+    assert time.monotonic() - start < 30
+    assert "in work" in "".join(raised.value.__notes__)
+    (pid,) = (int(path.name) for path in tmp_path.iterdir())
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_what_was_done_before_an_error_stays(config: Config, two_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = config("runs", "seeds=3", "max_epochs=1")
+    fit = nobackprop.train._fit
+
+    def second_fails(run: Any, dataset: Any, tasks: Any, *rest: Any) -> Any:
+        if tasks[0].seed == 1:
+            while not (run.seed_folder(0) / "record.json").exists():
+                time.sleep(0.01)
+            raise OSError("No space left on device")
+        return fit(run, dataset, tasks, *rest)
+
+    monkeypatch.setattr("nobackprop.train._fit", second_fails)
+    with pytest.raises(OSError, match="No space left"):
+        train(cfg)
+    assert Record.read(prepare(cfg).seed_folder(0) / "record.json").seed == 0
+    monkeypatch.undo()
+    assert [r.seed for r in train(cfg)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "was killed, perhaps for want of memory"),
+        (lambda: os.kill(os.getpid(), signal.SIGSEGV), "was ended by SIGSEGV"),
+        (lambda: sys.exit(3), "ended with status 3"),
+    ],
+    ids=["killed", "crashed", "exited"],
+)
+def test_a_process_that_dies_is_reported(screen: Screen, end: Callable[[], None], message: str) -> None:
+    with pytest.raises(ChildProcessError, match=message):
+        list(side_by_side(lambda job, screen: end() if job == 1 else job, range(4), 2, screen))
+
+
+def test_what_workers_have_to_say_is_shown(screen: Screen) -> None:
+    def work(job: int, screen: Screen) -> None:
+        screen.print(f"job {job} begins")
+        screen.bar(f"bar {job}", total=10, completed=5, state="half")
+
+    for job, _ in side_by_side(work, range(2), 2, screen):
+        screen.finish(f"bar {job}")
+    file = screen.bars.console.file
+    assert isinstance(file, io.StringIO)
+    for job in range(2):
+        assert f"job {job} begins" in file.getvalue()
+        assert f"bar {job} " in file.getvalue()
+
+
+def start(tmp_path: Path) -> tuple[subprocess.Popen[str], list[int]]:
+    """The command with two seeds on two cores, as soon as both have a checkpoint, and its processes."""
+    code = "from nobackprop import lean; lean.start(); import nobackprop.workers as w; w.cores = lambda: 2; "
+    code += "from nobackprop.cli import main; main()"
+    overrides = [*SMALL, "seeds=2", "max_epochs=60", "checkpoint_minutes=0", "paths.runs=runs"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *overrides],
+        cwd=tmp_path,
+        env={**os.environ, "NOBACKPROP_DATA": "data"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 240
+    while len({path.parent for path in tmp_path.glob("runs/*/checkpoints/*/*.ckpt")}) < 2:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return process, [int(pid) for pid in children]
+
+
+def wait_for_the_end_of(pids: list[int]) -> None:
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_ctrl_c_ends_all_workers_after_a_checkpoint(tmp_path: Path) -> None:
+    process, children = start(tmp_path)
+    os.killpg(process.pid, signal.SIGINT)
+    shown, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert len(children) == 2
+    wait_for_the_end_of(children)
+    assert shown.count("stopped; the same command goes on from step") == 2
+    assert "Traceback" not in errors
+
+
+def test_a_killed_run_ends_its_workers_and_goes_on_to_the_same_records(config: Config, tmp_path: Path) -> None:
+    process, children = start(tmp_path)
+    process.kill()
+    process.communicate()
+    wait_for_the_end_of(children)
+    killed, alone = config("runs", "seeds=2", "max_epochs=60"), config("alone", "seeds=2", "max_epochs=60", "workers=1")
+    assert not list(prepare(killed).folder.glob("seed*/record.json"))
+    assert len(list(prepare(killed).folder.glob("checkpoints/*/*.ckpt"))) >= 2
+    train(killed)
+    train(alone)
+    for seed in range(2):
+        assert_same(prepare(killed).folder, prepare(alone).folder, seed)
