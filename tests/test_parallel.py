@@ -258,7 +258,7 @@ def run(command: list[str], folder: Path) -> str:
 
 @pytest.mark.slow
 def test_the_command_trains_in_parallel(tmp_path: Path) -> None:
-    sweep = command("--multirun", "rule=bp,fa", "logger=wandb")
+    sweep = command("rule=bp,fa", "logger=wandb", "--multirun")
     run(sweep, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     for rule in ("bp", "fa"):
