@@ -108,7 +108,7 @@ class Settings(_Strict):
     stack: bool | None
     threads: PositiveInt
     compile: bool | None
-    recompute: bool
+    recompute: bool | None
     workers: PositiveInt | None
     checkpoint_minutes: NonNegativeFloat
     dry_run: bool
