@@ -65,11 +65,7 @@ def test_dtps_small_steps_go_down_through_the_decoders_jacobians(problem: Proble
         for name, g in expected.items():
             torch.testing.assert_close(grads[name] / 1e-6, g, rtol=1e-4, atol=1e-7)
         if l > 1:
-<<<<<<< HEAD
-            _, step = torch.autograd.functional.jvp(_decoder(net, w, l, h[l - 1]), h[l], step)
-=======
             step = torch.autograd.functional.jvp(_decoder(net, w, l, h[l - 1]), h[l], step)[1]
->>>>>>> rules1
             assert isinstance(step, Tensor)
 
 
