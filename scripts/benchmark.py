@@ -426,12 +426,13 @@ def main() -> None:
     hardware.prepare(torch.device("cpu"))
     machine = records.machine(torch.device("cpu"))
     rows = pd.DataFrame([row for part in options.only for row in parts[part](options.rounds)])
-    table = Table("", "what", "rate", "against plain PyTorch", title=f"{machine.processor}, one thread")
-    for row in rows.to_dict("records"):
-        ratio = f"{row['ratio']:.2f}x" if row.get("ratio", 0) > 0 else ""
-        table.add_row(
-            row["measure"], row["what"], f"{row['value']:,.{0 if row['value'] > 100 else 2}f} {row['unit']}", ratio
-        )
+    table = Table("what", "value", "ratio to the first", title=f"{machine.processor}, one thread unless said")
+    for measure, part in rows.groupby("measure", sort=False):
+        table.add_section()
+        table.add_row(f"[bold]{measure}")
+        for row in part.to_dict("records"):
+            ratio = f"{row['ratio']:.2f}x" if row.get("ratio", 0) > 0 else ""
+            table.add_row(row["what"], f"{row['value']:,.{0 if row['value'] > 100 else 2}f} {row['unit']}", ratio)
     Console().print(table)
     commit, dirty = records.source_state()
     stamp = {"processor": machine.processor, "threads": 1, "commit": commit, "dirty": dirty, **records.versions()}

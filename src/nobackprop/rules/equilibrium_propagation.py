@@ -76,7 +76,7 @@ class EquilibriumPropagation(Rule):
 
     def _free(self, net: Network, w: Weights, x: Tensor) -> list[Tensor]:
         _, h = net.forward(w, x)
-        return self._relax(net, w, h, self.free_steps, lambda _: 0)
+        return self._relax(net, w, list(h), self.free_steps, lambda _: 0)
 
     def _relax(
         self, net: Network, w: Weights, h: list[Tensor], steps: int, push: Callable[[Tensor], Tensor | int]

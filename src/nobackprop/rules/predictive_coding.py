@@ -42,7 +42,7 @@ class PredictiveCoding(Rule):
             raise ValueError(f"rule.variance is {self.variance}: it divides the output's error, so it must be above 0")
 
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
-        x, h = net.forward(w, batch.x)
+        x, h = (list(each) for each in net.forward(w, batch.x))
         mu, logits = list(x), x[net.L]
         d = self._errors(net, batch, mu, x)
         for _ in range(self.steps):
