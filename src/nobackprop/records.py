@@ -118,7 +118,7 @@ class Record(_Strict):
         record = self.model_dump(exclude={"epochs"})
         record["epochs"] = self.epochs
         if self.epochs and all(epoch.keys() == self.epochs[0].keys() for epoch in self.epochs):  # else: as they are
-            trained = self.epochs[0].get("step") or 0, self.config.get("batch_size") or 0
+            trained: Any = self.epochs[0].get("step") or 0, self.config.get("batch_size") or 0
             totals = [total for total in (self.data.validation, prod(trained), self.data.train) if total]
             record["epochs"] = {n: _packed([epoch[n] for epoch in self.epochs], totals) for n in self.epochs[0]}
         return to_json(record) + b"\n"
