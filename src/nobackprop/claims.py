@@ -28,7 +28,7 @@ from statistics import mean, stdev
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from scipy import stats
 
 Labels = dict[
@@ -76,10 +76,10 @@ def read(path: Path) -> Claims:
     return checked(Claims, yaml.safe_load(path.read_text()), path)
 
 
-def checked(model: type[Any], content: Any, path: Path) -> Any:
-    """`content`, read at `path`, as a model. Raises ValueError with the first fault as a sentence."""
+def checked(model: Any, content: Any, path: Path) -> Any:
+    """`content`, read at `path`, as a type or model. Raises ValueError with the first fault as a sentence."""
     try:
-        return model.model_validate(content)
+        return TypeAdapter(model).validate_python(content)
     except ValidationError as e:
         error = e.errors()[0]
         where = ".".join(str(part) for part in error["loc"]) or "the file"

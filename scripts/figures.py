@@ -1,0 +1,193 @@
+"""Figures of a paper's results, as SVG: the same records give the same bytes."""
+
+import io
+from collections.abc import Callable, Sequence
+from math import ceil
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from findings import Findings, Found, Row, Table
+from matplotlib.figure import Figure as Canvas
+
+# Okabe & Ito's colours, which the colour-blind can tell apart; a rule has the same one in every figure.
+COLOURS = {
+    "bp": "#000000",
+    "fa": "#E69F00",
+    "dfa": "#56B4E9",
+    "lra_e": "#D55E00",
+    "mdfa": "#009E73",
+}
+OTHERS = ("#CC79A7", "#0072B2", "#8C6D1F", "#7F7F7F", "#A020F0")
+STYLE = {
+    "svg.hashsalt": "nobackprop",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial", "sans-serif"],
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "lines.linewidth": 1.5,
+    "path.simplify": True,
+}
+Panel = Callable[[Any, Row], bool]
+
+
+def figures(found: Findings, drawn: bool = True) -> dict[str, bytes]:
+    """Every figure there is something to draw for, by name; with `drawn=False` their names alone."""
+    made: dict[str, bytes] = {}
+    for table in found.layout.tables:
+        rows = [row for row in found.tables[table.name] if row.run]
+        if not rows:
+            continue
+        colours = _colours(found.rules)
+        kinds: dict[str, Callable[[], Canvas]] = {}
+        if table.against and len({row.labels[table.against] for row in rows}) > 1:
+            kinds["error"] = lambda table=table, rows=rows: _against(table, rows, colours)
+        kinds["curves"] = lambda rows=rows: _panels(rows, colours, _curve, "epoch", "validation accuracy, %")
+        kinds["time"] = lambda rows=rows: _panels(rows, colours, _time, "seconds of training", "validation accuracy, %")
+        if any("angle/update_W1" in e for row in rows for c in row.cells.values() for r in c.records for e in r.epochs):
+            kinds["angles"] = lambda rows=rows: _angles(rows)
+        for kind, draw in kinds.items():
+            made[f"{table.name}_{kind}"] = _svg(draw) if drawn else b""
+    return made
+
+
+def _colours(rules: Sequence[str]) -> dict[str, str]:
+    new = (rule for rule in rules if rule not in COLOURS)
+    return COLOURS | dict(zip(new, OTHERS * 4, strict=False))
+
+
+def _svg(draw: Callable[[], Canvas]) -> bytes:
+    with mpl.rc_context(STYLE):
+        canvas, file = draw(), io.BytesIO()
+        canvas.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return file.getvalue()
+
+
+def _axes(number: int, width: float = 2.7, height: float = 2.1) -> tuple[Canvas, list[Any]]:
+    columns = min(number, 4)
+    lines = ceil(number / columns)
+    canvas = Canvas(figsize=(max(width * columns, 3.6), height * lines + 0.5), layout="constrained")
+    axes = canvas.subplots(lines, columns, squeeze=False).flatten()
+    for ax in axes[number:]:
+        ax.remove()
+    return canvas, list(axes[:number])
+
+
+def _legend(canvas: Canvas, axes: Sequence[Any]) -> None:
+    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    canvas.legend(handles.values(), handles, loc="outside upper center", ncols=6, frameon=False)
+
+
+def _name(labels: dict[str, str]) -> str:
+    """Choices as a panel's title; a bare number is named."""
+    return ", ".join(f"{v} {k.replace('_', ' ')}" if v.isdigit() else v.replace("_", " ") for k, v in labels.items())
+
+
+def _panels(rows: Sequence[Row], colours: dict[str, str], line: Callable[..., None], x: str, y: str) -> Canvas:
+    """One panel a row of the table, one line a rule."""
+    canvas, axes = _axes(len(rows))
+    for ax, row in zip(axes, rows, strict=True):
+        for rule, cell in row.cells.items():
+            if cell.records:
+                line(ax, cell, colours[rule], rule)
+        ax.set_title(_name(dict(row.labels)))
+    canvas.supxlabel(x, fontsize=9)
+    canvas.supylabel(y, fontsize=9)
+    _legend(canvas, axes)
+    return canvas
+
+
+def _metric(cell: Found, name: str) -> np.ndarray:
+    """(seeds, epochs) of a metric; NaN where a seed has ended or diverged."""
+    longest = max(len(r.epochs) for r in cell.records)
+    values = np.full((len(cell.records), longest), np.nan)
+    for i, record in enumerate(cell.records):
+        for j, epoch in enumerate(record.epochs):
+            value = epoch.get(name)
+            values[i, j] = np.nan if value is None else value
+    return values
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Over the seeds that have a value; NaN where none has."""
+    count = (~np.isnan(values)).sum(0)
+    return np.where(count > 0, np.nansum(values, 0) / np.maximum(count, 1), np.nan)
+
+
+def _curve(ax: Any, cell: Found, colour: str, label: str) -> None:
+    """The mean over seeds, and a band from the lowest seed to the highest."""
+    values = 100 * _metric(cell, "val/accuracy")
+    epochs = np.arange(1, values.shape[1] + 1)
+    ax.plot(epochs, _mean(values), color=colour, label=label)
+    if len(values) > 1:
+        low, high = np.fmin.reduce(values), np.fmax.reduce(values)
+        ax.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0)
+
+
+def _time(ax: Any, cell: Found, colour: str, label: str) -> None:
+    """Against a seed's wall time, taken to be the same for each of its epochs."""
+    values = 100 * _metric(cell, "val/accuracy")
+    spent = np.mean([r.wall_s / r.stacked / max(len(r.epochs), 1) for r in cell.records])
+    ax.plot(spent * np.arange(1, values.shape[1] + 1), _mean(values), color=colour, label=label)
+
+
+def _against(table: Table, rows: Sequence[Row], colours: dict[str, str]) -> Canvas:
+    """Test error against an axis of the table, with 95 % intervals: one panel for each choice of the other axes."""
+    x = table.against
+    assert x is not None
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(choice for axis, choice in row.labels.items() if axis != x), []).append(row)
+    canvas, axes = _axes(len(groups))
+    ticks = list(dict.fromkeys(row.labels[x] for row in rows))
+    for ax, (group, members) in zip(axes, groups.items(), strict=True):
+        rules = list(
+            dict.fromkeys(rule for row in members for rule, cell in row.cells.items() if cell.mean is not None)
+        )
+        for i, rule in enumerate(rules):
+            cells = [(row.labels[x], row.cells[rule]) for row in members if rule in row.cells]
+            points = [(ticks.index(at), cell) for at, cell in cells if cell.mean is not None]
+            shift = 0.06 * (i - (len(rules) - 1) / 2)  # so that intervals of several rules stay apart
+            at = [place + shift for place, _ in points]
+            error = [100 - 100 * (cell.mean or 0) for _, cell in points]
+            half = [50 * (cell.interval[1] - cell.interval[0]) if cell.interval else 0 for _, cell in points]
+            ax.errorbar(at, error, half, color=colours[rule], label=rule, marker="o", markersize=4, capsize=2)
+        ax.set_xticks(range(len(ticks)), ticks)
+        ax.set_ylim(bottom=0)
+        ax.set_title(", ".join(choice.replace("_", " ") for choice in group))
+    canvas.supxlabel(x.replace("_", " "), fontsize=9)
+    canvas.supylabel("test error, %", fontsize=9)
+    _legend(canvas, axes)
+    return canvas
+
+
+def _angles(rows: Sequence[Row]) -> Canvas:
+    """The angle of each layer's update to backpropagation's gradient: one panel a cell, a darker line the deeper."""
+    cells = [(row, rule, cell) for row in rows for rule, cell in row.cells.items() if rule != "bp" and cell.records]
+    layers = {
+        (tuple(row.labels.values()), rule): [
+            l for l in range(1, 100) if any(f"angle/update_W{l}" in e for r in cell.records for e in r.epochs)
+        ]
+        for row, rule, cell in cells
+    }
+    shown = [(row, rule, cell) for row, rule, cell in cells if layers[tuple(row.labels.values()), rule]]
+    deepest = max(max(numbers) for numbers in layers.values() if numbers)
+    canvas, axes = _axes(len(shown), height=1.9)
+    shades = mpl.colormaps["viridis"](np.linspace(0.9, 0.0, deepest))
+    for ax, (row, rule, cell) in zip(axes, shown, strict=True):
+        for l in layers[tuple(row.labels.values()), rule]:
+            angles = _mean(_metric(cell, f"angle/update_W{l}"))
+            ax.plot(np.arange(1, len(angles) + 1), angles, color=shades[l - 1], label=f"layer {l}", linewidth=1.1)
+        ax.axhline(90, color="#888888", linestyle=":", linewidth=1)
+        ax.set_ylim(0, 100)
+        ax.set_yticks([0, 30, 60, 90])
+        ax.set_title(f"{rule}: {_name(dict(row.labels))}", fontsize=8)
+    canvas.supxlabel("epoch", fontsize=9)
+    canvas.supylabel("angle to the gradient, degrees", fontsize=9)
+    _legend(canvas, axes)
+    return canvas
