@@ -1,13 +1,14 @@
 """Figures of a paper's results, as SVG: the same records give the same bytes."""
 
 import io
+import re
 from collections.abc import Callable, Sequence
 from math import ceil
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from findings import Findings, Found, Row, Table
+from findings import Findings, Found, Row, Table, described
 from matplotlib.figure import Figure as Canvas
 
 # Okabe & Ito's colours, which the colour-blind can tell apart; a rule has the same one in every figure.
@@ -36,27 +37,28 @@ STYLE = {
 Panel = Callable[[Any, Row], bool]
 
 
-def figures(found: Findings, drawn: bool = True) -> dict[str, bytes]:
-    """Every figure there is something to draw for, by name; with `drawn=False` their names alone."""
+def figures(found: Findings) -> dict[str, bytes]:
+    """Every figure there is something to draw for: `<table>_error`, `_curves`, `_time` and `_angles`."""
     made: dict[str, bytes] = {}
+    colour = colours(found.rules)
     for table in found.layout.tables:
         rows = [row for row in found.tables[table.name] if row.run]
         if not rows:
             continue
-        colours = _colours(found.rules)
         kinds: dict[str, Callable[[], Canvas]] = {}
         if table.against and len({row.labels[table.against] for row in rows}) > 1:
-            kinds["error"] = lambda table=table, rows=rows: _against(table, rows, colours)
-        kinds["curves"] = lambda rows=rows: _panels(rows, colours, _curve, "epoch", "validation accuracy, %")
-        kinds["time"] = lambda rows=rows: _panels(rows, colours, _time, "seconds of training", "validation accuracy, %")
+            kinds["error"] = lambda table=table, rows=rows: _against(table, rows, colour)
+        kinds["curves"] = lambda rows=rows: _panels(rows, colour, _curve, "epoch", "validation accuracy, %")
+        kinds["time"] = lambda rows=rows: _panels(rows, colour, _time, "seconds of training", "validation accuracy, %")
         if any("angle/update_W1" in e for row in rows for c in row.cells.values() for r in c.records for e in r.epochs):
             kinds["angles"] = lambda rows=rows: _angles(rows)
         for kind, draw in kinds.items():
-            made[f"{table.name}_{kind}"] = _svg(draw) if drawn else b""
+            made[f"{table.name}_{kind}"] = _svg(draw)
     return made
 
 
-def _colours(rules: Sequence[str]) -> dict[str, str]:
+def colours(rules: Sequence[str]) -> dict[str, str]:
+    """A colour for each rule."""
     new = (rule for rule in rules if rule not in COLOURS)
     return COLOURS | dict(zip(new, OTHERS * 4, strict=False))
 
@@ -65,14 +67,30 @@ def _svg(draw: Callable[[], Canvas]) -> bytes:
     with mpl.rc_context(STYLE):
         canvas, file = draw(), io.BytesIO()
         canvas.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    return file.getvalue()
+    svg = re.sub(r"(\d+\.\d\d)\d+", r"\1", file.getvalue().decode())  # hundredths of a point are enough
+    return re.sub(r'<g id="rule:(\w+)">', r'<g class="rule-\1">', svg).encode()
 
 
-def _axes(number: int, width: float = 2.7, height: float = 2.1) -> tuple[Canvas, list[Any]]:
+def _axes(number: int, x: str, y: str, height: float = 1.5) -> tuple[Canvas, list[Any]]:
+    """Panels, up to four beside each other, with a common name for each axis. Sizes are in inches."""
     columns = min(number, 4)
     lines = ceil(number / columns)
-    canvas = Canvas(figsize=(max(width * columns, 3.6), height * lines + 0.5), layout="constrained")
+    left, right, below, above, wide, between = 0.65, 0.15, 0.5, 0.65, 2.2, (0.4, 0.5)
+    width = left + columns * wide + (columns - 1) * between[0] + right
+    tall = below + lines * height + (lines - 1) * between[1] + above
+    canvas = Canvas(figsize=(width, tall))
     axes = canvas.subplots(lines, columns, squeeze=False).flatten()
+    # By hand, since matplotlib's own layouts draw everything several times.
+    canvas.subplots_adjust(
+        left=left / width,
+        right=1 - right / width,
+        bottom=below / tall,
+        top=1 - above / tall,
+        wspace=between[0] / wide,
+        hspace=between[1] / height,
+    )
+    canvas.text((left + width - right) / 2 / width, 0.1 / tall, x, ha="center", va="bottom")
+    canvas.text(0.1 / width, (below + tall - above) / 2 / tall, y, ha="left", va="center", rotation=90)
     for ax in axes[number:]:
         ax.remove()
     return canvas, list(axes[:number])
@@ -80,24 +98,18 @@ def _axes(number: int, width: float = 2.7, height: float = 2.1) -> tuple[Canvas,
 
 def _legend(canvas: Canvas, axes: Sequence[Any]) -> None:
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    canvas.legend(handles.values(), handles, loc="outside upper center", ncols=6, frameon=False)
+    at_most = max(2, round(canvas.get_figwidth() / 1.1))
+    canvas.legend(handles.values(), handles, loc="upper center", ncols=at_most, frameon=False)
 
 
-def _name(labels: dict[str, str]) -> str:
-    """Choices as a panel's title; a bare number is named."""
-    return ", ".join(f"{v} {k.replace('_', ' ')}" if v.isdigit() else v.replace("_", " ") for k, v in labels.items())
-
-
-def _panels(rows: Sequence[Row], colours: dict[str, str], line: Callable[..., None], x: str, y: str) -> Canvas:
+def _panels(rows: Sequence[Row], colour: dict[str, str], line: Callable[..., None], x: str, y: str) -> Canvas:
     """One panel a row of the table, one line a rule."""
-    canvas, axes = _axes(len(rows))
+    canvas, axes = _axes(len(rows), x, y)
     for ax, row in zip(axes, rows, strict=True):
         for rule, cell in row.cells.items():
             if cell.records:
-                line(ax, cell, colours[rule], rule)
-        ax.set_title(_name(dict(row.labels)))
-    canvas.supxlabel(x, fontsize=9)
-    canvas.supylabel(y, fontsize=9)
+                line(ax, cell, colour[rule], rule)
+        ax.set_title(described(row.labels))
     _legend(canvas, axes)
     return canvas
 
@@ -123,27 +135,27 @@ def _curve(ax: Any, cell: Found, colour: str, label: str) -> None:
     """The mean over seeds, and a band from the lowest seed to the highest."""
     values = 100 * _metric(cell, "val/accuracy")
     epochs = np.arange(1, values.shape[1] + 1)
-    ax.plot(epochs, _mean(values), color=colour, label=label)
+    ax.plot(epochs, _mean(values), color=colour, label=label, gid=f"rule:{label}")
     if len(values) > 1:
         low, high = np.fmin.reduce(values), np.fmax.reduce(values)
-        ax.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0)
+        ax.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0, gid=f"rule:{label}")
 
 
 def _time(ax: Any, cell: Found, colour: str, label: str) -> None:
     """Against a seed's wall time, taken to be the same for each of its epochs."""
     values = 100 * _metric(cell, "val/accuracy")
     spent = np.mean([r.wall_s / r.stacked / max(len(r.epochs), 1) for r in cell.records])
-    ax.plot(spent * np.arange(1, values.shape[1] + 1), _mean(values), color=colour, label=label)
+    ax.plot(spent * np.arange(1, values.shape[1] + 1), _mean(values), color=colour, label=label, gid=f"rule:{label}")
 
 
-def _against(table: Table, rows: Sequence[Row], colours: dict[str, str]) -> Canvas:
+def _against(table: Table, rows: Sequence[Row], colour: dict[str, str]) -> Canvas:
     """Test error against an axis of the table, with 95 % intervals: one panel for each choice of the other axes."""
     x = table.against
     assert x is not None
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(choice for axis, choice in row.labels.items() if axis != x), []).append(row)
-    canvas, axes = _axes(len(groups))
+    canvas, axes = _axes(len(groups), x.replace("_", " "), "test error, %", height=2)
     ticks = list(dict.fromkeys(row.labels[x] for row in rows))
     for ax, (group, members) in zip(axes, groups.items(), strict=True):
         rules = list(
@@ -156,12 +168,14 @@ def _against(table: Table, rows: Sequence[Row], colours: dict[str, str]) -> Canv
             at = [place + shift for place, _ in points]
             error = [100 - 100 * (cell.mean or 0) for _, cell in points]
             half = [50 * (cell.interval[1] - cell.interval[0]) if cell.interval else 0 for _, cell in points]
-            ax.errorbar(at, error, half, color=colours[rule], label=rule, marker="o", markersize=4, capsize=2)
+            line, caps, bars = ax.errorbar(
+                at, error, half, color=colour[rule], label=rule, marker="o", markersize=4, capsize=2
+            )
+            for artist in (line, *caps, *bars):
+                artist.set_gid(f"rule:{rule}")
         ax.set_xticks(range(len(ticks)), ticks)
         ax.set_ylim(bottom=0)
         ax.set_title(", ".join(choice.replace("_", " ") for choice in group))
-    canvas.supxlabel(x.replace("_", " "), fontsize=9)
-    canvas.supylabel("test error, %", fontsize=9)
     _legend(canvas, axes)
     return canvas
 
@@ -177,7 +191,7 @@ def _angles(rows: Sequence[Row]) -> Canvas:
     }
     shown = [(row, rule, cell) for row, rule, cell in cells if layers[tuple(row.labels.values()), rule]]
     deepest = max(max(numbers) for numbers in layers.values() if numbers)
-    canvas, axes = _axes(len(shown), height=1.9)
+    canvas, axes = _axes(len(shown), "epoch", "angle to the gradient, degrees")
     shades = mpl.colormaps["viridis"](np.linspace(0.9, 0.0, deepest))
     for ax, (row, rule, cell) in zip(axes, shown, strict=True):
         for l in layers[tuple(row.labels.values()), rule]:
@@ -186,8 +200,6 @@ def _angles(rows: Sequence[Row]) -> Canvas:
         ax.axhline(90, color="#888888", linestyle=":", linewidth=1)
         ax.set_ylim(0, 100)
         ax.set_yticks([0, 30, 60, 90])
-        ax.set_title(f"{rule}: {_name(dict(row.labels))}", fontsize=8)
-    canvas.supxlabel("epoch", fontsize=9)
-    canvas.supylabel("angle to the gradient, degrees", fontsize=9)
+        ax.set_title(f"{rule}: {described(row.labels)}", fontsize=8)
     _legend(canvas, axes)
     return canvas

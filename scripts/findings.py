@@ -1,7 +1,7 @@
 """What the recorded runs say of a paper: the cells of its tables, and the verdicts on its claims.
 
-All of it comes from files: records (`results/records/*.jsonl`), published figures (`results/published/<paper>.yaml`), the
-grid, tables and claims in `conf/`, and why cells were not run (`results/not_run.yaml`). Nothing is trained.
+All of it comes from files: records (`results/records/*.jsonl`), published figures (`results/published/<paper>.yaml`),
+the grid, tables and claims in `conf/`, and why cells were not run (`results/not_run.yaml`). Nothing is trained.
 """
 
 from collections import defaultdict
@@ -57,7 +57,7 @@ class Published(_Strict):
     """A file of results/published."""
 
     paper: str
-    link: str
+    link: str | None
     seeds: PositiveInt | None
     figures: list[Figure]
 
@@ -159,8 +159,6 @@ class Found:
     def marks(self) -> list[str]:
         """What departs from the paper, as sentences."""
         found = []
-        if self.records and self.planned_epochs and (self.epochs or 0) < self.planned_epochs:
-            found.append("fewer epochs than the paper")
         if self.stand_in:
             found.append(f"{self.stand_in} in place of the paper's images")
         if self.diverged:
@@ -188,6 +186,11 @@ class Row:
     def epochs(self) -> str:
         counts = {cell.epochs for cell in self.cells.values() if cell.epochs}
         return "-".join(str(count) for count in sorted(counts))
+
+    @property
+    def fewer_epochs(self) -> bool:
+        """Than the paper's."""
+        return any(cell.epochs and cell.epochs < (cell.planned_epochs or 0) for cell in self.cells.values())
 
 
 @dataclass(frozen=True)
@@ -309,12 +312,18 @@ def findings(paper: str, records: Iterable[Record], results: Path = ROOT / "resu
     def accuracies(labels: Labels) -> dict[int, float] | str:
         cell = every.get(_place(labels))
         if cell is None:
-            return f"no such cell in the grid: {' '.join(f'{axis}={choice}' for axis, choice in labels.items())}"
+            unknown = [c for axis, c in labels.items() if all(cell.labels.get(axis) != c for cell in every.values())]
+            return f"not in the grid: {', '.join(unknown) or described(labels)}"
         return cell.for_claims if cell.records else cell.reason
 
     verdicts = claims.judge(fixed, accuracies) if fixed else []
     rules = list(dict.fromkeys(cell.rule for cell in every.values()))
     return Findings(paper, layout, known, tables, verdicts, fixed, rules)
+
+
+def described(labels: Mapping[str, str]) -> str:
+    """Choices in words, as in `mnist, 3 hidden layers`; a bare number is named after its axis."""
+    return ", ".join(f"{v} {k}" if v.isdigit() else v for k, v in labels.items()).replace("_", " ")
 
 
 def _place(labels: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
@@ -355,6 +364,8 @@ def _find(cell: Cell, layout: Layout, runs: Runs, not_run: Sequence[NotRun], kno
     for entry in not_run:
         if _fits(cell.labels, entry.cells):
             return Found(cell.labels, cell.labels.get("rule", ""), overrides, reason=entry.reason, figures=figures)
+    if not runs.runs:
+        return Found(cell.labels, cell.labels.get("rule", ""), overrides, figures=figures)
     identity, records = runs.of(overrides)
     stand_in = layout.stand_ins.get(identity["dataset"]["name"])
     if stand_in and not records:
@@ -374,8 +385,8 @@ def _find(cell: Cell, layout: Layout, runs: Runs, not_run: Sequence[NotRun], kno
 def _rows(table: Table, found: Sequence[Found]) -> list[Row]:
     """A table's rows, every cell with the records that are comparable within it.
 
-    Where runs have different numbers of epochs, those are shown that most cells of a combination of `apart` have, and of
-    several such numbers the largest. Within a row all rules have the same seeds: those that every rule with runs has.
+    Where runs have different numbers of epochs, those are shown that most cells of a combination of `apart` have, and
+    of several such numbers the largest. Within a row all rules have the same seeds: those of every rule with runs.
     """
     groups: dict[tuple[str | None, ...], list[Found]] = defaultdict(list)
     for cell in found:

@@ -2,8 +2,8 @@
 
     python scripts/tables.py [--results results] [--readme README.md]
 
-Nothing is trained and nothing is downloaded: all comes from results/records, results/published, results/not_run.yaml and
-conf/. The same files give the same bytes. Writes results/tables/<paper>.md, .csv, .tex and <paper>_verdicts.csv,
+Nothing is trained and nothing is downloaded: all comes from results/records, results/published, results/not_run.yaml
+and conf/. The same files give the same bytes. Writes results/tables/<paper>.md, .csv, .tex and <paper>_verdicts.csv,
 results/figures/<paper>/*.svg, and the tables in README.md between `<!-- table: <paper> -->` and `<!-- end -->`.
 """
 
@@ -15,17 +15,17 @@ from typing import Any
 
 import pandas as pd
 from figures import figures
-from findings import ROOT, Figure, Findings, Found, Row, Table, findings, papers
+from findings import ROOT, Figure, Findings, Found, Row, Table, described, findings, papers
 
-from nobackprop.claims import Result
+from nobackprop.claims import Claims, Result
 from nobackprop.collecting import collect
 from nobackprop.records import Record, write_atomically
 
-SIGNS = "†‡§"
+SIGNS, FEWER = "†‡§¶", "fewer epochs than the paper"
 
 
 def read_records(results: Path) -> list[Record]:
-    """All of results/records. Raises ValueError for a damaged line, and for two records of one run and seed that differ."""
+    """All of results/records. Raises ValueError for a damaged line or two records of one run and seed that differ."""
     found = collect(sorted((results / "records").glob("*.jsonl")))
     if found.conflicts:
         raise ValueError("; ".join(found.conflicts))
@@ -51,7 +51,8 @@ def comparison(cell: Found, figure: Figure) -> str:
 
 def marks(rows: Iterable[Row]) -> dict[str, str]:
     """A sign for each way in which these rows depart from the paper."""
-    every = [mark for row in rows for cell in row.cells.values() for mark in cell.marks]
+    every = [FEWER for row in rows if row.fewer_epochs]
+    every += [mark for row in rows for cell in row.cells.values() for mark in cell.marks]
     return dict(zip(dict.fromkeys(every), SIGNS, strict=False))
 
 
@@ -82,6 +83,10 @@ def _together(places: Sequence[str]) -> str:
             for place, choices in groups.items()
         ]
     return "; ".join(" ".join(place) for place in unique)
+
+
+def epochs(row: Row, signs: Mapping[str, str]) -> str:
+    return row.epochs + (signs[FEWER] if row.fewer_epochs else "")
 
 
 def title(axis: str) -> str:
@@ -116,7 +121,8 @@ def accuracy_table(table: Table, rows: Sequence[Row], intervals: bool = True) ->
         return "; ".join([best, *(comparison(cell, f) for f in cell.figures if cell.mean is not None)])
 
     body = [
-        [*row.labels.values(), *(text(row.cells.get(rule)) for rule in rules), row.seeds, row.epochs] for row in run
+        [*row.labels.values(), *(text(row.cells.get(rule)) for rule in rules), row.seeds, epochs(row, signs)]
+        for row in run
     ]
     header = [*map(title, table.rows), *rules, "seeds", "epochs"]
     what = "Test accuracy in %: mean ± standard deviation over seeds" + (
@@ -128,7 +134,7 @@ def accuracy_table(table: Table, rows: Sequence[Row], intervals: bool = True) ->
 
 
 def place(result: Result) -> str:
-    return ", ".join(result.trial.at.values())
+    return described(result.trial.at)
 
 
 def p_value(p: float | None) -> str:
@@ -155,33 +161,31 @@ def verdict_table(found: Findings) -> str:
     for r in found.verdicts:
         if r.mean is None:
             reasons.setdefault(r.missing, []).append(f"{r.trial.claim.name} ({r.trial.reading}; {place(r)})")
-    return "\n".join([*lines, *(f"- Not run, {why}: {len(names)} tests" for why, names in reasons.items())]).rstrip()
+    return "\n".join(
+        [*lines, *(f"- Not run, {why}: {len(names)} of the tests" for why, names in reasons.items())]
+    ).rstrip()
 
 
-def explained(found: Findings) -> str:
-    """What the verdicts mean, and each claim in the paper's words."""
-    assert found.claims is not None
-    claims = [f'- **{c.name}**: "{c.text}" ({c.source}); test `{c.test}`' for c in found.claims.claims]
-    how = (
-        f"Tests are paired over seeds, alpha is {found.claims.alpha:g}, the margin {found.claims.margin:g} points of test "
-        "accuracy; p is adjusted over all tests made (Holm). The difference is that of the comparison hardest to show. "
-        "The tests are defined in `src/nobackprop/claims.py` and fixed in `conf/claims/`."
+def how(claims: Claims) -> str:
+    """How verdicts come about."""
+    return (
+        f"Tests are paired over seeds; alpha is {claims.alpha:g}, the margin {claims.margin:g} % of the test images, and "
+        "p is adjusted over all tests made (Holm). The difference, in points of accuracy, is that of the comparison "
+        "hardest to show. src/nobackprop/claims.py defines the tests, conf/claims fixes them."
     )
-    return "\n".join([*claims, "", how])
 
 
-def page(found: Findings) -> str:
-    """results/tables/<paper>.md."""
+def page(found: Findings, drawn: Iterable[str]) -> str:
+    """results/tables/<paper>.md, with the figures of these names."""
     parts = [f"# {found.layout.title}", "Made by `make results` from `results/records`; not to be edited."]
     if found.claims:
-        parts += ["## Do we find what the paper claims?", explained(found), verdict_table(found)]
+        claims = [f"- **{c.name}**: {c.text} ({c.source}); test `{c.test}`" for c in found.claims.claims]
+        parts += ["## Do we find what the paper claims?", "\n".join(claims), how(found.claims), verdict_table(found)]
     parts += ["## Tables"]
     for table in found.layout.tables:
         parts.append(accuracy_table(table, found.tables[table.name]))
         parts += [
-            f"![{name}](../figures/{found.paper}/{name}.svg)"
-            for name in figures(found, drawn=False)
-            if name.startswith(f"{table.name}_")
+            f"![{name}](../figures/{found.paper}/{name}.svg)" for name in drawn if name.startswith(f"{table.name}_")
         ]
     return "\n\n".join(parts) + "\n"
 
@@ -253,7 +257,7 @@ def latex(found: Findings) -> str:
         if not run:
             continue
         rules, signs = shown_rules(run), marks(run)
-        symbols = dict(zip(signs, ("\\dagger", "\\ddagger", "\\S"), strict=False))
+        symbols = dict(zip(signs, ("\\dagger", "\\ddagger", "\\S", "\\P"), strict=False))
         lines = [f"\\begin{{tabular}}{{{'l' * len(table.rows)}{'r' * (len(rules) + 2)}}}", "\\toprule"]
         lines += [" & ".join(map(_tex, [*map(title, table.rows), *rules, "seeds", "epochs"])) + r" \\", "\\midrule"]
         for row in run:
@@ -265,7 +269,8 @@ def latex(found: Findings) -> str:
                     continue
                 mark = "".join(symbols[m] for m in cell.marks if m in symbols)
                 texts.append(spread(cell).replace(" ± ", " $\\pm$ ") + (f"$^{{{mark}}}$" if mark else ""))
-            lines.append(" & ".join([*map(_tex, row.labels.values()), *texts, row.seeds, row.epochs]) + r" \\")
+            fewer = f"$^{{{symbols[FEWER]}}}$" if row.fewer_epochs else ""
+            lines.append(" & ".join([*map(_tex, row.labels.values()), *texts, row.seeds, row.epochs + fewer]) + r" \\")
         lines += ["\\bottomrule", "\\end{tabular}"]
         notes = [f"% ${symbols[mark]}$ {mark}" for mark in signs]
         parts.append("\n".join([f"% {table.title}", *lines, *notes]))
@@ -276,23 +281,25 @@ def _tex(text: str) -> str:
     return text.replace("_", r"\_").replace("%", r"\%").replace("&", r"\&")
 
 
-def generated(results: Path, readme: Path) -> dict[Path, bytes]:
-    """Every generated file, its content made anew. Raises ValueError where what it is made from is not valid."""
-    return made_from([findings(paper, read_records(results), results) for paper in papers()], results, readme)
+def every_paper(results: Path) -> list[Findings]:
+    """The findings of all papers. Raises ValueError where a file that they are made from is not valid."""
+    records = read_records(results)
+    return [findings(paper, records, results) for paper in papers()]
 
 
-def made_from(every: Sequence[Findings], results: Path, readme: Path) -> dict[Path, bytes]:
-    """The files that show these findings."""
+def generated(every: Sequence[Findings], results: Path, readme: Path) -> dict[Path, bytes]:
+    """The content of every table and figure that shows these findings, by path."""
     files: dict[Path, bytes] = {}
     for found in every:
         tables = results / "tables"
-        files[tables / f"{found.paper}.md"] = page(found).encode()
+        drawn = figures(found)
+        files[tables / f"{found.paper}.md"] = page(found, drawn).encode()
         files[tables / f"{found.paper}.tex"] = latex(found).encode()
         files[tables / f"{found.paper}.csv"] = rows_of(found).to_csv(index=False, lineterminator="\n").encode()
         if found.claims:
             verdicts = verdicts_of(found).to_csv(index=False, lineterminator="\n")
             files[tables / f"{found.paper}_verdicts.csv"] = verdicts.encode()
-        for name, svg in figures(found).items():
+        for name, svg in drawn.items():
             files[results / "figures" / found.paper / f"{name}.svg"] = svg
     sections = {found.paper: readme_section(found) for found in every}
     files[readme] = with_sections(readme.read_text(), sections).encode()
@@ -310,9 +317,16 @@ def with_sections(text: str, sections: Mapping[str, str]) -> str:
     return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", section, text, flags=re.DOTALL)
 
 
-def stale(folders: Iterable[Path], files: Mapping[Path, bytes]) -> list[Path]:
-    """Files in folders of generated files that are made no more."""
-    return sorted(path for folder in folders for path in folder.rglob("*.*") if path.is_file() and path not in files)
+def replace_with(files: Mapping[Path, bytes], results: Path) -> None:
+    """Writes what has changed, and removes tables and figures that are made no more."""
+    for folder in ("tables", "figures"):
+        for path in sorted((results / folder).rglob("*.*")):
+            if path not in files:
+                path.unlink()
+    for path, content in files.items():
+        if not path.exists() or path.read_bytes() != content:
+            write_atomically(path, content)
+            print(path)
 
 
 def main() -> None:
@@ -321,15 +335,9 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     options = parser.parse_args()
     try:
-        files = generated(options.results, options.readme)
+        replace_with(generated(every_paper(options.results), options.results, options.readme), options.results)
     except (ValueError, FileNotFoundError) as e:
         parser.exit(2, f"tables.py: {e}\n")
-    for path in stale([options.results / "tables", options.results / "figures"], files):
-        path.unlink()
-    for path, content in files.items():
-        if not path.exists() or path.read_bytes() != content:
-            write_atomically(path, content)
-            print(path)
 
 
 if __name__ == "__main__":
