@@ -47,7 +47,8 @@ body { margin: 0; font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #1
 main { max-width: 1240px; margin: 0 auto; padding: 24px; }
 h1 { font-size: 1.7rem; margin: 0 0 4px; }
 h2 { margin: 2.2em 0 .5em; padding-top: .7em; border-top: 2px solid #1c2127; }
-h3 { margin: 1.8em 0 .4em; } a { color: var(--link); } p, ul { max-width: 78ch; } .soft { color: var(--soft); }
+h3 { margin: 1.8em 0 .4em; } a { color: var(--link); }
+p, ul { max-width: 78ch; overflow-wrap: anywhere; } .soft { color: var(--soft); }
 code { font: .86em ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
 nav { position: sticky; top: 0; z-index: 1; background: #fff; border-bottom: 1px solid var(--line); }
 nav div { max-width: 1240px; margin: 0 auto; padding: 8px 24px; display: flex; flex-wrap: wrap; gap: 4px 18px; }
@@ -204,8 +205,8 @@ def verdicts(found: Findings) -> str:
     return "\n".join([element("ul", claims), element("p", escape(how(found.claims)), _class="soft"), shown, listed])
 
 
-def runs(found: Findings) -> str:
-    """Every cell with runs: its config as overrides, and each seed's accuracy."""
+def runs(found: Findings, sources: Sequence[str]) -> str:
+    """Every cell with runs: its config as overrides, and each seed's accuracy; `sources` are the files of records."""
     rows = []
     unique = {anchor(found.paper, c): c for rows in found.tables.values() for row in rows for c in row.cells.values()}
     for name, c in unique.items():
@@ -229,8 +230,8 @@ def runs(found: Findings) -> str:
         return ""
     heads = "".join(f"<th>{text}</th>" for text in ("cell", "config", "run", "test accuracy, %", "s a seed"))
     body = "\n".join(element("tr", cells, id=name) for name, cells in rows)
-    source = f"Records: {element('a', f'records/{found.paper}.jsonl', href=f'records/{found.paper}.jsonl')}, "
-    source += f"tables: {element('a', f'tables/{found.paper}.csv', href=f'tables/{found.paper}.csv')}."
+    files = [element("a", escape(name), href=name) for name in (*sources, f"tables/{found.paper}.csv")]
+    source = f"Records, by signature and seed, and the table of all cells: {', '.join(files)}."
     table = element("div", f"<table><thead><tr>{heads}</tr></thead>\n<tbody>{body}</tbody></table>", _class="wide")
     return element("details", element("summary", f"All {len(rows)} runs") + element("p", source) + table)
 
@@ -257,8 +258,13 @@ def elsewhere(every: Mapping[str, Published]) -> str:
     return "\n".join(parts)
 
 
-def page(every: Sequence[Findings], known: Mapping[str, Published], drawn: Mapping[str, Mapping[str, bytes]]) -> str:
-    """The whole page, with the figures that were drawn of each paper."""
+def page(
+    every: Sequence[Findings],
+    known: Mapping[str, Published],
+    drawn: Mapping[str, Mapping[str, bytes]],
+    sources: Sequence[str],
+) -> str:
+    """The whole page, with the figures that were drawn of each paper, and ways to the files of records."""
     rules = dict.fromkeys(r for f in every for rows in f.tables.values() for r in shown_rules(rows))
     colour = colours(list(rules))
     boxes = [
@@ -274,7 +280,7 @@ def page(every: Sequence[Findings], known: Mapping[str, Published], drawn: Mappi
         parts.append(verdicts(found))
         for table in found.layout.tables:
             parts += [section(found, table, found.tables[table.name]), drawings(table, drawn[found.paper])]
-        parts.append(runs(found))
+        parts.append(runs(found, sources))
     others = {paper: p for paper, p in known.items() if paper not in {f.paper for f in every}}
     parts += [element("h2", "Figures published elsewhere", id="published"), elsewhere(others)]
     nav = element("nav", element("div", "".join([*links, element("a", "Published", href="#published"), *boxes])))
@@ -309,7 +315,9 @@ def everything(results: Path, readme: Path) -> dict[Path, bytes]:
         found.paper: {path.stem: svg for path, svg in files.items() if path.parent == results / "figures" / found.paper}
         for found in every
     }
-    return files | {results / "report.html": page(every, published(results / "published"), drawn).encode()}
+    sources = [f"records/{path.name}" for path in sorted((results / "records").glob("*.jsonl"))]
+    content = page(every, published(results / "published"), drawn, sources)
+    return files | {results / "report.html": content.encode()}
 
 
 def main() -> None:

@@ -169,9 +169,9 @@ def verdict_table(found: Findings) -> str:
 def how(claims: Claims) -> str:
     """How verdicts come about."""
     return (
-        f"Tests are paired over seeds; alpha is {claims.alpha:g}, the margin {claims.margin:g} % of the test images, and "
-        "p is adjusted over all tests made (Holm). The difference, in points of accuracy, is that of the comparison "
-        "hardest to show. src/nobackprop/claims.py defines the tests, conf/claims fixes them."
+        f"Tests are paired over seeds; alpha is {claims.alpha:g}, the margin {claims.margin:g} % of the test "
+        "images, and p is adjusted over all tests made (Holm). The difference, in points of accuracy, is that of the "
+        "comparison hardest to show. src/nobackprop/claims.py defines the tests, conf/claims fixes them."
     )
 
 
