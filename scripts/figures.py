@@ -2,7 +2,9 @@
 
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -32,9 +34,8 @@ STYLE = {
     "axes.grid": True,
     "grid.alpha": 0.25,
     "lines.linewidth": 1.5,
-    "path.simplify": True,
 }
-Panel = Callable[[Any, Row], bool]
+ANGLE = "angle/update_W"
 
 
 def figures(found: Findings) -> dict[str, bytes]:
@@ -47,11 +48,11 @@ def figures(found: Findings) -> dict[str, bytes]:
             continue
         kinds: dict[str, Callable[[], Canvas]] = {}
         if table.against and len({row.labels[table.against] for row in rows}) > 1:
-            kinds["error"] = lambda table=table, rows=rows: _against(table, rows, colour)
-        kinds["curves"] = lambda rows=rows: _panels(rows, colour, _curve, "epoch", "validation accuracy, %")
-        kinds["time"] = lambda rows=rows: _panels(rows, colour, _time, "seconds of training", "validation accuracy, %")
-        if any("angle/update_W1" in e for row in rows for c in row.cells.values() for r in c.records for e in r.epochs):
-            kinds["angles"] = lambda rows=rows: _angles(rows)
+            kinds["error"] = partial(_against, table, rows, colour)
+        for kind, line, x in (("curves", _curve, "epoch"), ("time", _time, "seconds of training")):
+            kinds[kind] = partial(_panels, table, rows, colour, line, x, "validation accuracy, %")
+        if measured := [(row, rule, c) for row in rows for rule, c in row.cells.items() if rule != "bp" and _layers(c)]:
+            kinds["angles"] = partial(_angles, measured)
         for kind, draw in kinds.items():
             made[f"{table.name}_{kind}"] = _svg(draw)
     return made
@@ -71,9 +72,9 @@ def _svg(draw: Callable[[], Canvas]) -> bytes:
     return re.sub(r'<g id="rule:(\w+)">', r'<g class="rule-\1">', svg).encode()
 
 
-def _axes(number: int, x: str, y: str, height: float = 1.5) -> tuple[Canvas, list[Any]]:
-    """Panels, up to four beside each other, with a common name for each axis. Sizes are in inches."""
-    columns = min(number, 4)
+def _axes(number: int, columns: int, x: str, y: str, height: float = 1.5) -> tuple[Canvas, list[Any]]:
+    """Panels in a grid with a common name for each axis. Sizes are in inches."""
+    columns = min(number, columns)
     lines = ceil(number / columns)
     left, right, below, above, wide, between = 0.65, 0.15, 0.5, 0.65, 2.2, (0.4, 0.5)
     width = left + columns * wide + (columns - 1) * between[0] + right
@@ -93,6 +94,8 @@ def _axes(number: int, x: str, y: str, height: float = 1.5) -> tuple[Canvas, lis
     canvas.text(0.1 / width, (below + tall - above) / 2 / tall, y, ha="left", va="center", rotation=90)
     for ax in axes[number:]:
         ax.remove()
+    for ax in axes[:number]:
+        ax.locator_params(nbins=4)
     return canvas, list(axes[:number])
 
 
@@ -102,9 +105,13 @@ def _legend(canvas: Canvas, axes: Sequence[Any]) -> None:
     canvas.legend(handles.values(), handles, loc="upper center", ncols=at_most, frameon=False)
 
 
-def _panels(rows: Sequence[Row], colour: dict[str, str], line: Callable[..., None], x: str, y: str) -> Canvas:
-    """One panel a row of the table, one line a rule."""
-    canvas, axes = _axes(len(rows), x, y)
+def _panels(
+    table: Table, rows: Sequence[Row], colour: dict[str, str], line: Callable[..., None], x: str, y: str
+) -> Canvas:
+    """One panel a row of the table, one line a rule; those along `against` stand beside each other."""
+    choices = len({row.labels[table.against] for row in rows}) if table.against else 0
+    columns = choices if 2 < choices < 6 else 4
+    canvas, axes = _axes(len(rows), columns, x, y)
     for ax, row in zip(axes, rows, strict=True):
         for rule, cell in row.cells.items():
             if cell.records:
@@ -155,7 +162,7 @@ def _against(table: Table, rows: Sequence[Row], colour: dict[str, str]) -> Canva
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(choice for axis, choice in row.labels.items() if axis != x), []).append(row)
-    canvas, axes = _axes(len(groups), x.replace("_", " "), "test error, %", height=2)
+    canvas, axes = _axes(len(groups), 4, x.replace("_", " "), "test error, %", height=2)
     ticks = list(dict.fromkeys(row.labels[x] for row in rows))
     for ax, (group, members) in zip(axes, groups.items(), strict=True):
         rules = list(
@@ -174,28 +181,27 @@ def _against(table: Table, rows: Sequence[Row], colour: dict[str, str]) -> Canva
             for artist in (line, *caps, *bars):
                 artist.set_gid(f"rule:{rule}")
         ax.set_xticks(range(len(ticks)), ticks)
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.08 * ax.get_ylim()[1])
         ax.set_title(", ".join(choice.replace("_", " ") for choice in group))
     _legend(canvas, axes)
     return canvas
 
 
-def _angles(rows: Sequence[Row]) -> Canvas:
+def _layers(cell: Found) -> list[int]:
+    """The layers whose updates' angle to the gradient was measured."""
+    names = {name for record in cell.records for name in (record.epochs[0] if record.epochs else ())}
+    return sorted(int(name.removeprefix(ANGLE)) for name in names if name.startswith(ANGLE))
+
+
+def _angles(measured: Sequence[tuple[Row, str, Found]]) -> Canvas:
     """The angle of each layer's update to backpropagation's gradient: one panel a cell, a darker line the deeper."""
-    cells = [(row, rule, cell) for row in rows for rule, cell in row.cells.items() if rule != "bp" and cell.records]
-    layers = {
-        (tuple(row.labels.values()), rule): [
-            l for l in range(1, 100) if any(f"angle/update_W{l}" in e for r in cell.records for e in r.epochs)
-        ]
-        for row, rule, cell in cells
-    }
-    shown = [(row, rule, cell) for row, rule, cell in cells if layers[tuple(row.labels.values()), rule]]
-    deepest = max(max(numbers) for numbers in layers.values() if numbers)
-    canvas, axes = _axes(len(shown), "epoch", "angle to the gradient, degrees")
+    columns = max(Counter(id(row) for row, _, _ in measured).values())
+    canvas, axes = _axes(len(measured), columns, "epoch", "angle to the gradient, degrees")
+    deepest = max(_layers(cell)[-1] for _, _, cell in measured)
     shades = mpl.colormaps["viridis"](np.linspace(0.9, 0.0, deepest))
-    for ax, (row, rule, cell) in zip(axes, shown, strict=True):
-        for l in layers[tuple(row.labels.values()), rule]:
-            angles = _mean(_metric(cell, f"angle/update_W{l}"))
+    for ax, (row, rule, cell) in zip(axes, measured, strict=True):
+        for l in _layers(cell):
+            angles = _mean(_metric(cell, f"{ANGLE}{l}"))
             ax.plot(np.arange(1, len(angles) + 1), angles, color=shades[l - 1], label=f"layer {l}", linewidth=1.1)
         ax.axhline(90, color="#888888", linestyle=":", linewidth=1)
         ax.set_ylim(0, 100)

@@ -6,7 +6,7 @@ is (signature, seed). Gathered again, a folder adds only what is new.
 
 import fcntl
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,8 +145,3 @@ def write_table(frame: pd.DataFrame, path: Path) -> None:
     else:
         mixed = {name: "string" for name in frame if frame[name].dtype == object}
         frame.astype(mixed).to_parquet(path, index=False)
-
-
-def curves(records: Sequence[Record]) -> pd.DataFrame:
-    """One row per epoch, run and seed: every metric of every epoch."""
-    return pd.DataFrame([{"signature": r.signature, "seed": r.seed, **epoch} for r in records for epoch in r.epochs])
