@@ -22,7 +22,7 @@ COLOURS = {
     "mdfa": "#009E73",
 }
 OTHERS = ("#CC79A7", "#0072B2", "#8C6D1F", "#7F7F7F", "#A020F0")
-STYLE = {
+STYLE: Any = {
     "svg.hashsalt": "nobackprop",
     "svg.fonttype": "none",
     "font.family": "sans-serif",

@@ -120,6 +120,7 @@ class Found:
     records: Sequence[Record] = ()
     epochs: int | None = None
     planned_epochs: int | None = None  # the paper's
+    planned_seeds: int | None = None  # the paper's, where they are known
     stand_in: str | None = None  # the dataset taken in place of the paper's
     reason: str = "not run yet"  # why there are no records
     figures: Sequence[Figure] = ()
@@ -159,6 +160,8 @@ class Found:
     def marks(self) -> list[str]:
         """What departs from the paper, as sentences."""
         found = []
+        if self.records and len(self.records) < (self.planned_seeds or 0):
+            found.append("fewer seeds than the paper")
         if self.stand_in:
             found.append(f"{self.stand_in} in place of the paper's images")
         if self.diverged:
@@ -377,6 +380,7 @@ def _find(cell: Cell, layout: Layout, runs: Runs, not_run: Sequence[NotRun], kno
         overrides,
         records,
         planned_epochs=identity["max_epochs"],
+        planned_seeds=known.seeds if known else None,
         stand_in=stand_in if records and records[0].config["dataset"]["name"] == stand_in else None,
         figures=figures,
     )

@@ -17,6 +17,7 @@ from figures import colours
 from findings import ROOT, Findings, Found, Published, Row, Table, published
 from tables import (
     comparison,
+    departures,
     epochs,
     every_paper,
     generated,
@@ -198,7 +199,8 @@ def verdicts(found: Findings) -> str:
     )
     run = [result for result in found.verdicts if result.mean is not None]
     missing = Counter(result.missing for result in found.verdicts if result.mean is None)
-    notes = [f"{number} tests are not run: {reason}" for reason, number in missing.items()]
+    notes = departures(found) if run else []
+    notes += [f"{number} tests are not run: {reason}" for reason, number in missing.items()]
     header = ["claim", "settings", "where", "verdict", "difference", "p"]
     shown = sortable(header, map(verdict, run), 2) if run else ""
     listed = element("ul", "".join(element("li", escape(note)) for note in notes)) if notes else ""

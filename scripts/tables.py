@@ -9,6 +9,7 @@ results/figures/<paper>/*.svg, and the tables in README.md between `<!-- table: 
 
 import argparse
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ def comparison(cell: Found, figure: Figure) -> str:
 
 def marks(rows: Iterable[Row]) -> dict[str, str]:
     """A sign for each way in which these rows depart from the paper."""
+    rows = list(rows)
     every = [FEWER for row in rows if row.fewer_epochs]
     every += [mark for row in rows for cell in row.cells.values() for mark in cell.marks]
     return dict(zip(dict.fromkeys(every), SIGNS, strict=False))
@@ -143,6 +145,12 @@ def p_value(p: float | None) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def departures(found: Findings) -> list[str]:
+    """In what ways runs of a paper depart from it, as one sentence, if they do."""
+    signs = marks(row for rows in found.tables.values() for row in rows if row.run)
+    return [f"These runs depart from the paper: {'; '.join(signs)}."] if signs else []
+
+
 def verdict_table(found: Findings) -> str:
     """The verdicts on a paper's claims in Markdown, those not run put together by reason."""
     assert found.claims is not None
@@ -157,13 +165,9 @@ def verdict_table(found: Findings) -> str:
         body.append([r.trial.claim.name, r.trial.reading, place(r), difference, p_value(p), f"**{r.verdict}**"])
     header = ["claim", "settings", "where", "difference in points (95 % interval)", "p", "verdict"]
     lines = [markdown(header, body, 3), ""] if body else []
-    reasons: dict[str, list[str]] = {}
-    for r in found.verdicts:
-        if r.mean is None:
-            reasons.setdefault(r.missing, []).append(f"{r.trial.claim.name} ({r.trial.reading}; {place(r)})")
-    return "\n".join(
-        [*lines, *(f"- Not run, {why}: {len(names)} of the tests" for why, names in reasons.items())]
-    ).rstrip()
+    lines += [f"- {line}" for line in departures(found)] if body else []
+    reasons = Counter(r.missing for r in found.verdicts if r.mean is None)
+    return "\n".join([*lines, *(f"- {number} tests are not run: {why}" for why, number in reasons.items())]).rstrip()
 
 
 def how(claims: Claims) -> str:

@@ -57,7 +57,7 @@ def cell(paper: str, labels: dict[str, str]) -> Cell:
 def record(
     paper: str, labels: dict[str, str], seed: int, accuracy: float | None, epochs: int = 2, further: Sequence[str] = ()
 ) -> Record:
-    config = COMPOSER.identity([*cell(paper, labels).overrides, *further]) | {"max_epochs": epochs}
+    config: Any = COMPOSER.identity([*cell(paper, labels).overrides, *further]) | {"max_epochs": epochs}
     rows = [{"epoch": e, "step": e, "val/accuracy": 0.5, "angle/update_W1": 60.0} for e in range(1, epochs + 1)]
     name = f"{config['rule']['_target_'].split('.')[-2]}_mlp_{config['dataset']['name']}"
     fields = {"config": config, "signature": digest(config), "seed": seed, "name": name, "epochs": rows}
@@ -97,6 +97,12 @@ def test_a_cell_shows_mean_deviation_and_interval_of_its_records(results: Path) 
     )  # t = 4.302653 with 2 degrees of freedom
     assert (row.seeds, row.epochs, row.fewer_epochs) == ("3", "2", True)
     assert row.cells["bp"].reason == "not run yet"
+
+
+def test_fewer_seeds_than_the_paper_are_marked(results: Path) -> None:
+    publish(results, seeds=2)
+    assert first_row([lra(0, 0.9)], results).cells["lra_e"].marks == ["fewer seeds than the paper"]
+    assert first_row([lra(0, 0.9), lra(1, 0.9)], results).cells["lra_e"].marks == []
 
 
 def test_rules_are_compared_at_the_same_epochs_and_seeds(results: Path) -> None:
@@ -164,6 +170,9 @@ def test_verdicts_follow_from_the_records(results: Path) -> None:
     best = "best against backprop and feedback alignment"
     assert verdicts[best, "mnist", "3"] == ("holds", "")
     assert verdicts[best, "mnist", "5"] == ("not run", "not run yet")
+    shown = tables.verdict_table(found)
+    assert "| stable over depth | as quoted | mnist | +0.00 (+0.00 to +0.00) | < 0.001 | **holds** |" in shown
+    assert "- These runs depart from the paper: fewer epochs than the paper" in shown
 
 
 def test_why_cells_have_no_runs_is_said_once_for_each_reason(results: Path) -> None:
@@ -176,8 +185,8 @@ def test_why_cells_have_no_runs_is_said_once_for_each_reason(results: Path) -> N
 PUBLISHED = {"table": "T", "row": "r", "column": "c", "value": 8.5, "unit": "error, %", "source": "p. 1"}
 
 
-def publish(results: Path, *figures: dict[str, Any]) -> None:
-    content = {"paper": "a paper", "link": None, "seeds": None, "figures": list(figures)}
+def publish(results: Path, *figures: dict[str, Any], seeds: int | None = None) -> None:
+    content = {"paper": "a paper", "link": None, "seeds": seeds, "figures": list(figures)}
     (results / "published" / "lra_e.yaml").write_text(yaml.safe_dump(content))
 
 
@@ -187,8 +196,7 @@ def test_a_published_figure_is_shown_beside_ours(results: Path) -> None:
     text = tables.accuracy_table(found.layout.tables[0], found.tables["mnist"])
     assert "| 90.00; published 91.50 (-1.50) |" in text
     assert "published" not in tables.accuracy_table(found.layout.tables[1], found.tables["fashion_mnist"])
-    frame = tables.rows_of(found)
-    (line,) = frame[frame["mean"] == "90.0000"].to_dict("records")
+    (line,) = [line for line in tables.rows_of(found).to_dict("records") if line["mean"] == "90.0000"]
     assert (line["published"], line["difference"]) == (91.5, "-1.5000")
 
 
