@@ -64,12 +64,16 @@ def test_a_sweep_on_a_cluster_loses_nothing(slurm: None, tmp_path: Path, monkeyp
     troubles: list[BaseException] = []
     over = threading.Event()
 
+    def trained(job: Job) -> str:
+        """The cluster's name of a job, once it has written a checkpoint."""
+        until(lambda: list(folder(job.config).glob("checkpoints/*/*.ckpt")), over)
+        return (folder(job.config) / ".job").read_text()
+
     def disturb() -> None:
         try:
-            until(lambda: all(list(folder(job.config).glob("checkpoints/*/*.ckpt")) for job in jobs[:2]), over)
-            first, second = ((folder(job.config) / ".job").read_text() for job in jobs[:2])
+            first = trained(jobs[0])
             subprocess.run(["scancel", "--signal=USR2", first], check=True)
-            subprocess.run(["scancel", "--signal=KILL", "--full", second], check=True)
+            subprocess.run(["scancel", "--signal=KILL", "--full", trained(jobs[1])], check=True)
             until(lambda: "Restarts=1" in scontrol("show", "job", first), over)
             raw = scontrol("-o", "show", "job", first).split()[0].removeprefix("JobId=")
             until(lambda: "JobState=PENDING" in scontrol("show", "job", first), over)
