@@ -1,5 +1,5 @@
 # Two commands: make demo trains every rule on bundled images and compares them, make test runs the tests.
-.PHONY: demo test lint lock
+.PHONY: demo test results lint lock
 RUNS = runs/demo
 
 demo: .venv/ready
@@ -8,6 +8,10 @@ demo: .venv/ready
 
 test: .venv/ready
 	.venv/bin/python -m pytest -n 2
+
+# Tables, figures, verdicts and the report, from results/records: nothing is trained.
+results: .venv/ready
+	.venv/bin/python scripts/report.py
 
 lint: .venv/ready
 	.venv/bin/ruff check

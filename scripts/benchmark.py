@@ -1,43 +1,53 @@
-"""Measures speed, side by side in one run on one thread: training steps against plain PyTorch, and reading images.
+"""Measures speed and memory, side by side in one run on one thread, of training steps against plain PyTorch's.
 
-    python scripts/benchmark.py [--only steps images startup ...] [--rounds 9] [--output results/benchmark.csv]
+    python scripts/benchmark.py [--only steps rules memory ...] [--rounds 9] [--output results/benchmark.csv]
 
 Everything is timed in turn, round after round, and medians are shown; a ratio is the median of the rounds' ratios, so a
-machine whose speed drifts does not bend it. Writes what it prints, with the machine, as CSV.
+machine whose speed drifts does not bend it. Plain PyTorch has a process of its own, with torch's defaults. Writes what
+it prints, with the machine, as CSV, and the ratios of training steps as a figure beside it.
 """
 
 import argparse
+import multiprocessing
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from nobackprop import hardware, records
+from nobackprop import hardware, optimizers, records
 from nobackprop.batches import TrainBatches, task
 from nobackprop.cli import CONF
 from nobackprop.imagenet import ImageNet
 from nobackprop.initializers import Uniform, initial_weights
 from nobackprop.learner import Learner
-from nobackprop.losses import Loss, cross_entropy
+from nobackprop.losses import Loss, SoftmaxCrossEntropy, cross_entropy
 from nobackprop.network import Network, allconv, mlp
 from nobackprop.pixels import Pixels
-from nobackprop.rule import Rule
+from nobackprop.rule import Batch, Rule
 from nobackprop.rules.bp import BP
 from nobackprop.rules.dfa import DFA
 from nobackprop.rules.fa import FA
@@ -49,13 +59,24 @@ from nobackprop.workers import cores
 RULES: dict[str, Rule] = {"bp": BP(), "fa": FA(), "dfa": DFA(), "mdfa": MDFA(), "lra_e": LRAE()}
 MLP = partial(mlp, (1, 28, 28), activation="tanh")
 CONV = partial(allconv, (3, 32, 32), filters=[[96, 5, 2], [96, 3, 2], [96, 3, 1]], activation="tanh")
-ADAMW, RMSPROP = partial(torch.optim.AdamW, lr=1e-3), partial(torch.optim.RMSprop, lr=1e-4)
-# name: net, classes, batch, optimizer, and the same with one kernel a step where torch has it
+TORCH_ADAMW, ADAMW = partial(torch.optim.AdamW, lr=1e-3), partial(optimizers.AdamW, lr=1e-3)
+TORCH_RMSPROP, RMSPROP = partial(torch.optim.RMSprop, lr=1e-4), partial(optimizers.RMSprop, lr=1e-4)
+FUSED = partial(TORCH_ADAMW, fused=True)
+# name: net, classes, batch, torch's optimizer, torch's with one kernel a step where it has one, ours
 STEPS = {
-    "784-256x4-10, batch 50, AdamW": (partial(MLP, hidden=[256] * 4), 10, 50, ADAMW, partial(ADAMW, fused=True)),
-    "784-200-200-10, batch 64, RMSprop": (partial(MLP, hidden=[200, 200]), 10, 64, RMSPROP, RMSPROP),
-    "all-convolutional, 2 classes, batch 64, AdamW": (CONV, 2, 64, ADAMW, partial(ADAMW, fused=True)),
+    "784-256x4-10, batch 50, AdamW": (partial(MLP, hidden=[256] * 4), 10, 50, TORCH_ADAMW, FUSED, ADAMW),
+    "784-200-200-10, batch 64, RMSprop": (
+        partial(MLP, hidden=[200, 200]),
+        10,
+        64,
+        TORCH_RMSPROP,
+        partial(TORCH_RMSPROP, foreach=True),
+        RMSPROP,
+    ),
+    "all-convolutional, 2 classes, batch 64, AdamW": (CONV, 2, 64, TORCH_ADAMW, FUSED, ADAMW),
 }
+PLAIN, TUNED = "plain PyTorch backprop", "the same, with our matrix products, memory and one kernel"
+DEEP = {"depth": 64, "width": 1024, "batch": 2048}
 SIZE, IMAGES, BATCH = 224, 512, 64
 
 
@@ -66,20 +87,46 @@ def seconds(run: Callable[[], Any], times: int) -> float:
     return (time.perf_counter() - start) / times
 
 
-def in_turn(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds a call of each, one list entry a round; a round takes about half a second for each."""
-    times = {name: max(1, round(0.5 / seconds(run, 3))) for name, run in runs.items()}
+class Aside:
+    """A step that lives in a process of its own, with torch as it is there, and is timed by it."""
+
+    def __init__(self, make: Callable[..., Callable[[], Any]], *args: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        context.Process(target=_serve, args=(theirs, make, args), daemon=True).start()
+
+    def __call__(self, times: int) -> float:
+        self.connection.send(times)
+        return self.connection.recv()
+
+
+def _serve(connection: Connection, make: Callable[..., Callable[[], Any]], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    step = make(*args)
+    while True:
+        connection.send(seconds(step, connection.recv()))
+
+
+def in_turn(runs: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds a call of each, one list entry a round; a round takes about half a second for each.
+
+    A run takes how often to call, and gives the seconds of one call.
+    """
+    for run in runs.values():
+        run(3)  # compiles, and fills caches
+    times = {name: max(1, round(0.5 / run(3))) for name, run in runs.items()}
     measured: dict[str, list[float]] = {name: [] for name in runs}
     for _ in track(range(rounds), "timing in turn"):
         for name, run in runs.items():
-            measured[name].append(seconds(run, times[name]))
+            measured[name].append(run(times[name]))
     return measured
 
 
 def plain_step(
-    net: Network, loss: Loss, optimizer: Any, pixels: Tensor, labels: Tensor, matmul: str
+    net: Network, loss: Loss, optimizer: Any, pixels: Tensor, labels: Tensor, matmul: str = "highest"
 ) -> Callable[[], Any]:
     """Backpropagation as one writes it in PyTorch: modules, autograd and an optimizer."""
+    torch.set_float32_matmul_precision(matmul)
     modules: list[nn.Module] = []
     for l, layer in enumerate(net.layers, 1):
         shape = net.weight_shape(l)
@@ -94,7 +141,6 @@ def plain_step(
     criterion = F.cross_entropy if loss.outputs > 1 else F.binary_cross_entropy_with_logits
 
     def step() -> None:
-        torch.set_float32_matmul_precision(matmul)
         stepper.zero_grad()
         criterion(model(pixels / 255), labels if loss.outputs > 1 else y).backward()
         stepper.step()
@@ -110,36 +156,132 @@ def our_step(
     data = dict.fromkeys(("batches", "validation", "test"), partial(dict))
     learner = Learner(net, rule, loss, {0: w}, pixels=Pixels(), optimizer=optimizer, compile=compile, **data)  # pyright: ignore
     learner.configure_optimizers()
-    hardware.choose_matmul(torch.device("cpu"))
-    matmul = torch.get_float32_matmul_precision()
 
     @torch.no_grad()
     def step() -> None:
-        torch.set_float32_matmul_precision(matmul)
         learner.step(learner.inputs(pixels[None]), loss.target(labels, torch.float32)[None])
 
     return step
 
 
 def steps(rounds: int) -> list[dict[str, Any]]:
+    """Our rules' steps, eager and compiled, against backpropagation in plain PyTorch."""
     rows = []
-    for title, (make, classes, batch, default, fused) in STEPS.items():
+    for title, (make, classes, batch, default, fused, ours) in STEPS.items():
         loss = cross_entropy(classes)
         net = make(outputs=loss.outputs)
         pixels = torch.randint(256, (batch, *net.in_shape), dtype=torch.uint8)
         labels = torch.randint(classes, (batch,))
+        matmul = torch.get_float32_matmul_precision()
         runs = {
-            "plain PyTorch backprop": plain_step(net, loss, default, pixels, labels, "highest"),
-            "the same, oneDNN and fused": plain_step(net, loss, fused, pixels, labels, "medium"),
+            PLAIN: Aside(plain_step, net, loss, default, pixels, labels),
+            TUNED: partial(seconds, plain_step(net, loss, fused, pixels, labels, matmul)),
         }
-        runs |= {name: our_step(net, rule, loss, fused, pixels, labels) for name, rule in RULES.items()}
-        measured = in_turn(runs, rounds)
-        first = measured["plain PyTorch backprop"]
-        for name, each in measured.items():
-            ratio = median(a / b for a, b in zip(first, each, strict=True))
-            rate = {"value": batch / median(each), "unit": "samples/s"}
-            rows.append({"measure": f"step: {title}", "what": name, **rate, "ratio": ratio})
+        for name, rule in RULES.items():
+            runs[name] = partial(seconds, our_step(net, rule, loss, ours, pixels, labels))
+            if name in ("bp", "dfa", "mdfa", "lra_e"):
+                compiled = our_step(net, rule, loss, ours, pixels, labels, compile=True)
+                runs[f"{name}, compiled"] = partial(seconds, compiled)
+        rows += _rates(f"step: {title}", in_turn(runs, rounds), batch)
     return rows
+
+
+def rules(rounds: int) -> list[dict[str, Any]]:
+    """The step of every rule there is, on the first net, against our own backpropagation."""
+    make, classes, batch, _, _, ours = STEPS["784-256x4-10, batch 50, AdamW"]
+    loss = cross_entropy(classes)
+    net = make(outputs=loss.outputs)
+    pixels, labels = torch.randint(256, (batch, 1, 28, 28), dtype=torch.uint8), torch.randint(classes, (batch,))
+    every = {"bp": BP(), **configured_rules()}
+    runs = {name: partial(seconds, our_step(net, rule, loss, ours, pixels, labels)) for name, rule in every.items()}
+    return _rates("every rule: 784-256x4-10, batch 50, AdamW", in_turn(runs, rounds), batch)
+
+
+def _rates(measure: str, measured: dict[str, list[float]], batch: int) -> list[dict[str, Any]]:
+    first = next(iter(measured.values()))
+    return [
+        {
+            "measure": measure,
+            "what": name,
+            "value": batch / median(each),
+            "unit": "samples/s",
+            "ratio": median(a / b for a, b in zip(first, each, strict=True)),
+        }
+        for name, each in measured.items()
+    ]
+
+
+def configured_rules() -> dict[str, Rule]:
+    """Every rule of conf/rule, with its defaults."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        names = sorted(path.stem for path in (CONF / "rule").glob("*.yaml"))
+        return {name: instantiate(compose(overrides=[f"+rule={name}"]).rule, _convert_="all") for name in names}
+
+
+class Live(TorchDispatchMode):
+    """Notes when each tensor storage that is made while it is on comes and goes, and how large it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self.changes: list[tuple[int, int]] = []  # number of the storage, bytes more or less
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor):
+                storage = t.untyped_storage()
+                if storage not in self.numbers and id(storage) not in known:
+                    number = self.numbers[storage] = len(self.changes)
+                    self.changes.append((number, storage.nbytes()))
+                    weakref.finalize(storage, self.changes.append, (number, -storage.nbytes()))
+        return result
+
+    def peak(self, without: Iterable[Tensor]) -> int:
+        """The most bytes alive at once, those tensors left out."""
+        others = {self.numbers.get(t.untyped_storage()) for t in without}
+        live = peak = 0
+        for number, change in self.changes:
+            live += change if number not in others else 0
+            peak = max(peak, live)
+        return peak
+
+
+def memory(rounds: int) -> list[dict[str, Any]]:
+    """The most bytes a step of a deep net needs above weights, gradients and optimizer state, against autograd.
+
+    Counted on fake tensors, so exact, and the same on every machine; what a kernel needs inside is not seen.
+    """
+    depth, width, batch = DEEP.values()
+    loss = SoftmaxCrossEntropy(10)
+    net = mlp((width,), 10, hidden=[width] * depth, activation="tanh")
+    title = f"memory: {depth} hidden layers of {width}, batch {batch}"
+    rows = []
+    with FakeTensorMode(), Live() as live:
+        layers = [nn.Linear(net.units(l - 1), net.units(l)) for l in range(1, net.L + 1)]
+        model = nn.Sequential(*(part for layer in layers for part in (layer, nn.Tanh())))[:-1]
+        x, y = torch.empty(batch, width), torch.empty(batch, loss.outputs)
+        live.changes.clear()
+        F.cross_entropy(model(x), y).backward()
+        autograd = live.peak(p.grad for p in model.parameters() if p.grad is not None)
+    rows.append({"what": "plain PyTorch backprop", "value": autograd / 2**20, "ratio": 1.0})
+    for name, rule in track(configured_rules().items(), "counting bytes"):
+        for recompute in (False, True):
+            peaks = []
+            for phase in rule.phases():
+                with FakeTensorMode(), torch.no_grad():
+                    w = {f"W{l}": torch.empty(net.weight_shape(l)) for l in range(1, net.L + 1)}
+                    w |= {f"b{l}": torch.empty(net.units(l)) for l in range(1, net.L + 1)}
+                    w |= rule.feedback(net, lambda _, shape: torch.empty(shape))
+                    noise = {n: torch.empty(shape) for n, shape in rule.noise(net, batch).items()}
+                    step = Batch(torch.empty(batch, width), torch.empty(batch, loss.outputs), loss, noise)
+                    with Live() as live:
+                        grads, _ = phase(replace(net, recompute=recompute), w, step)
+                    peaks.append(live.peak(grads.values()))
+            what = f"{name}, activations computed again" if recompute else name
+            rows.append({"what": what, "value": max(peaks) / 2**20, "ratio": max(peaks) / autograd})
+    return [{"measure": title, "unit": "MiB", **row} for row in rows]
 
 
 def images(rounds: int) -> list[dict[str, Any]]:
@@ -172,7 +314,8 @@ def images(rounds: int) -> list[dict[str, Any]]:
             return epoch
 
         number = len(tasks[0].train) // BATCH * BATCH
-        measured = in_turn({"in memory": read(False), "read ahead from the file": read(True)}, rounds)
+        runs = {"in memory": read(False), "read ahead from the file": read(True)}
+        measured = in_turn({name: partial(seconds, run) for name, run in runs.items()}, rounds)
     rows = [
         {
             "measure": f"images at {SIZE}x{SIZE}",
@@ -227,7 +370,7 @@ def run_overhead(rounds: int) -> list[dict[str, Any]]:
     """A whole run from its second epoch on, validation and all else included, against its bare training steps."""
     net, loss = MLP(hidden=[256] * 4, outputs=10), cross_entropy(10)
     pixels, labels = torch.randint(256, (50, 1, 28, 28), dtype=torch.uint8), torch.randint(10, (50,))
-    bare = our_step(net, LRAE(), loss, partial(ADAMW, fused=True), pixels, labels)
+    bare = our_step(net, LRAE(), loss, ADAMW, pixels, labels)
     steps_an_epoch, epochs = 54_000 // 50, 3
     rates: dict[str, list[float]] = {"the bare step": [], "the whole run": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -267,6 +410,8 @@ def many_seeds(rounds: int) -> list[dict[str, Any]]:
 def main() -> None:
     parts = {
         "steps": steps,
+        "rules": rules,
+        "memory": memory,
         "images": images,
         "startup": startup,
         "run_overhead": run_overhead,
@@ -278,20 +423,45 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("results/benchmark.csv"))
     options = parser.parse_args()
     torch.set_num_threads(1)
+    hardware.prepare(torch.device("cpu"))
     machine = records.machine(torch.device("cpu"))
     rows = pd.DataFrame([row for part in options.only for row in parts[part](options.rounds)])
-    table = Table("", "what", "rate", "against plain PyTorch", title=f"{machine.processor}, one thread")
-    for row in rows.to_dict("records"):
-        ratio = f"{row['ratio']:.2f}x" if row.get("ratio", 0) > 0 else ""
-        table.add_row(
-            row["measure"], row["what"], f"{row['value']:,.{0 if row['value'] > 100 else 2}f} {row['unit']}", ratio
-        )
+    table = Table("what", "value", "ratio to the first", title=f"{machine.processor}, one thread unless said")
+    for measure, part in rows.groupby("measure", sort=False):
+        table.add_section()
+        table.add_row(f"[bold]{measure}")
+        for row in part.to_dict("records"):
+            ratio = f"{row['ratio']:.2f}x" if row.get("ratio", 0) > 0 else ""
+            table.add_row(row["what"], f"{row['value']:,.{0 if row['value'] > 100 else 2}f} {row['unit']}", ratio)
     Console().print(table)
     commit, dirty = records.source_state()
     stamp = {"processor": machine.processor, "threads": 1, "commit": commit, "dirty": dirty, **records.versions()}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     rows.assign(**stamp).to_csv(options.output, index=False, float_format="%.6g")
-    print(f"written: {options.output}")
+    picture = options.output.with_suffix(".png")
+    draw(rows, machine.processor, picture)
+    print(f"written: {options.output}, {picture}")
+
+
+def draw(rows: pd.DataFrame, processor: str, path: Path) -> None:
+    """Bars of the ratios to the first entry of each measure."""
+    if "ratio" not in rows or (rated := rows.dropna(subset="ratio")).empty:
+        return
+    parts = {str(measure): part for measure, part in rated.groupby("measure", sort=False)}
+    heights = [0.28 * len(part) + 0.7 for part in parts.values()]
+    figure, axes = plt.subplots(len(parts), figsize=(9, sum(heights)), height_ratios=heights, squeeze=False)
+    for ax, (measure, part) in zip(axes[:, 0], parts.items(), strict=True):
+        bars = ax.barh(part.what, part.ratio, color=["0.6"] + ["tab:blue"] * (len(part) - 1))
+        ax.bar_label(bars, fmt="%.2f", padding=3)
+        ax.axvline(1, color="0.4", lw=0.8)
+        ax.invert_yaxis()
+        ax.margins(x=0.12)
+        better = "lower" if measure.startswith("memory") else "higher"
+        ax.set_title(f"{measure} ({better} is better)", loc="left", fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"relative to the first bar; {processor}, one thread unless said", fontsize=9)
+    figure.set_layout_engine("constrained")
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
+from warnings import warn
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -18,14 +19,17 @@ from matplotlib.ticker import PercentFormatter
 from rich.console import Console
 from rich.table import Table
 
+from nobackprop.collecting import Collected, collect
 from nobackprop.records import Record, mean_and_deviation, tested
 
 
 def read(folder: Path) -> dict[str, list[Record]]:
     """All records below a folder, by run. Raises FileNotFoundError where there is none."""
+    found = collect([folder]) if folder.exists() else Collected()
+    for problem in found.unreadable + found.conflicts:
+        warn(problem, stacklevel=2)
     runs = defaultdict(list)
-    for path in sorted(folder.glob("*/seed*/record.json")):
-        record = Record.read(path)
+    for record in found.records.values():
         runs[f"{record.name}-{record.signature}"].append(record)
     if not runs:
         raise FileNotFoundError(f"no run records in {folder}/*/seed*/: train something with paths.runs={folder} first")

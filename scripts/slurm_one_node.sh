@@ -57,7 +57,7 @@ JobRequeue=1
 KillWait=5
 MinJobAge=300
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000,bf_interval=1
-NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$memory State=UNKNOWN
+NodeName=$host NodeAddr=127.0.0.1 CPUs=$(getconf _NPROCESSORS_ONLN) RealMemory=$memory State=UNKNOWN
 PartitionName=main Nodes=$host Default=YES MaxTime=INFINITE State=UP
 CONF
     export SLURM_CONF=$folder/slurm.conf
@@ -76,8 +76,14 @@ stop() {
     local folder=$1 pid
     export SLURM_CONF=$folder/slurm.conf
     scancel --user=root 2>/dev/null || true
+    for _ in $(seq 40); do
+        [ -n "$(squeue --noheader 2>/dev/null)" ] || break
+        sleep 0.5
+    done
     for daemon in slurmd slurmctld; do
-        pid=$(cat "$folder/$daemon.pid" 2>/dev/null) && kill "$pid" 2>/dev/null || true
+        pid=$(cat "$folder/$daemon.pid" 2>/dev/null) || continue
+        kill "$pid" 2>/dev/null || true
+        tail --pid="$pid" -f /dev/null
     done
     [ ! -e "$folder/munged" ] || kill "$(cat /run/munge/munged.pid)" 2>/dev/null || true
 }

@@ -173,13 +173,13 @@ def learner() -> "Callable[..., Learner]":
 
 @pytest.fixture
 def train(learner: Callable[..., Any]) -> Callable[[Problem, Rule], tuple[float, float]]:
-    """Fifty steps of Adam on a problem's one batch, from small weights: the loss at the start and at the end."""
+    """A hundred steps of Adam on a problem's one batch, from small weights: the loss at the start and at the end."""
 
     def run(problem: Problem, rule: Rule) -> tuple[float, float]:
         net, batch = problem.net, problem.batch
         w = {name: t.double() for name, t in initial_weights(net, rule, Normal(0.1), Normal(0.4), seed=0).items()}
         trained = learner(net, rule, batch.loss, w, partial(torch.optim.Adam, lr=0.01))
-        logits = [trained.step(batch.x.unsqueeze(0), batch.y.unsqueeze(0))[0] for _ in range(51)]
+        logits = [trained.step(batch.x.unsqueeze(0), batch.y.unsqueeze(0))[0] for _ in range(101)]
         first, last = (batch.loss.value(z, batch.y).mean().item() for z in (logits[0], logits[-1]))
         return first, last
 

@@ -55,7 +55,7 @@ def sweep(runs: Path, begun: connection.Connection, die_at_write: int | None) ->
 def test_no_record_is_lost_by_twenty_kills(tmp_path: Path) -> None:
     FORKSERVER.set_forkserver_preload(["nobackprop.sweeps", "hydra", __name__])  # so that a start takes no imports
 
-    def start(runs: Path, die_at_write: int | None = None) -> tuple[int | None, float]:
+    def start(runs: Path, die_at_write: int | None = None, kill_after: float | None = None) -> tuple[int | None, float]:
         """Runs the sweep until it ends or is killed; its exit status, and the seconds since training began."""
         receiver, sender = FORKSERVER.Pipe(duplex=False)
         process = FORKSERVER.Process(target=sweep, args=(runs, sender, die_at_write))
@@ -63,24 +63,26 @@ def test_no_record_is_lost_by_twenty_kills(tmp_path: Path) -> None:
         sender.close()
         receiver.recv()
         began = time.monotonic()
-        if die_at_write is None and runs != alone:
-            process.join(chance.expovariate(1 / pause))
+        process.join(kill_after)
+        if kill_after is not None:
             process.kill()
-        process.join()
+            process.join()
         return process.exitcode, time.monotonic() - began
 
     chance = random.Random(0)
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     status, seconds = start(alone)
     assert status == 0
-    pause = seconds / KILLS / 2  # so that the sweep is not over before the last kill
+    pause = seconds / KILLS / 2  # on the average, so that the sweep is not over before the last kill
     interrupted = []
     for i in range(KILLS):
-        status, _ = start(killed, die_at_write=chance.randrange(2, 24) if i % 2 else None)
+        if i % 2:
+            status, _ = start(killed, die_at_write=chance.randrange(2, 24))
+        else:
+            status, _ = start(killed, kill_after=chance.expovariate(1 / pause))
         assert status == -signal.SIGKILL, f"the sweep was over before kill {i + 1}"
         interrupted.append(len(list(killed.glob("*/seed*/record.json"))))
     assert len(set(interrupted)) > 1  # some kills came before the first record, some after
-    pause = 1e6
     assert start(killed)[0] == 0
     records = same_results(alone, killed)
     assert records == 6

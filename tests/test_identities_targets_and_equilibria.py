@@ -65,7 +65,7 @@ def test_dtps_small_steps_go_down_through_the_decoders_jacobians(problem: Proble
         for name, g in expected.items():
             torch.testing.assert_close(grads[name] / 1e-6, g, rtol=1e-4, atol=1e-7)
         if l > 1:
-            _, step = torch.autograd.functional.jvp(_decoder(net, w, l, h[l - 1]), h[l], step)
+            step = torch.autograd.functional.jvp(_decoder(net, w, l, h[l - 1]), h[l], step)[1]
             assert isinstance(step, Tensor)
 
 
@@ -121,39 +121,30 @@ def test_equilibrium_propagation_tends_to_the_gradient_of_the_loss_at_equilibriu
     problem = replace(problem, net=replace(problem.net, activation=activation(name)))
     w = _small(problem)
     expected = _at_rest(LONG, problem, w)
-    coarse, fine = (_distance(beta, problem, w, expected) for beta in (1e-2, 1e-3))
-    assert fine < 1e-2
-    assert fine < 0.2 * coarse
-
-
-def test_both_signs_of_beta_together_are_nearer(problem: Problem) -> None:
-    w, rule = _small(problem), replace(LONG, beta=0.05)
-    expected = _at_rest(rule, problem, w)
-    signs = [_grads(rule, problem, w, replace(problem.batch, noise={"sign": torch.tensor([s])})) for s in (0.3, -2.0)]
-    for name, g in expected.items():
-        one, two = ((grads[name] - g).norm() for grads in signs)
-        assert ((signs[0][name] + signs[1][name]) / 2 - g).norm() < 0.2 * min(one, two)
+    coarse, fine = (_distance(beta, problem, w, expected) for beta in (0.1, 0.01))
+    assert fine < 1e-3
+    assert fine < 0.02 * coarse + 1e-9  # a linear net has the gradient itself
 
 
 def test_units_at_rest_are_drawn_nowhere(problem: Problem) -> None:
     net, w = problem.net, _small(problem)
-    out = LONG.logits(net, w, problem.batch.x)
     h = LONG._free(net, w, problem.batch.x)
     assert torch.equal(h[0], problem.batch.x)
-    assert torch.equal(h[-1], out)
-    for l in range(1, net.L + 1):
-        z = net.layers[l - 1].forward(w[f"W{l}"], w[f"b{l}"], h[l - 1])
-        if l < net.L:
-            z = torch.tanh(z + net.feedback(l + 1, w[f"W{l + 1}"], h[l + 1], like=h[l]))
-        torch.testing.assert_close(h[l], z)
+    z = [net.layers[l - 1].forward(w[f"W{l}"], w[f"b{l}"], h[l - 1]) for l in range(1, net.L + 1)]
+    torch.testing.assert_close(LONG.logits(net, w, problem.batch.x), z[-1])
+    for l in range(1, net.L):
+        if l < net.L - 1:
+            z[l - 1] = z[l - 1] + net.feedback(l + 1, w[f"W{l + 1}"], h[l + 1], like=h[l])
+        torch.testing.assert_close(h[l], z[l - 1].tanh())
 
 
-def test_without_a_layer_between_there_is_nothing_to_relax() -> None:
-    net, loss = mlp((5,), 4, hidden=[], activation="tanh"), SoftmaxCrossEntropy(4)
-    problem = Problem(net, _batch(5, loss))
+@pytest.mark.parametrize("hidden", [[], [6]], ids=["linear", "one hidden layer"])
+def test_where_no_layer_feeds_back_the_prediction_is_the_forward_pass(hidden: list[int]) -> None:
+    net = mlp((5,), 4, hidden=hidden, activation="tanh")
+    problem = Problem(net, _batch(5, SoftmaxCrossEntropy(4)))
     w = problem.weights(LONG)
     torch.testing.assert_close(LONG.logits(net, w, problem.batch.x), net.logits(w, problem.batch.x))
-    assert _distance(1e-4, problem, w, _grads(BP(), problem, w)) < 1e-4
+    assert _distance(1e-5, problem, w, _grads(BP(), problem, w)) < 1e-3
 
 
 @pytest.mark.parametrize(

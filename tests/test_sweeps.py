@@ -279,7 +279,7 @@ def test_a_sweep_skips_repeats_goes_on_and_tells(
     text = shown(console)
     assert [o.state for o in outcomes] == ["finished", "failed", "failed", "finished"]
     assert outcomes[2].reason == "RuntimeError: no such thing"
-    assert text.index("raise RuntimeError") < text.index("4/4 killed: was interrupted, goes on from step 261")
+    assert text.index("raise RuntimeError") < text.index("4/4 killed: starts; was interrupted, goes on from step 261")
     assert "2/4 wrong: failed: rule MDFA needs non-negative weights" in text
     assert "2 finished, 2 failed" in text
     assert re.search(r"breaks +│ failed +│ +│ RuntimeError: no such thing", text)
@@ -288,7 +288,7 @@ def test_a_sweep_skips_repeats_goes_on_and_tells(
     outcomes = sweeps.run([jobs[0], *jobs[2:]], Basic(), again)
     assert [o.state for o in outcomes] == ["recorded", "finished", "recorded"]
     assert "1/3 good: is recorded already" in shown(again)
-    assert "2/3 breaks: failed before (in detail), is tried again" in shown(again)
+    assert "2/3 breaks: starts; failed before (in detail), is tried again" in shown(again)
     assert not (folder(jobs[2].config) / "error.txt").exists()
     best = [max(e["val/accuracy"] or 0 for e in r.epochs) for r in outcomes[0].records]
     assert outcomes[0].objective == pytest.approx(sum(best) / 2)

@@ -65,7 +65,19 @@ def folder(cfg: DictConfig) -> Path:
     return prepare(cfg).folder
 
 
-GROUPS = ("rule", "dataset", "arch", "init", "loss", "optimizer", "schedule", "trainer", "logger", "diagnostics")
+GROUPS = (
+    "rule",
+    "dataset",
+    "arch",
+    "init",
+    "loss",
+    "optimizer",
+    "schedule",
+    "trainer",
+    "logger",
+    "diagnostics",
+    "launcher",
+)
 
 
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g in GROUPS for o in options(g)])

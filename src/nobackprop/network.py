@@ -127,7 +127,8 @@ class _Layers(Sequence[Tensor]):
         self.get, self.size = get, size
 
     def __getitem__(self, l: Any) -> Any:
-        return self.get(l)
+        numbers = range(self.size)[l]  # as a list does with slices, numbers from the end and those that don't exist
+        return self.get(numbers) if isinstance(numbers, int) else [self.get(number) for number in numbers]
 
     def __len__(self) -> int:
         return self.size
@@ -136,8 +137,8 @@ class _Layers(Sequence[Tensor]):
 def _recomputed(net: Network, w: Weights, x: Tensor) -> tuple[_Layers, _Layers]:
     """z and h as `Network.forward` gives them: the layers in use, and below them one h for each segment of layers.
 
-    Chen, Xu, Zhang & Guestrin, "Training deep nets with sublinear memory cost", 2016. Each segment is computed once
-    more, going down as rules do; but for the logits, what was above is freed then and can't be asked for again.
+    Chen, Xu, Zhang & Guestrin, "Training deep nets with sublinear memory cost", 2016. Going down, as most rules do,
+    each segment is computed once more, and what was above is freed; going up again starts from what is left.
     """
     length = isqrt(net.L) // 2 + 1
     kept = {0: x}  # segment number: the h below its first layer
@@ -151,18 +152,20 @@ def _recomputed(net: Network, w: Weights, x: Tensor) -> tuple[_Layers, _Layers]:
                 h[l] = net.activation.f(z[l])
         return z, h
 
-    last = (net.L - 1) // length
-    for number in range(last):
-        kept[number + 1] = segment(number)[1][(number + 1) * length]
-    current = list(segment(last))
+    def reach(number: int) -> list[dict[int, Tensor]]:
+        for above in [n for n in kept if n > number]:
+            del kept[above]
+        for below in range(max(kept), number):
+            kept[below + 1] = segment(below)[1][(below + 1) * length]
+        return list(segment(number))
+
+    current = reach((net.L - 1) // length)
     logits = current[0][net.L]
 
     def find(which: int, l: int) -> Tensor:
-        number = max(l - 1, 0) // length
         if l not in current[which]:
-            for above in [n for n in kept if n > number]:
-                del kept[above]
-            current[:] = segment(number)
+            current.clear()  # before the next segment needs memory
+            current.extend(reach(max(l - 1, 0) // length))
         return current[which][l]
 
     return _Layers(lambda l: logits if l == net.L else find(0, l), net.L + 1), _Layers(lambda l: find(1, l), net.L)

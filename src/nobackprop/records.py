@@ -7,12 +7,23 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+)
+from pydantic_core import to_json
 
 
 class _Strict(BaseModel):
@@ -43,6 +54,40 @@ class Machine(_Strict):
     devices: PositiveInt = 1  # each trained on its part of every mini-batch
 
 
+def _rows(epochs: Any) -> Any:
+    """The epochs, one dict each: from what `record.json` has, or from the columns that `Record.line` writes."""
+    if not isinstance(epochs, dict):
+        return epochs
+    try:
+        columns = {name: _unpacked(column) for name, column in epochs.items()}
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    except (TypeError, KeyError, ArithmeticError, ValueError) as e:
+        raise ValueError(f"damaged columns ({e})") from None
+
+
+def _unpacked(column: Any) -> Sequence[Any]:
+    if not isinstance(column, dict):
+        return column
+    if "range" in column:
+        return range(*column["range"])
+    return [count / column["of"] for count in column["counts"]]
+
+
+def _packed(column: list[Any], totals: Iterable[int]) -> Any:
+    """The shortest form that gives every number back to the bit: a range, counts out of a total, or as it is."""
+    if all(type(value) is int for value in column):
+        step = column[1] - column[0] if len(column) > 1 else 1
+        numbers = [column[0], column[-1] + 1, step]
+        return {"range": numbers} if step > 0 and column == list(range(*numbers)) else column
+    if all(type(value) is float and 0 <= value <= 1 for value in column):
+        values = np.array(column)
+        for total in totals:
+            counts = np.rint(values * total).astype(int)
+            if (counts / total).tobytes() == values.tobytes():
+                return {"of": total, "counts": counts.tolist()}
+    return column
+
+
 class Record(_Strict):
     """One seed of one run. Its key is (signature, seed). Accuracies are fractions, times are seconds."""
 
@@ -62,7 +107,7 @@ class Record(_Strict):
     finished: str  # date and time, UTC
     wall_s: NonNegativeFloat  # of this seed, or of the stack it was trained in
     steps: NonNegativeInt
-    epochs: list[dict[str, int | float | None]]
+    epochs: Annotated[list[dict[str, int | float | None]], BeforeValidator(_rows)]
     best_epoch: PositiveInt | None
     diverged_epoch: PositiveInt | None
     test: dict[str, float] | None  # None where the run diverged before any epoch was over
@@ -71,11 +116,26 @@ class Record(_Strict):
         """Writes the record as one line, atomically: a reader, or a power cut, finds all of it or nothing."""
         write_atomically(path, (self.model_dump_json() + "\n").encode())
 
+    def line(self) -> bytes:
+        """The record as one short line that `parse` reads back to the bit: epochs are columns, accuracies counts."""
+        record = self.model_dump(exclude={"epochs"})
+        record["epochs"] = self.epochs
+        if self.epochs and all(epoch.keys() == self.epochs[0].keys() for epoch in self.epochs):  # else: as they are
+            trained: Any = self.epochs[0].get("step") or 0, self.config.get("batch_size") or 0
+            totals = [total for total in (self.data.validation, prod(trained), self.data.train) if total]
+            record["epochs"] = {n: _packed([epoch[n] for epoch in self.epochs], totals) for n in self.epochs[0]}
+        return to_json(record) + b"\n"
+
     @classmethod
     def read(cls, path: Path) -> "Record":
         """Raises ValueError, naming the file, where it holds no valid record."""
+        return cls.parse(path.read_bytes(), str(path))
+
+    @classmethod
+    def parse(cls, content: bytes, path: str) -> "Record":
+        """A record from JSON that was read at `path`, which is named in the ValueError raised for no valid record."""
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate_json(content)
         except ValidationError as e:
             error = next((error for error in e.errors() if error["loc"] == ("format",)), e.errors()[0])
             where = ".".join(str(part) for part in error["loc"]) or "the file"

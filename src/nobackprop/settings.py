@@ -114,7 +114,7 @@ class Settings(_Strict):
     stack: bool | None
     threads: PositiveInt
     compile: bool | None
-    recompute: bool
+    recompute: bool | None
     workers: PositiveInt | None
     checkpoint_minutes: NonNegativeFloat
     dry_run: bool
@@ -159,7 +159,12 @@ class Settings(_Strict):
     @property
     def signature(self) -> str:
         """A hash of `identity`: with the seed it is the key of a record."""
-        return sha256(json.dumps(_as_floats(self.identity()), sort_keys=True).encode()).hexdigest()[:12]
+        return digest(self.identity())
+
+
+def digest(config: dict[str, Any]) -> str:
+    """A hash of a config in which 1 and 1.0 are one number."""
+    return sha256(json.dumps(_as_floats(config), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _as_floats(tree: Any) -> Any:

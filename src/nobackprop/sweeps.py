@@ -156,7 +156,7 @@ def run(jobs: Sequence[Job], launcher: Launcher, console: Console, dry_run: bool
             say(i, "is recorded already")
 
     def starting(i: int, text: str) -> None:
-        say(i, found[i].before or text)
+        say(i, f"{text}; {found[i].before}" if found[i].before else text)
 
     left = {i: job for i, job in enumerate(jobs) if i not in outcomes}
     if dry_run:

@@ -51,6 +51,7 @@ for name in ("pytorch_lightning", "lightning_fabric"):
 warnings.filterwarnings("ignore", message=".*LeafSpec.*")
 
 
+RECOMPUTE_FROM = 2**29  # bytes of activations
 COMPILE_FROM = 100_000  # mini-batches: on a small net compiling saves about 0.3 ms each, and costs half a minute once
 LOCAL = re.compile(r"^paths\.|\.(root|cache)=")  # overrides that say where things are on this machine
 
@@ -104,7 +105,9 @@ def prepare(cfg: DictConfig) -> Run:
         )
     rule = build(s.rule, "rule")
     loss = build(s.loss, "loss", s.dataset.classes or source.num_classes)
-    net = replace(build(s.arch, "arch", source.shape, loss.outputs), recompute=s.recompute)
+    net = build(s.arch, "arch", source.shape, loss.outputs)
+    kept = 2 * 4 * s.batch_size * sum(net.units(l) for l in range(net.L))  # bytes of z and h
+    net = replace(net, recompute=kept >= RECOMPUTE_FROM if s.recompute is None else s.recompute)
     run = Run(
         settings=s,
         rule=rule,

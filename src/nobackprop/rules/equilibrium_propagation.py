@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nobackprop.layers import Shape
 from nobackprop.network import Network, Weights
 from nobackprop.rule import Batch, Grads, Rule
 
@@ -15,22 +14,28 @@ class EquilibriumPropagation(Rule):
     """Equilibrium propagation: what a slight push of the outputs to their targets changes everywhere is the gradient.
 
     Scellier & Bengio, "Equilibrium propagation: bridging the gap between energy-based models and backpropagation",
-    Frontiers in Computational Neuroscience 2017. Connections are symmetric: units relax under the layers below and
-    above, in steps of `epsilon`, to a minimum of the energy plus beta times the loss,
+    Frontiers in Computational Neuroscience 2017. Connections are symmetric: the hidden units relax under the layers
+    below and above, in steps of `epsilon`, to a minimum of the energy plus beta times the loss. For l = 1..L-1
 
         h[l] += epsilon (f(W[l] h[l-1] + b[l] + W[l+1]^T h[l+1]) - h[l])
-        h[L] += epsilon (W[L] h[L-1] + b[L] - beta dloss/dh[L] - h[L])
 
-    `free_steps` with beta 0, to the net's prediction h[L], then `nudged_steps` from there with beta; then
+    where the outputs `z[L] = W[L] h[L-1] + b[L]` push with `-beta dloss/dh[L-1]` instead of `W[L]^T h[L]`.
+    `free_steps` with beta 0, to the net's prediction z[L], then, twice from there, `nudged_steps` with +beta and with
+    -beta; of the two states
 
-        dW[l] = (h[l] h[l-1]^T  free  -  h[l] h[l-1]^T  nudged) / beta,   db[l] = (h[l] free - h[l] nudged) / beta
+        dW[l] = (h[l] h[l-1]^T at -beta  -  h[l] h[l-1]^T at +beta) / (2 beta),   dW[L] = mean of dloss/dz[L] h[L-1]^T
 
-    which tends to the gradient of the prediction's loss as beta goes to 0. The sign of beta is drawn at every step.
+    and b alike, which tend to the gradient of the prediction's loss as beta goes to 0.
 
-    Departs from the paper: units take the step to f of their input, which has the equilibria of the paper's
-    `f'(s) input - s` where f is clipping (the paper's choice, here activation `pl`) and an energy for any
-    non-decreasing f; outputs are linear, for any loss; relaxation starts from the forward pass, not from where the same
-    image left off an epoch ago. An unbounded f, such as relu, may run away.
+    Departs from the paper: it compares one sign of beta, drawn at random, with the free state; with both signs what the
+    free phase left unfinished cancels. Outputs are read out and not part of the energy, for losses other than squared
+    error. Both are from Laborieux et al., "Scaling equilibrium propagation to deep ConvNets by drastically reducing its
+    gradient estimator bias", Frontiers in Neuroscience 2021. Units take a step to f of their input, which has the
+    equilibria of the paper's `f'(s) input - s` where f is clipping (the paper's choice; here activation `pl`) and an
+    energy for any non-decreasing f. Relaxation starts from the forward pass, not from where the same image left off.
+
+    Large weights let the units come to rest where the input no longer matters, and then nothing is learned: start them
+    smaller than for other rules (`init.forward=U0.5`), and learn more slowly.
     """
 
     beta: float = 0.5
@@ -49,41 +54,48 @@ class EquilibriumPropagation(Rule):
             raise ValueError(f"rule.nudged_steps is {self.nudged_steps}: without any nothing is learned, so 1 or more")
 
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
-        beta = self.beta * batch.noise["sign"].sign()  # (1,)
+        def error(h: Tensor) -> Tensor:
+            return batch.error(_input(net, w, net.L, h))
+
         free = self._free(net, w, batch.x)
-        nudged = self._relax(net, w, free, self.nudged_steps, lambda out: beta * batch.error(out))
         g = {}
-        for l in range(1, net.L + 1):
-            before, after = net.hebbian(l, free[l - 1], free[l]), net.hebbian(l, nudged[l - 1], nudged[l])
-            g |= {name: (before[name] - after[name]) / beta for name in before}
-        return g, free[net.L]
+        for beta in (self.beta, -self.beta):
+
+            def push(h: Tensor, beta: float = beta) -> Tensor:
+                return -beta * net.feedback(net.L, w[f"W{net.L}"], error(h), like=h)
+
+            h = self._relax(net, w, free, self.nudged_steps, push)
+            each = {name: t / 2 for name, t in net.hebbian(net.L, h[-1], error(h[-1])).items()}
+            for l in range(1, net.L):
+                each |= {name: t / (-2 * beta) for name, t in net.hebbian(l, h[l - 1], h[l]).items()}
+            g = {name: t + g.get(name, 0) for name, t in each.items()}
+        return g, _input(net, w, net.L, free[-1])
 
     def logits(self, net: Network, w: Weights, x: Tensor) -> Tensor:
-        return self._free(net, w, x)[net.L]
-
-    def noise(self, net: Network, samples: int) -> dict[str, Shape]:
-        return {"sign": (1,)}
+        return _input(net, w, net.L, self._free(net, w, x)[-1])
 
     def _free(self, net: Network, w: Weights, x: Tensor) -> list[Tensor]:
-        z, h = net.forward(w, x)
-        return self._relax(net, w, [*h, z[net.L]], self.free_steps, lambda out: 0)
+        _, h = net.forward(w, x)
+        return self._relax(net, w, list(h), self.free_steps, lambda _: 0)
 
     def _relax(
         self, net: Network, w: Weights, h: list[Tensor], steps: int, push: Callable[[Tensor], Tensor | int]
     ) -> list[Tensor]:
-        """The states h[0..L] after so many steps; h[0] is the input and stays."""
-
-        def from_below(h: list[Tensor], l: int) -> Tensor:
-            return net.layers[l - 1].forward(w[f"W{l}"], w.get(f"b{l}"), h[l - 1])
-
-        first = from_below(h, 1)  # stays too
+        """The states h[0..L-1] after so many steps under a push of the last; h[0] is the input and stays."""
+        if net.L == 1:
+            return h
+        first = _input(net, w, 1, h[0])  # stays too
 
         def target(h: list[Tensor], l: int) -> Tensor:
-            below = first if l == 1 else from_below(h, l)
-            if l == net.L:
-                return below - push(h[l])
-            return net.activation.f(below + net.feedback(l + 1, w[f"W{l + 1}"], h[l + 1], like=h[l]))
+            below = first if l == 1 else _input(net, w, l, h[l - 1])
+            above = push(h[l]) if l == net.L - 1 else net.feedback(l + 1, w[f"W{l + 1}"], h[l + 1], like=h[l])
+            return net.activation.f(below + above)
 
         for _ in range(steps):
-            h = [h[0], *(h[l] + self.epsilon * (target(h, l) - h[l]) for l in range(1, net.L + 1))]
+            h = [h[0], *(h[l] + self.epsilon * (target(h, l) - h[l]) for l in range(1, net.L))]
         return h
+
+
+def _input(net: Network, w: Weights, l: int, h: Tensor) -> Tensor:
+    """What layer l gets from the states h of the layer below."""
+    return net.layers[l - 1].forward(w[f"W{l}"], w.get(f"b{l}"), h)

@@ -1,0 +1,38 @@
+"""Gathers run records into a file of lines, one per run and seed, that the tables and figures are made from.
+
+    python scripts/collect.py runs/lra_e --into results/records/lra_e.jsonl
+    python scripts/collect.py runs/lra_e /elsewhere/lra_e.jsonl --table all.parquet
+
+Sources are folders of runs, of one run or of one seed, and such files from other machines. What is there already stays
+as it is; only what is new is appended, so it can be started again at any time, also while runs train. `--table` writes
+what was found as a table, .csv or .parquet. Exit status 1 where a record could not be read or differs from one gathered
+before.
+"""
+
+import argparse
+from pathlib import Path
+
+from nobackprop.collecting import collect, table, write_table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs, or .jsonl files")
+    parser.add_argument("--into", type=Path, metavar="FILE.jsonl", help="where to append what is new")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="a table of all records: .csv or .parquet")
+    options = parser.parse_args()
+    try:
+        found = collect(options.runs, options.into)
+        if options.table:
+            write_table(table(found.records.values()), options.table)
+    except (ValueError, FileNotFoundError) as e:
+        parser.exit(2, f"collect.py: {e}\n")
+    for problem in found.unreadable + found.conflicts:
+        print(problem)
+    print(f"{len(found.records)} records of {len({signature for signature, _ in found.records})} runs", end="")
+    print(f", {found.added} of them new in {options.into}" if options.into else "")
+    parser.exit(1 if found.unreadable or found.conflicts else 0)
+
+
+if __name__ == "__main__":
+    main()

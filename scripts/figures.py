@@ -1,0 +1,211 @@
+"""Figures of a paper's results, as SVG: the same records give the same bytes."""
+
+import io
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import ceil
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from findings import Findings, Found, Row, Table, described
+from matplotlib.figure import Figure as Canvas
+
+# Okabe & Ito's colours, which the colour-blind can tell apart; a rule has the same one in every figure.
+COLOURS = {
+    "bp": "#000000",
+    "fa": "#E69F00",
+    "dfa": "#56B4E9",
+    "lra_e": "#D55E00",
+    "mdfa": "#009E73",
+}
+OTHERS = ("#CC79A7", "#0072B2", "#8C6D1F", "#7F7F7F", "#A020F0")
+STYLE: Any = {
+    "svg.hashsalt": "nobackprop",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial", "sans-serif"],
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "lines.linewidth": 1.5,
+}
+ANGLE = "angle/update_W"
+
+
+def figures(found: Findings) -> dict[str, bytes]:
+    """Every figure there is something to draw for: `<table>_error`, `_curves`, `_time` and `_angles`."""
+    made: dict[str, bytes] = {}
+    colour = colours(found.rules)
+    for table in found.layout.tables:
+        rows = [row for row in found.tables[table.name] if row.run]
+        if not rows:
+            continue
+        kinds: dict[str, Callable[[], Canvas]] = {}
+        if table.against and len({row.labels[table.against] for row in rows}) > 1:
+            kinds["error"] = partial(_against, table, rows, colour)
+        for kind, line, x in (("curves", _curve, "epoch"), ("time", _time, "seconds of training")):
+            kinds[kind] = partial(_panels, table, rows, colour, line, x, "validation accuracy, %")
+        if measured := [(row, rule, c) for row in rows for rule, c in row.cells.items() if rule != "bp" and _layers(c)]:
+            kinds["angles"] = partial(_angles, measured)
+        for kind, draw in kinds.items():
+            made[f"{table.name}_{kind}"] = _svg(draw)
+    return made
+
+
+def colours(rules: Sequence[str]) -> dict[str, str]:
+    """A colour for each rule."""
+    new = (rule for rule in rules if rule not in COLOURS)
+    return COLOURS | dict(zip(new, OTHERS * 4, strict=False))
+
+
+def _svg(draw: Callable[[], Canvas]) -> bytes:
+    with mpl.rc_context(STYLE):
+        canvas, file = draw(), io.BytesIO()
+        canvas.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    svg = re.sub(r"(\d+\.\d\d)\d+", r"\1", file.getvalue().decode())  # hundredths of a point are enough
+    return re.sub(r'<g id="rule:(\w+)">', r'<g class="rule-\1">', svg).encode()
+
+
+def _axes(number: int, columns: int, x: str, y: str, height: float = 1.5) -> tuple[Canvas, list[Any]]:
+    """Panels in a grid with a common name for each axis. Sizes are in inches."""
+    columns = min(number, columns)
+    lines = ceil(number / columns)
+    left, right, below, above, wide, between = 0.65, 0.15, 0.5, 0.65, 2.2, (0.4, 0.5)
+    width = left + columns * wide + (columns - 1) * between[0] + right
+    tall = below + lines * height + (lines - 1) * between[1] + above
+    canvas = Canvas(figsize=(width, tall))
+    axes = canvas.subplots(lines, columns, squeeze=False).flatten()
+    # By hand, since matplotlib's own layouts draw everything several times.
+    canvas.subplots_adjust(
+        left=left / width,
+        right=1 - right / width,
+        bottom=below / tall,
+        top=1 - above / tall,
+        wspace=between[0] / wide,
+        hspace=between[1] / height,
+    )
+    canvas.text((left + width - right) / 2 / width, 0.1 / tall, x, ha="center", va="bottom")
+    canvas.text(0.1 / width, (below + tall - above) / 2 / tall, y, ha="left", va="center", rotation=90)
+    for ax in axes[number:]:
+        ax.remove()
+    for ax in axes[:number]:
+        ax.locator_params(nbins=4)
+    return canvas, list(axes[:number])
+
+
+def _legend(canvas: Canvas, axes: Sequence[Any]) -> None:
+    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    at_most = max(2, round(canvas.get_figwidth() / 1.1))
+    canvas.legend(handles.values(), handles, loc="upper center", ncols=at_most, frameon=False)
+
+
+def _panels(
+    table: Table, rows: Sequence[Row], colour: dict[str, str], line: Callable[..., None], x: str, y: str
+) -> Canvas:
+    """One panel a row of the table, one line a rule; those along `against` stand beside each other."""
+    choices = len({row.labels[table.against] for row in rows}) if table.against else 0
+    columns = choices if 2 < choices < 6 else 4
+    canvas, axes = _axes(len(rows), columns, x, y)
+    for ax, row in zip(axes, rows, strict=True):
+        for rule, cell in row.cells.items():
+            if cell.records:
+                line(ax, cell, colour[rule], rule)
+        ax.set_title(described(row.labels))
+    _legend(canvas, axes)
+    return canvas
+
+
+def _metric(cell: Found, name: str) -> np.ndarray:
+    """(seeds, epochs) of a metric; NaN where a seed has ended or diverged."""
+    longest = max(len(r.epochs) for r in cell.records)
+    values = np.full((len(cell.records), longest), np.nan)
+    for i, record in enumerate(cell.records):
+        for j, epoch in enumerate(record.epochs):
+            value = epoch.get(name)
+            values[i, j] = np.nan if value is None else value
+    return values
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Over the seeds that have a value; NaN where none has."""
+    count = (~np.isnan(values)).sum(0)
+    return np.where(count > 0, np.nansum(values, 0) / np.maximum(count, 1), np.nan)
+
+
+def _curve(ax: Any, cell: Found, colour: str, label: str) -> None:
+    """The mean over seeds, and a band from the lowest seed to the highest."""
+    values = 100 * _metric(cell, "val/accuracy")
+    epochs = np.arange(1, values.shape[1] + 1)
+    ax.plot(epochs, _mean(values), color=colour, label=label, gid=f"rule:{label}")
+    if len(values) > 1:
+        low, high = np.fmin.reduce(values), np.fmax.reduce(values)
+        ax.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0, gid=f"rule:{label}")
+
+
+def _time(ax: Any, cell: Found, colour: str, label: str) -> None:
+    """Against a seed's wall time, taken to be the same for each of its epochs."""
+    values = 100 * _metric(cell, "val/accuracy")
+    spent = np.mean([r.wall_s / r.stacked / max(len(r.epochs), 1) for r in cell.records])
+    ax.plot(spent * np.arange(1, values.shape[1] + 1), _mean(values), color=colour, label=label, gid=f"rule:{label}")
+
+
+def _against(table: Table, rows: Sequence[Row], colour: dict[str, str]) -> Canvas:
+    """Test error against an axis of the table, with 95 % intervals: one panel for each choice of the other axes."""
+    x = table.against
+    assert x is not None
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(choice for axis, choice in row.labels.items() if axis != x), []).append(row)
+    canvas, axes = _axes(len(groups), 4, x.replace("_", " "), "test error, %", height=2)
+    ticks = list(dict.fromkeys(row.labels[x] for row in rows))
+    for ax, (group, members) in zip(axes, groups.items(), strict=True):
+        rules = list(
+            dict.fromkeys(rule for row in members for rule, cell in row.cells.items() if cell.mean is not None)
+        )
+        for i, rule in enumerate(rules):
+            cells = [(row.labels[x], row.cells[rule]) for row in members if rule in row.cells]
+            points = [(ticks.index(at), cell) for at, cell in cells if cell.mean is not None]
+            shift = 0.06 * (i - (len(rules) - 1) / 2)  # so that intervals of several rules stay apart
+            at = [place + shift for place, _ in points]
+            error = [100 - 100 * (cell.mean or 0) for _, cell in points]
+            half = [50 * (cell.interval[1] - cell.interval[0]) if cell.interval else 0 for _, cell in points]
+            line, caps, bars = ax.errorbar(
+                at, error, half, color=colour[rule], label=rule, marker="o", markersize=4, capsize=2
+            )
+            for artist in (line, *caps, *bars):
+                artist.set_gid(f"rule:{rule}")
+        ax.set_xticks(range(len(ticks)), ticks)
+        ax.set_ylim(0, 1.08 * ax.get_ylim()[1])
+        ax.set_title(", ".join(choice.replace("_", " ") for choice in group))
+    _legend(canvas, axes)
+    return canvas
+
+
+def _layers(cell: Found) -> list[int]:
+    """The layers whose updates' angle to the gradient was measured."""
+    names = {name for record in cell.records for name in (record.epochs[0] if record.epochs else ())}
+    return sorted(int(name.removeprefix(ANGLE)) for name in names if name.startswith(ANGLE))
+
+
+def _angles(measured: Sequence[tuple[Row, str, Found]]) -> Canvas:
+    """The angle of each layer's update to backpropagation's gradient: one panel a cell, a darker line the deeper."""
+    columns = max(Counter(id(row) for row, _, _ in measured).values())
+    canvas, axes = _axes(len(measured), columns, "epoch", "angle to the gradient, degrees")
+    deepest = max(_layers(cell)[-1] for _, _, cell in measured)
+    shades = mpl.colormaps["viridis"](np.linspace(0.9, 0.0, deepest))
+    for ax, (row, rule, cell) in zip(axes, measured, strict=True):
+        for l in _layers(cell):
+            angles = _mean(_metric(cell, f"{ANGLE}{l}"))
+            ax.plot(np.arange(1, len(angles) + 1), angles, color=shades[l - 1], label=f"layer {l}", linewidth=1.1)
+        ax.axhline(90, color="#888888", linestyle=":", linewidth=1)
+        ax.set_ylim(0, 100)
+        ax.set_yticks([0, 30, 60, 90])
+        ax.set_title(f"{rule}: {described(row.labels)}", fontsize=8)
+    _legend(canvas, axes)
+    return canvas

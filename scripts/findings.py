@@ -1,0 +1,433 @@
+"""What the recorded runs say of a paper: the cells of its tables, and the verdicts on its claims.
+
+All of it comes from files: records (`results/records/*.jsonl`), published figures (`results/published/<paper>.yaml`),
+the grid, tables and claims in `conf/`, and why cells were not run (`results/not_run.yaml`). Nothing is trained.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Annotated, Any, Literal
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+from reproduce import Cell, cells
+
+from nobackprop import claims
+from nobackprop.claims import Labels, Result, checked, interval
+from nobackprop.cli import CONF
+from nobackprop.records import Record
+from nobackprop.settings import Settings, digest
+
+ROOT = Path(__file__).parents[1]
+Choices = Annotated[list[Annotated[str, BeforeValidator(str)]], Field(min_length=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Figure(_Strict):
+    """A figure that somebody published: where it stands there, and the cells it is to be compared with."""
+
+    table: str
+    row: str
+    column: str
+    value: float = Field(ge=0, le=100)
+    unit: Literal["accuracy, %", "error, %"]
+    spread: float | None = Field(default=None, ge=0)
+    seeds: PositiveInt | None = None
+    source: str
+    cell: Labels = {}
+
+    @property
+    def accuracy(self) -> float:
+        """In percent."""
+        return self.value if self.unit == "accuracy, %" else 100 - self.value
+
+
+class Published(_Strict):
+    """A file of results/published."""
+
+    paper: str
+    link: str | None
+    seeds: PositiveInt | None
+    figures: list[Figure]
+
+    @model_validator(mode="after")
+    def _each_once(self) -> "Published":
+        places = [(f.table, f.row, f.column) for f in self.figures]
+        if twice := [place for place in places if places.count(place) > 1]:
+            raise ValueError(f"table {twice[0][0]!r}, row {twice[0][1]!r}, column {twice[0][2]!r} is there twice")
+        return self
+
+
+class NotRun(_Strict):
+    """Cells that have no runs, and why."""
+
+    cells: dict[str, Choices]
+    reason: str
+
+
+class Table(_Strict):
+    """A table of conf/tables: which cells, which axes make its rows; its columns are rules."""
+
+    name: str
+    title: str
+    where: dict[str, Choices]
+    rows: list[str] = Field(min_length=1)
+    apart: list[str]
+    against: str | None = None
+
+
+class Layout(_Strict):
+    """A file of conf/tables."""
+
+    title: str
+    stand_ins: dict[str, str] = {}
+    tables: list[Table] = Field(min_length=1)
+
+
+def read(model: Any, path: Path) -> Any:
+    """A YAML file as a model. Raises ValueError, naming file and key, where it is not valid."""
+    return checked(model, yaml.safe_load(path.read_text()), path)
+
+
+def published(folder: Path) -> dict[str, Published]:
+    """Everything in results/published, by paper."""
+    return {path.stem: read(Published, path) for path in sorted(folder.glob("*.yaml"))}
+
+
+def papers() -> list[str]:
+    """The papers whose tables can be made."""
+    return sorted(path.stem for path in (CONF / "tables").glob("*.yaml"))
+
+
+@dataclass(frozen=True)
+class Found:
+    """A cell with its runs: the records that the table shows, one per seed, all with the same number of epochs."""
+
+    labels: Mapping[str, str]
+    rule: str
+    overrides: Sequence[str]
+    records: Sequence[Record] = ()
+    epochs: int | None = None
+    planned_epochs: int | None = None  # the paper's
+    planned_seeds: int | None = None  # the paper's, where they are known
+    stand_in: str | None = None  # the dataset taken in place of the paper's
+    reason: str = "not run yet"  # why there are no records
+    figures: Sequence[Figure] = ()
+
+    @cached_property
+    def accuracies(self) -> dict[int, float]:
+        """Test accuracy by seed, of those that did not diverge before they could be tested."""
+        return {r.seed: r.test["accuracy"] for r in self.records if r.test}
+
+    @property
+    def tested(self) -> list[float]:
+        return list(self.accuracies.values())
+
+    @property
+    def diverged(self) -> int:
+        return len(self.records) - len(self.accuracies)
+
+    @property
+    def mean(self) -> float | None:
+        return mean(self.tested) if self.tested else None
+
+    @property
+    def deviation(self) -> float | None:
+        return stdev(self.tested) if len(self.tested) > 1 else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 %, by Student's t; None for fewer than two seeds."""
+        return interval(self.tested) if len(self.tested) > 1 else None
+
+    @property
+    def for_claims(self) -> dict[int, float]:
+        """As `accuracies`, with a seed that diverged before it could be tested at chance level."""
+        return {r.seed: r.test["accuracy"] if r.test else 1 / len(r.data.classes) for r in self.records}
+
+    @property
+    def marks(self) -> list[str]:
+        """What departs from the paper, as sentences."""
+        found = []
+        if self.records and len(self.records) < (self.planned_seeds or 0):
+            found.append("fewer seeds than the paper")
+        if self.stand_in:
+            found.append(f"{self.stand_in} in place of the paper's images")
+        if self.diverged:
+            found.append("some seeds diverged before they could be tested and are left out of the mean")
+        return found
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table: its choices, and a cell per rule."""
+
+    labels: Mapping[str, str]
+    cells: Mapping[str, Found]
+
+    @property
+    def run(self) -> bool:
+        return any(cell.records for cell in self.cells.values())
+
+    @property
+    def seeds(self) -> str:
+        counts = {len(cell.records) for cell in self.cells.values() if cell.records}
+        return "-".join(str(count) for count in sorted(counts))
+
+    @property
+    def epochs(self) -> str:
+        counts = {cell.epochs for cell in self.cells.values() if cell.epochs}
+        return "-".join(str(count) for count in sorted(counts))
+
+    @property
+    def fewer_epochs(self) -> bool:
+        """Than the paper's."""
+        return any(cell.epochs and cell.epochs < (cell.planned_epochs or 0) for cell in self.cells.values())
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that is known of a paper's results."""
+
+    paper: str
+    layout: Layout
+    published: Published | None
+    tables: Mapping[str, Sequence[Row]]
+    verdicts: Sequence[Result]
+    claims: claims.Claims | None
+    rules: Sequence[str]
+
+
+class Composer:
+    """Composes many configs that share most choices: Hydra once per choice of groups, plain values set afterwards."""
+
+    def __init__(self) -> None:
+        self.parents: dict[tuple[str, ...], tuple[dict[str, Any], dict[str, str]]] = {}
+        self.parser = OverridesParser.create()
+
+    def identity(self, overrides: Iterable[str]) -> dict[str, Any]:
+        """What identifies the config of these overrides; of several of one key the last one counts."""
+        groups, values = self._split(overrides)
+        content = deepcopy(self._parent(groups)[0])
+        for override in self.parser.parse_overrides(values):
+            *parents, name = override.key_or_group.split(".")
+            node = content
+            for parent in parents:
+                node = node[parent]
+            node[name] = override.value()
+        return Settings.of(OmegaConf.create(content)).identity()
+
+    def defaults(self, overrides: Iterable[str]) -> dict[str, Any]:
+        """The same for the same choices of groups, with every key as the group's own file has it."""
+        groups, _ = self._split(overrides)
+        choices = self._parent(groups)[1] | {"tuned": "none"}
+        return self.identity([f"{group}={choice}" for group, choice in choices.items() if group != "experiment"])
+
+    def _split(self, overrides: Iterable[str]) -> tuple[tuple[str, ...], list[str]]:
+        by_key = {text.split("=", 1)[0]: text for text in overrides}
+        groups = {name: text for name, text in by_key.items() if (CONF / name.lstrip("+")).is_dir()}
+        return tuple(groups.values()), [text for name, text in by_key.items() if name not in groups]
+
+    def _parent(self, groups: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+        if groups not in self.parents:
+            with initialize_config_dir(str(CONF), version_base="1.3"):
+                cfg = compose("train", list(groups), return_hydra_config=True)
+            choices = {name: choice for name, choice in cfg.hydra.runtime.choices.items() if (CONF / name).is_dir()}
+            content: Any = OmegaConf.to_container(cfg)
+            del content["hydra"]
+            self.parents[groups] = content, choices
+        return self.parents[groups]
+
+
+class Runs:
+    """Recorded runs, found by the config of a cell, whatever its number of epochs."""
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        self.composer = Composer()
+        self.runs: dict[str, list[Record]] = defaultdict(list)
+        self.configs: dict[str, dict[str, Any]] = {}
+        for record in records:
+            config = without_epochs(record.config)
+            name = digest(config)
+            self.configs[name] = config
+            self.runs[name].append(record)
+
+    def of(self, overrides: Sequence[str]) -> tuple[dict[str, Any], list[Record]]:
+        """The identity of a cell's config, and its records, also those of an earlier version that lacked some keys."""
+        identity = self.composer.identity(overrides)
+        config = without_epochs(identity)
+        name = digest(config)
+        found = list(self.runs.get(name, ()))
+        for other, known in self.configs.items():
+            if other != name and known["rule"]["_target_"] == config["rule"]["_target_"] and within(known, config):
+                filled = completed(known, without_epochs(self.composer.defaults(overrides)))
+                if digest(filled) == name:
+                    found += self.runs[other]
+        return identity, found
+
+
+def without_epochs(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name != "max_epochs"}
+
+
+def within(part: Any, whole: Any) -> bool:
+    """Whether a nested mapping holds nothing that the other has not."""
+    if isinstance(part, dict) and isinstance(whole, dict):
+        return all(name in whole and within(value, whole[name]) for name, value in part.items())
+    return part == whole
+
+
+def completed(config: Any, defaults: Any) -> Any:
+    """A nested mapping with the keys that it lacks taken from another."""
+    if not (isinstance(config, dict) and isinstance(defaults, dict)):
+        return config
+    return {name: completed(config[name], value) if name in config else value for name, value in defaults.items()} | {
+        name: value for name, value in config.items() if name not in defaults
+    }
+
+
+def findings(paper: str, records: Iterable[Record], results: Path = ROOT / "results") -> Findings:
+    """Everything there is to say of a paper. Raises ValueError for a file in results/ or conf/ that is not valid."""
+    layout = read(Layout, CONF / "tables" / f"{paper}.yaml")
+    known = published(results / "published").get(paper)
+    not_run = read(dict[str, list[NotRun]], results / "not_run.yaml").get(paper, [])
+    file = CONF / "claims" / f"{paper}.yaml"
+    fixed = claims.read(file) if file.exists() else None
+    runs = Runs(records)
+    grid = list(cells(paper))
+    for place, labels in _named(layout, known, not_run):
+        _check_labels(place, labels, grid)
+    found = [_find(cell, layout, runs, not_run, known) for cell in grid]
+    tables = {table.name: _rows(table, found) for table in layout.tables}
+    every = {_place(cell.labels): cell for rows in tables.values() for row in rows for cell in row.cells.values()}
+
+    def accuracies(labels: Labels) -> dict[int, float] | str:
+        cell = every.get(_place(labels))
+        if cell is None:
+            unknown = [c for axis, c in labels.items() if all(cell.labels.get(axis) != c for cell in every.values())]
+            return f"not in the grid: {', '.join(unknown) or described(labels)}"
+        return cell.for_claims if cell.records else cell.reason
+
+    verdicts = claims.judge(fixed, accuracies) if fixed else []
+    rules = list(dict.fromkeys(cell.rule for cell in every.values()))
+    return Findings(paper, layout, known, tables, verdicts, fixed, rules)
+
+
+def described(labels: Mapping[str, str]) -> str:
+    """Choices in words, as in `mnist, 3 hidden layers`; a bare number is named after its axis."""
+    return ", ".join(f"{v} {k}" if v.isdigit() else v for k, v in labels.items()).replace("_", " ")
+
+
+def _place(labels: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(labels.items()))
+
+
+def _fits(labels: Mapping[str, str], where: Mapping[str, Sequence[str]]) -> bool:
+    return all(labels.get(axis) in choices for axis, choices in where.items())
+
+
+def _named(
+    layout: Layout, known: Published | None, not_run: Sequence[NotRun]
+) -> list[tuple[str, dict[str, list[str]]]]:
+    """Every mention of cells in the files that describe results, and where it stands."""
+    places = [(f"table {table.name}", dict(table.where)) for table in layout.tables]
+    places += [(f"not_run.yaml, {entry.reason}", dict(entry.cells)) for entry in not_run]
+    figures = known.figures if known else []
+    return places + [
+        (f"published figure {f.table}, {f.row}, {f.column}", {axis: [choice] for axis, choice in f.cell.items()})
+        for f in figures
+    ]
+
+
+def _check_labels(place: str, where: Mapping[str, Sequence[str]], grid: Sequence[Cell]) -> None:
+    """Raises ValueError for an axis or a choice that the grid does not have."""
+    for axis, choices in where.items():
+        known = {cell.labels[axis]: None for cell in grid if axis in cell.labels}
+        for choice in choices:
+            if choice not in known:
+                allowed = f"choose from {', '.join(known)}" if known else "there is no such axis"
+                raise ValueError(f"{place}: {axis}={choice} is not in the grid; {allowed}")
+
+
+def _find(cell: Cell, layout: Layout, runs: Runs, not_run: Sequence[NotRun], known: Published | None) -> Found:
+    """A cell of the grid with all its records; which of them a table shows is decided there."""
+    overrides = list(cell.overrides)
+    figures = [f for f in (known.figures if known else ()) if f.cell and f.cell.items() <= cell.labels.items()]
+    for entry in not_run:
+        if _fits(cell.labels, entry.cells):
+            return Found(cell.labels, cell.labels.get("rule", ""), overrides, reason=entry.reason, figures=figures)
+    if not runs.runs:
+        return Found(cell.labels, cell.labels.get("rule", ""), overrides, figures=figures)
+    identity, records = runs.of(overrides)
+    stand_in = layout.stand_ins.get(identity["dataset"]["name"])
+    if stand_in and not records:
+        overrides.append(f"dataset={stand_in}")
+        _, records = runs.of(overrides)
+    return Found(
+        cell.labels,
+        identity["rule"]["_target_"].split(".")[-2],
+        overrides,
+        records,
+        planned_epochs=identity["max_epochs"],
+        planned_seeds=known.seeds if known else None,
+        stand_in=stand_in if records and records[0].config["dataset"]["name"] == stand_in else None,
+        figures=figures,
+    )
+
+
+def _rows(table: Table, found: Sequence[Found]) -> list[Row]:
+    """A table's rows, every cell with the records that are comparable within it.
+
+    Where runs have different numbers of epochs, those are shown that most cells of a combination of `apart` have, and
+    of several such numbers the largest. Within a row all rules have the same seeds: those of every rule with runs.
+    """
+    groups: dict[tuple[str | None, ...], list[Found]] = defaultdict(list)
+    for cell in found:
+        if _fits(cell.labels, table.where):
+            groups[tuple(cell.labels.get(axis) for axis in table.apart)].append(cell)
+    rows = []
+    for members in groups.values():
+        epochs = _common_epochs(members)
+        by_row: dict[tuple[str, ...], list[Found]] = defaultdict(list)
+        for cell in members:
+            by_row[tuple(cell.labels[axis] for axis in table.rows)].append(cell)
+        for labels, row in by_row.items():
+            shown = {cell.rule: [r for r in cell.records if r.config["max_epochs"] == epochs] for cell in row}
+            seeds = [{r.seed for r in records} for records in shown.values() if records]
+            common = sorted(set.intersection(*seeds)) if seeds else []
+            cells = {cell.rule: _showing(cell, epochs, shown[cell.rule], common) for cell in row}
+            rows.append(Row(dict(zip(table.rows, labels, strict=True)), cells))
+    return rows
+
+
+def _common_epochs(members: Sequence[Found]) -> int | None:
+    counts: dict[int, int] = defaultdict(int)
+    for cell in members:
+        for epochs in {r.config["max_epochs"] for r in cell.records}:
+            counts[epochs] += 1
+    return max(counts, key=lambda epochs: (counts[epochs], epochs), default=None)
+
+
+def _showing(cell: Found, epochs: int | None, records: Sequence[Record], seeds: Sequence[int]) -> Found:
+    first: dict[int, Record] = {}
+    for record in records:
+        first.setdefault(record.seed, record)
+    shown = [first[seed] for seed in seeds if seed in first]
+    if shown:
+        return replace(cell, records=shown, epochs=epochs)
+    recorded = sorted({r.config["max_epochs"] for r in cell.records})
+    if not recorded:
+        return cell
+    reason = f"run with {', '.join(map(str, recorded))} epochs alone, the others with {epochs}"
+    return replace(cell, records=(), stand_in=None, reason="no seed in common" if epochs in recorded else reason)

@@ -1,0 +1,348 @@
+"""Makes every table and figure of the papers from recorded runs, and says of each claim whether we find the same.
+
+    python scripts/tables.py [--results results] [--readme README.md]
+
+Nothing is trained and nothing is downloaded: all comes from results/records, results/published, results/not_run.yaml
+and conf/. The same files give the same bytes. Writes results/tables/<paper>.md, .csv, .tex and <paper>_verdicts.csv,
+results/figures/<paper>/*.svg, and the tables in README.md between `<!-- table: <paper> -->` and `<!-- end -->`.
+"""
+
+import argparse
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from figures import figures
+from findings import ROOT, Figure, Findings, Found, Row, Table, described, findings, papers
+
+from nobackprop.claims import Claims, Result
+from nobackprop.collecting import collect
+from nobackprop.records import Record, write_atomically
+
+SIGNS, FEWER = "†‡§¶", "fewer epochs than the paper"
+
+
+def read_records(results: Path) -> list[Record]:
+    """All of results/records. Raises ValueError for a damaged line or two records of one run and seed that differ."""
+    found = collect(sorted((results / "records").glob("*.jsonl")))
+    if found.conflicts:
+        raise ValueError("; ".join(found.conflicts))
+    return list(found.records.values())
+
+
+def percent(fraction: float | None, digits: int = 2) -> str:
+    return "" if fraction is None else f"{100 * fraction:.{digits}f}"
+
+
+def spread(cell: Found) -> str:
+    """Mean and standard deviation in percent, as in `97.31 ± 0.12`."""
+    if cell.mean is None:
+        return "diverged"
+    return percent(cell.mean) + (f" ± {percent(cell.deviation)}" if cell.deviation is not None else "")
+
+
+def comparison(cell: Found, figure: Figure) -> str:
+    """A published figure beside ours, as an accuracy in percent."""
+    assert cell.mean is not None
+    return f"published {figure.accuracy:.2f} ({100 * cell.mean - figure.accuracy:+.2f})"
+
+
+def marks(rows: Iterable[Row]) -> dict[str, str]:
+    """A sign for each way in which these rows depart from the paper."""
+    rows = list(rows)
+    every = [FEWER for row in rows if row.fewer_epochs]
+    every += [mark for row in rows for cell in row.cells.values() for mark in cell.marks]
+    return dict(zip(dict.fromkeys(every), SIGNS, strict=False))
+
+
+def missing(rows: Iterable[Row]) -> list[str]:
+    """The cells without runs, put together by reason, in sentences."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        for rule, cell in row.cells.items():
+            if not cell.records:
+                place = " ".join(f"{axis}={choice}" for axis, choice in row.labels.items())
+                reasons.setdefault(cell.reason, []).append(f"{place}{f' rule={rule}' if row.run else ''}")
+    return [f"{reason}: {_together(places)}" for reason, places in reasons.items()]
+
+
+def _together(places: Sequence[str]) -> str:
+    """Places as `net=mlp_mnist classes=2,3`, those that differ in the last axes only in one."""
+    unique = [tuple(place.split(" ")) for place in dict.fromkeys(places)]
+    for axis in range(max(len(place) for place in unique) - 1, -1, -1):
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for place in unique:
+            if axis < len(place):
+                name, choice = place[axis].split("=", 1)
+                groups.setdefault((*place[:axis], f"{name}=", *place[axis + 1 :]), []).append(choice)
+            else:
+                groups.setdefault(place, [])
+        unique = [
+            (*place[:axis], place[axis] + ",".join(choices), *place[axis + 1 :]) if choices else place
+            for place, choices in groups.items()
+        ]
+    return "; ".join(" ".join(place) for place in unique)
+
+
+def epochs(row: Row, signs: Mapping[str, str]) -> str:
+    return row.epochs + (signs[FEWER] if row.fewer_epochs else "")
+
+
+def title(axis: str) -> str:
+    return axis.replace("_", " ")
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A table whose first `left` columns are aligned left, the others right."""
+    lines = [header, ["---" if i < left else "---:" for i in range(len(header))], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def shown_rules(rows: Sequence[Row]) -> list[str]:
+    """The rules with runs in a table, in the grid's order."""
+    return list(dict.fromkeys(rule for row in rows for rule, cell in row.cells.items() if cell.records))
+
+
+def accuracy_table(table: Table, rows: Sequence[Row], intervals: bool = True) -> str:
+    """A table's section in Markdown: accuracies, what departs from the paper, and what was not run."""
+    run = [row for row in rows if row.run]
+    if not run:
+        return "\n".join([f"**{table.title}**: no runs yet.", *(f"- {line}" for line in missing(rows))])
+    rules, signs = shown_rules(run), marks(run)
+
+    def text(cell: Found | None) -> str:
+        if cell is None or not cell.records:
+            return "-"
+        best = spread(cell) + "".join(signs[mark] for mark in cell.marks if mark in signs)
+        if intervals and cell.interval:
+            low, high = cell.interval
+            best += f" ({percent(low)} to {percent(high)})"
+        return "; ".join([best, *(comparison(cell, f) for f in cell.figures if cell.mean is not None)])
+
+    body = [
+        [*row.labels.values(), *(text(row.cells.get(rule)) for rule in rules), row.seeds, epochs(row, signs)]
+        for row in run
+    ]
+    header = [*map(title, table.rows), *rules, "seeds", "epochs"]
+    what = "Test accuracy in %: mean ± standard deviation over seeds" + (
+        " (95 % interval of the mean)." if intervals else "."
+    )
+    notes = [f"{sign} {mark}" for mark, sign in signs.items()] + [f"Without runs, {line}" for line in missing(rows)]
+    notes = [f"- {note}" for note in notes]
+    return "\n".join([f"**{table.title}.** {what}", "", markdown(header, body, len(table.rows)), "", *notes]).rstrip()
+
+
+def place(result: Result) -> str:
+    return described(result.trial.at)
+
+
+def p_value(p: float | None) -> str:
+    if p is None:
+        return ""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def departures(found: Findings) -> list[str]:
+    """In what ways runs of a paper depart from it, as one sentence, if they do."""
+    signs = marks(row for rows in found.tables.values() for row in rows if row.run)
+    return [f"These runs depart from the paper: {'; '.join(signs)}."] if signs else []
+
+
+def verdict_table(found: Findings) -> str:
+    """The verdicts on a paper's claims in Markdown, those not run put together by reason."""
+    assert found.claims is not None
+    run = [result for result in found.verdicts if result.mean is not None]
+    body = []
+    for r in run:
+        assert r.mean is not None
+        assert r.interval is not None
+        low, high = (f"{100 * bound:+.2f}" for bound in r.interval)
+        difference = f"{100 * r.mean:+.2f} ({low} to {high})" if r.seeds > 1 else f"{100 * r.mean:+.2f}"
+        p = r.p_fails if r.verdict == "fails" else r.p_holds
+        body.append([r.trial.claim.name, r.trial.reading, place(r), difference, p_value(p), f"**{r.verdict}**"])
+    header = ["claim", "settings", "where", "difference in points (95 % interval)", "p", "verdict"]
+    lines = [markdown(header, body, 3), ""] if body else []
+    lines += [f"- {line}" for line in departures(found)] if body else []
+    reasons = Counter(r.missing for r in found.verdicts if r.mean is None)
+    return "\n".join([*lines, *(f"- {number} tests are not run: {why}" for why, number in reasons.items())]).rstrip()
+
+
+def how(claims: Claims) -> str:
+    """How verdicts come about."""
+    return (
+        f"Tests are paired over seeds; alpha is {claims.alpha:g}, the margin {claims.margin:g} % of the test "
+        "images, and p is adjusted over all tests made (Holm). The difference, in points of accuracy, is that of the "
+        "comparison hardest to show. src/nobackprop/claims.py defines the tests, conf/claims fixes them."
+    )
+
+
+def page(found: Findings, drawn: Iterable[str]) -> str:
+    """results/tables/<paper>.md, with the figures of these names."""
+    parts = [f"# {found.layout.title}", "Made by `make results` from `results/records`; not to be edited."]
+    if found.claims:
+        claims = [f"- **{c.name}**: {c.text} ({c.source}); test `{c.test}`" for c in found.claims.claims]
+        parts += ["## Do we find what the paper claims?", "\n".join(claims), how(found.claims), verdict_table(found)]
+    parts += ["## Tables"]
+    for table in found.layout.tables:
+        parts.append(accuracy_table(table, found.tables[table.name]))
+        parts += [
+            f"![{name}](../figures/{found.paper}/{name}.svg)" for name in drawn if name.startswith(f"{table.name}_")
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def readme_section(found: Findings) -> str:
+    """What README.md shows of a paper."""
+    run = [table for table in found.layout.tables if any(row.run for row in found.tables[table.name])]
+    if not run:
+        return "No runs are recorded yet."
+    parts = [accuracy_table(table, found.tables[table.name], intervals=False) for table in run]
+    return "\n\n".join([*parts, *([verdict_table(found)] if found.claims else [])])
+
+
+def rows_of(found: Findings) -> pd.DataFrame:
+    """results/tables/<paper>.csv: one line per cell, those without runs too."""
+    lines: list[dict[str, Any]] = []
+    for table in found.layout.tables:
+        for row in found.tables[table.name]:
+            for rule, cell in row.cells.items():
+                low, high = cell.interval or (None, None)
+                line = {
+                    "table": table.name,
+                    **cell.labels,
+                    "rule": rule,
+                    "seeds": len(cell.records),
+                    "epochs": cell.epochs,
+                }
+                line |= {"mean": percent(cell.mean, 4), "standard_deviation": percent(cell.deviation, 4)}
+                line |= {"low_95": percent(low, 4), "high_95": percent(high, 4), "diverged": cell.diverged}
+                figure = cell.figures[0] if cell.figures else None
+                line["published"] = figure.accuracy if figure else None
+                ours = figure is not None and cell.mean is not None
+                line["difference"] = f"{100 * cell.mean - figure.accuracy:.4f}" if ours else ""  # pyright: ignore
+                line["departs"] = "; ".join(cell.marks)
+                line["not_run"] = "" if cell.records else cell.reason
+                line["signatures"] = " ".join(sorted({record.signature for record in cell.records}))
+                line["overrides"] = " ".join(cell.overrides)
+                lines.append(line)
+    frame = pd.DataFrame(lines)
+    return frame.astype({"epochs": "Int64"})
+
+
+def verdicts_of(found: Findings) -> pd.DataFrame:
+    """results/tables/<paper>_verdicts.csv: one line per test."""
+    return pd.DataFrame(
+        {
+            "claim": r.trial.claim.name,
+            "reading": r.trial.reading,
+            **{"where": place(r)},
+            "test": r.trial.claim.test,
+            "seeds": r.seeds,
+            "difference": percent(r.mean, 4),
+            "low_95": percent(r.interval[0], 4) if r.interval else "",
+            "high_95": percent(r.interval[1], 4) if r.interval else "",
+            "p_holds": "" if r.p_holds is None else f"{r.p_holds:.6g}",
+            "p_fails": "" if r.p_fails is None else f"{r.p_fails:.6g}",
+            "verdict": r.verdict,
+            "not_run": r.missing,
+        }
+        for r in found.verdicts
+    )
+
+
+def latex(found: Findings) -> str:
+    """results/tables/<paper>.tex: one tabular per table, for the package booktabs."""
+    parts = ["% Made by `make results`; not to be edited. Needs \\usepackage{booktabs}."]
+    for table in found.layout.tables:
+        run = [row for row in found.tables[table.name] if row.run]
+        if not run:
+            continue
+        rules, signs = shown_rules(run), marks(run)
+        symbols = dict(zip(signs, ("\\dagger", "\\ddagger", "\\S", "\\P"), strict=False))
+        lines = [f"\\begin{{tabular}}{{{'l' * len(table.rows)}{'r' * (len(rules) + 2)}}}", "\\toprule"]
+        lines += [" & ".join(map(_tex, [*map(title, table.rows), *rules, "seeds", "epochs"])) + r" \\", "\\midrule"]
+        for row in run:
+            texts = []
+            for rule in rules:
+                cell = row.cells.get(rule)
+                if cell is None or not cell.records:
+                    texts.append("--")
+                    continue
+                mark = "".join(symbols[m] for m in cell.marks if m in symbols)
+                texts.append(spread(cell).replace(" ± ", " $\\pm$ ") + (f"$^{{{mark}}}$" if mark else ""))
+            fewer = f"$^{{{symbols[FEWER]}}}$" if row.fewer_epochs else ""
+            lines.append(" & ".join([*map(_tex, row.labels.values()), *texts, row.seeds, row.epochs + fewer]) + r" \\")
+        lines += ["\\bottomrule", "\\end{tabular}"]
+        notes = [f"% ${symbols[mark]}$ {mark}" for mark in signs]
+        parts.append("\n".join([f"% {table.title}", *lines, *notes]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _tex(text: str) -> str:
+    return text.replace("_", r"\_").replace("%", r"\%").replace("&", r"\&")
+
+
+def every_paper(results: Path) -> list[Findings]:
+    """The findings of all papers. Raises ValueError where a file that they are made from is not valid."""
+    records = read_records(results)
+    return [findings(paper, records, results) for paper in papers()]
+
+
+def generated(every: Sequence[Findings], results: Path, readme: Path) -> dict[Path, bytes]:
+    """The content of every table and figure that shows these findings, by path."""
+    files: dict[Path, bytes] = {}
+    for found in every:
+        tables = results / "tables"
+        drawn = figures(found)
+        files[tables / f"{found.paper}.md"] = page(found, drawn).encode()
+        files[tables / f"{found.paper}.tex"] = latex(found).encode()
+        files[tables / f"{found.paper}.csv"] = rows_of(found).to_csv(index=False, lineterminator="\n").encode()
+        if found.claims:
+            verdicts = verdicts_of(found).to_csv(index=False, lineterminator="\n")
+            files[tables / f"{found.paper}_verdicts.csv"] = verdicts.encode()
+        for name, svg in drawn.items():
+            files[results / "figures" / found.paper / f"{name}.svg"] = svg
+    sections = {found.paper: readme_section(found) for found in every}
+    files[readme] = with_sections(readme.read_text(), sections).encode()
+    return files
+
+
+def with_sections(text: str, sections: Mapping[str, str]) -> str:
+    """A text with what stands between `<!-- table: <paper> -->` and `<!-- end -->` replaced."""
+
+    def section(match: re.Match[str]) -> str:
+        if match[1] not in sections:
+            raise ValueError(f"<!-- table: {match[1]} --> names no paper; choose from {', '.join(sections)}")
+        return f"<!-- table: {match[1]} -->\n{sections[match[1]]}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", section, text, flags=re.DOTALL)
+
+
+def replace_with(files: Mapping[Path, bytes], results: Path) -> None:
+    """Writes what has changed, and removes tables and figures that are made no more."""
+    for folder in ("tables", "figures"):
+        for path in sorted((results / folder).rglob("*.*")):
+            if path not in files:
+                path.unlink()
+    for path, content in files.items():
+        if not path.exists() or path.read_bytes() != content:
+            write_atomically(path, content)
+            print(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "results")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    options = parser.parse_args()
+    try:
+        replace_with(generated(every_paper(options.results), options.results, options.readme), options.results)
+    except (ValueError, FileNotFoundError) as e:
+        parser.exit(2, f"tables.py: {e}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""Whether recorded runs show what a paper claims: the tests, fixed in conf/claims/<paper>.yaml before the runs.
+
+Every test compares test accuracies seed by seed. It consists of one or more *contrasts*: a sum of accuracies with
+signs, one number per seed, whose mean over seeds should lie above a bound. With `a` one of `cells`, `b` one of `than`,
+m the margin:
+
+| test | contrasts, for every pair of a and b | the claim |
+| --- | --- | --- |
+| `better` | a - b > 0 | each a is better than each b |
+| `not_worse` | a - b > -m | no a is worse than a b by the margin or more |
+| `matches` | a - b > -m and b - a > -m | they differ by less than the margin (two one-sided tests, TOST) |
+| `gap_grows` | (a - b at `end`) - (a - b at `start`) > 0 | a is ahead of b by more at the end |
+
+Each contrast is tested by a one-sided t-test on its n numbers. The claim needs all of them (an intersection-union
+test), so its p is the largest. Against the claim speaks any contrast whose mean lies *below* its bound: that p is the
+smallest of the opposite tests, times their number (Bonferroni). Both are adjusted over all tests of the file that could
+be made (Holm). The verdict is `holds` or `fails` where the adjusted p is at most alpha, and otherwise `undecided at n
+seeds`; `not run` where records are missing. Seeds that one of the cells lacks are left out; a seed that diverged before
+it could be tested counts at chance level, one over the number of classes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import inf, sqrt
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from scipy import stats
+
+Labels = dict[
+    str, Annotated[str, BeforeValidator(str)]
+]  # a choice on each axis of a grid, as in {rule: bp, classes: 2}
+Accuracies = Mapping[int, float]  # by seed, as fractions
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Claim(_Strict):
+    """One claim of a paper and its test, made once for each combination of `each`. Labels name cells of the grid."""
+
+    name: str
+    text: str
+    source: str
+    test: Literal["better", "not_worse", "matches", "gap_grows"]
+    cells: list[Labels] = Field(min_length=1)
+    than: list[Labels] = Field(min_length=1)
+    at: Labels = {}
+    each: dict[str, list[Annotated[str, BeforeValidator(str)]]] = {}
+    start: Labels | None = None
+    end: Labels | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Claim":
+        if {self.start is not None, self.end is not None} != {self.test == "gap_grows"}:
+            raise ValueError("start and end belong to the test gap_grows, which needs both")
+        return self
+
+
+class Claims(_Strict):
+    """A file of conf/claims. A reading is one way to take the paper's settings; every claim is tested under each."""
+
+    alpha: float = Field(gt=0, lt=0.5)
+    margin: float = Field(gt=0, description="percentage points")
+    readings: dict[str, Labels] = Field(min_length=1)
+    claims: list[Claim] = Field(min_length=1)
+
+
+def read(path: Path) -> Claims:
+    """The claims of a file. Raises ValueError, naming file and key, where it is not valid."""
+    return checked(Claims, yaml.safe_load(path.read_text()), path)
+
+
+def checked(model: Any, content: Any, path: Path) -> Any:
+    """`content`, read at `path`, as a type or model. Raises ValueError with the first fault as a sentence."""
+    try:
+        return TypeAdapter(model).validate_python(content)
+    except ValidationError as e:
+        error = e.errors()[0]
+        where = ".".join(str(part) for part in error["loc"]) or "the file"
+        raise ValueError(f"{path}: {where}: {error['msg'].removeprefix('Value error, ')}") from None
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A sum of cells' accuracies with signs whose mean over seeds should lie above a bound (both as fractions)."""
+
+    terms: Sequence[tuple[int, Labels]]
+    bound: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One test of a claim, under one reading and at one combination of `each`."""
+
+    claim: Claim
+    reading: str
+    at: Labels
+    contrasts: Sequence[Contrast]
+
+
+def trials(claims: Claims) -> list[Trial]:
+    """Every test of a file."""
+    found = []
+    for claim, (reading, labels) in product(claims.claims, claims.readings.items()):
+        for choices in product(*claim.each.values()):
+            at = dict(zip(claim.each, choices, strict=True))
+            common = labels | claim.at | at
+            pairs = [(common | a, common | b) for a in claim.cells for b in claim.than]
+            contrasts = [contrast for a, b in pairs for contrast in _contrasts(claim, a, b, claims.margin / 100)]
+            found.append(Trial(claim, reading, at, contrasts))
+    return found
+
+
+def _contrasts(claim: Claim, a: Labels, b: Labels, margin: float) -> list[Contrast]:
+    if claim.test == "better":
+        return [Contrast([(1, a), (-1, b)], 0)]
+    if claim.test == "gap_grows":
+        assert claim.start is not None
+        assert claim.end is not None
+        gap = [(1, a | claim.end), (-1, b | claim.end), (-1, a | claim.start), (1, b | claim.start)]
+        return [Contrast(gap, 0)]
+    above = Contrast([(1, a), (-1, b)], -margin)
+    return [above] if claim.test == "not_worse" else [above, Contrast([(1, b), (-1, a)], -margin)]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A trial's outcome. p-values are adjusted; mean and interval are of the contrast hardest to show."""
+
+    trial: Trial
+    seeds: int
+    mean: float | None
+    interval: tuple[float, float] | None
+    p_holds: float | None
+    p_fails: float | None
+    verdict: str
+    missing: str = ""  # why it was not run
+
+
+def judge(claims: Claims, accuracies: Callable[[Labels], Accuracies | str]) -> list[Result]:
+    """The verdict on every test of a file. `accuracies` gives a cell's, or says why there are none."""
+    every = trials(claims)
+    found = [_samples(trial, accuracies) for trial in every]
+    made = [(trial, samples) for trial, samples in zip(every, found, strict=True) if not isinstance(samples, str)]
+    for_it, against = [], []
+    for trial, samples in made:
+        values = [(x, contrast.bound) for x, contrast in zip(samples, trial.contrasts, strict=True)]
+        for_it.append(max(p_above(x, bound) for x, bound in values))
+        against.append(min(1.0, len(values) * min(p_above([-v for v in x], -bound) for x, bound in values)))
+    adjusted = iter(zip(holm(for_it), holm(against), strict=True))
+    results = []
+    for trial, samples in zip(every, found, strict=True):
+        if isinstance(samples, str):
+            results.append(Result(trial, 0, None, None, None, None, "not run", samples))
+            continue
+        p_holds, p_fails = next(adjusted)
+        n = len(samples[0])
+        undecided = f"undecided at {n} seed{'s' if n > 1 else ''}"
+        verdict = "holds" if p_holds <= claims.alpha else "fails" if p_fails <= claims.alpha else undecided
+        _, x = max(zip(trial.contrasts, samples, strict=True), key=lambda pair: p_above(pair[1], pair[0].bound))
+        results.append(Result(trial, n, mean(x), interval(x), p_holds, p_fails, verdict))
+    return results
+
+
+def _samples(trial: Trial, accuracies: Callable[[Labels], Accuracies | str]) -> list[list[float]] | str:
+    """Each contrast's number for each seed that all cells have; or why there is none."""
+    found = {}
+    for contrast in trial.contrasts:
+        for _, labels in contrast.terms:
+            cell = accuracies(labels)
+            if isinstance(cell, str):
+                return cell
+            found[tuple(sorted(labels.items()))] = cell
+    seeds = sorted(set.intersection(*(set(cell) for cell in found.values())))
+    if not seeds:
+        return "no seed was run in all of its cells"
+    return [
+        [sum(sign * found[tuple(sorted(labels.items()))][seed] for sign, labels in contrast.terms) for seed in seeds]
+        for contrast in trial.contrasts
+    ]
+
+
+def p_above(x: Sequence[float], bound: float) -> float:
+    """The p-value of a one-sided t-test that the mean lies above a bound; 1 for fewer than two numbers."""
+    if len(x) < 2:
+        return 1.0
+    distance, error = mean(x) - bound, stdev(x) / sqrt(len(x))
+    if error == 0:
+        return 0.0 if distance > 0 else 1.0
+    return float(stats.t.sf(distance / error, len(x) - 1))
+
+
+def interval(x: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """The interval of Student's t for the mean; without end for fewer than two numbers."""
+    if len(x) < 2:
+        return -inf, inf
+    half = float(stats.t.ppf((1 + level) / 2, len(x) - 1)) * stdev(x) / sqrt(len(x))
+    return mean(x) - half, mean(x) + half
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values adjusted for their number by Holm's step-down method, in the order given."""
+    adjusted, highest = [0.0] * len(p), 0.0
+    for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        highest = max(highest, min(1.0, (len(p) - rank) * p[i]))
+        adjusted[i] = highest
+    return adjusted

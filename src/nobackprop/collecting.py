@@ -1,0 +1,147 @@
+"""Gathers run records from any number of places into one file of lines, and into tidy tables.
+
+A file of lines (`results/records/<name>.jsonl`) holds one line per run and seed, and is only ever appended to. Its key
+is (signature, seed). Gathered again, a folder adds only what is new.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from nobackprop.records import Record
+
+Key = tuple[str, int]
+
+
+@dataclass
+class Collected:
+    """What was found: the records by (signature, seed), and in sentences what could not be taken."""
+
+    records: dict[Key, Record] = field(default_factory=dict)
+    added: int = 0
+    unreadable: list[str] = field(default_factory=list)
+    conflicts: list[str] = field(default_factory=list)
+
+    def add(self, record: Record, origin: str) -> bool:
+        """Takes a record unless its key has one already, which stays; whether it was taken."""
+        first = self.records.setdefault((record.signature, record.seed), record)
+        if first != record:
+            fields = [name for name in Record.model_fields if getattr(first, name) != getattr(record, name)]
+            accuracies = " and ".join(f"{r.test['accuracy']:.2%}" if r.test else "none" for r in (first, record))
+            self.conflicts.append(
+                f"{origin}: another record of seed {record.seed} of {record.name}-{record.signature} was there first, "
+                f"and stays; they differ in {', '.join(fields)} (test accuracies {accuracies})"
+            )
+        return first is record
+
+
+def collect(sources: Iterable[Path], into: Path | None = None) -> Collected:
+    """Gathers the records in folders and files of lines; with `into`, appends what is new there to that file.
+
+    A folder is one of runs, of one run, or of one seed; a seed without a record is still being trained and is passed
+    over. A record that can't be read is named in the result and passed over too; one that differs from an earlier one
+    of the same run and seed is named and does not replace it. Several may gather into one file at once: they wait for
+    each other. Raises FileNotFoundError for a source that does not exist, and ValueError, naming the line, for a
+    damaged line in a file of lines; only the last line of `into` may be cut off (a crash while it was written), and is
+    then removed.
+    """
+    sources = list(sources)
+    for source in sources:
+        if not source.exists():
+            raise FileNotFoundError(
+                f"{source} does not exist: give a folder of runs, or a .jsonl file of their records"
+            )
+    found = Collected()
+    if into is None:
+        _gather(sources, found)
+        return found
+    into.parent.mkdir(parents=True, exist_ok=True)
+    with into.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+        whole = into.read_bytes().rfind(b"\n") + 1
+        if whole < into.stat().st_size:  # a crash while it was written; the run's folder still has that record
+            found.unreadable.append(f"{into}: the last line was cut off and is removed")
+            file.truncate(whole)
+        _gather([into], found)
+        new = _gather([source for source in sources if source.resolve() != into.resolve()], found)
+        new.sort(key=lambda r: (r.name, r.signature, r.seed))
+        file.write(b"".join(record.line() for record in new))
+        file.flush()
+        os.fsync(file.fileno())
+    found.added = len(new)
+    return found
+
+
+def _gather(sources: Iterable[Path], found: Collected) -> list[Record]:
+    """Adds what the sources hold; gives those records that were new."""
+    new = []
+    for source in sources:
+        if source.is_file():
+            new += [record for record, origin in _lines(source) if found.add(record, origin)]
+            continue
+        for pattern in ("record.json", "seed*/record.json", "*/seed*/record.json"):
+            for path in sorted(source.glob(pattern)):
+                try:
+                    record = Record.read(path)
+                except (ValueError, OSError) as e:
+                    found.unreadable.append(str(e))
+                    continue
+                if found.add(record, str(path)):
+                    new.append(record)
+    return new
+
+
+def _lines(path: Path) -> Iterator[tuple[Record, str]]:
+    """The records in a file of lines, each with where it stands."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            origin = f"{path}, line {number}"
+            if line.strip():
+                yield Record.parse(line, origin), origin
+
+
+def table(records: Iterable[Record]) -> pd.DataFrame:
+    """One row per run and seed: what was run, where, and what it reached; each setting is a column `config.<key>`."""
+    rows = []
+    for r in records:
+        best = r.epochs[r.best_epoch - 1] if r.best_epoch else {}
+        rows.append(
+            {"name": r.name, "signature": r.signature, "seed": r.seed}
+            | {f"test.{name}": value for name, value in (r.test or {}).items()}
+            | {f"best.{name}": value for name, value in best.items()}
+            | r.model_dump(include={"best_epoch", "diverged_epoch", "steps", "wall_s", "stacked", "precision"})
+            | {"epochs": len(r.epochs)}
+            | r.model_dump(include={"finished", "commit", "dirty", "command"})
+            | _flat("data", r.data.model_dump())
+            | _flat("machine", r.machine.model_dump())
+            | _flat("versions", r.versions)
+            | _flat("config", r.config)
+        )
+    frame = pd.DataFrame(rows)
+    if rows:
+        frame = frame.sort_values(["name", "signature", "seed"], ignore_index=True)
+    return frame
+
+
+def _flat(prefix: str, tree: Any) -> dict[str, Any]:
+    """A nested mapping as one of dotted keys; lists become text, so that every column can be compared and written."""
+    if isinstance(tree, dict):
+        return {name: leaf for key, value in tree.items() for name, leaf in _flat(f"{prefix}.{key}", value).items()}
+    return {prefix: str(tree) if isinstance(tree, list) else tree}
+
+
+def write_table(frame: pd.DataFrame, path: Path) -> None:
+    """Writes a table as the ending of the path says. Raises ValueError for another than .csv or .parquet."""
+    if path.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"{path}: a table is written as .csv or .parquet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".csv":
+        frame.to_csv(path, index=False, lineterminator="\n")
+    else:
+        mixed = {name: "string" for name in frame if frame[name].dtype == object}
+        frame.astype(mixed).to_parquet(path, index=False)

@@ -1,0 +1,108 @@
+"""The forward-forward algorithm."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nobackprop.layers import Shape
+from nobackprop.network import Network, Weights
+from nobackprop.rule import Batch, Grads, Rule
+
+TINY = 1e-8  # keeps a layer without any activity from dividing by zero
+
+
+@dataclass(frozen=True)
+class ForwardForward(Rule):
+    """Forward-forward: each layer alone learns to be active for an image with its label and silent for a wrong one.
+
+    Hinton, "The forward-forward algorithm: some preliminary investigations", arXiv 2212.13345 (2022), supervised as in
+    its section 3.3. The label is written over the image's first pixels, one a class: the right one in a positive image,
+    a random wrong one in a negative image. With the goodness G[l] the sum of the squares of h[l], each layer descends
+
+        log(1 + exp(-(G[l] - theta)))  for the positive,  log(1 + exp(G[l] - theta))  for the negative image (eq. 1)
+
+    and hands on h[l] at a length that says nothing of G[l]. The answer of the net to an image is the goodness of all
+    layers but the first, summed, with each label in turn; those are the logits, and a pass for each class. Logits of
+    training images cost as much: with ten classes they are most of a step.
+
+    Departs from the paper: `theta` is a unit's share, times the units of a layer, so that one suits all widths. The
+    net's last layer, with a unit a class, learns as the others do. In a convolutional layer G and the length are over
+    all channels and positions.
+    """
+
+    theta: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.theta <= 0:
+            raise ValueError(f"rule.theta is {self.theta}: no goodness is below 0, so it must be above")
+
+    def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
+        right = batch.y if batch.y.shape[1] > 1 else torch.cat([1 - batch.y, batch.y], 1)  # (N, classes)
+        wrong = _other(right, batch.noise.get("wrong_label", torch.zeros_like(right)))  # of two classes, the other one
+        h = torch.cat([_labelled(batch.x, right), _labelled(batch.x, wrong)])  # (2 N, *in_shape)
+        sign = torch.cat([-torch.ones_like(right[:, 0]), torch.ones_like(right[:, 0])])  # (2 N,)
+        g = {}
+        for l in range(1, net.L + 1):
+            z = net.preactivation(l, w, h)
+            h, below = net.activation.f(z), h
+            dG = sign * torch.sigmoid(sign * (_goodness(h) - self.theta * net.units(l)))
+            d = _each(dG, h) * 2 * h * net.df(z, h)  # (2 N, *shape of layer l)
+            g |= net.hebbian(l, below, d)
+            h = _normalized(h)
+        return g, self.logits(net, w, batch.x)
+
+    def noise(self, net: Network, samples: int) -> dict[str, Shape]:
+        return {"wrong_label": (samples, classes)} if (classes := _classes(net)) > 2 else {}
+
+    def logits(self, net: Network, w: Weights, x: Tensor) -> Tensor:
+        labels = torch.eye(_classes(net), dtype=x.dtype, device=x.device)
+        G = torch.stack([_total(net, w, _labelled(x, label.expand(len(x), -1))) for label in labels], 1)  # (N, classes)
+        return G if net.units(net.L) > 1 else G[:, 1:] - G[:, :1]
+
+
+def _classes(net: Network) -> int:
+    """Raises ValueError where an image has fewer pixels."""
+    classes = max(2, net.units(net.L))
+    if net.units(0) < classes:
+        raise ValueError(
+            f"forward-forward writes the label over the first pixels, one a class: {classes} classes need as many, "
+            f"and images of shape {net.in_shape} have {net.units(0)}"
+        )
+    return classes
+
+
+def _other(label: Tensor, numbers: Tensor) -> Tensor:
+    """Of all labels but the one-hot `label` (N, classes) that with the largest of the random numbers (N, classes)."""
+    others = torch.where(label > 0, -torch.inf, numbers)
+    return (others == others.amax(1, keepdim=True)).to(label.dtype)
+
+
+def _labelled(x: Tensor, label: Tensor) -> Tensor:
+    """Images x (N, *in_shape) with the first pixels replaced by one-hot labels (N, classes)."""
+    return torch.cat([label, x.flatten(1)[:, label.shape[1] :]], 1).view_as(x)
+
+
+def _goodness(h: Tensor) -> Tensor:
+    return h.flatten(1).square().sum(1)  # (N,)
+
+
+def _normalized(h: Tensor) -> Tensor:
+    """Each sample's activations at a mean square of 1."""
+    return h / _each(h.flatten(1).square().mean(1).sqrt() + TINY, h)
+
+
+def _each(values: Tensor, like: Tensor) -> Tensor:
+    """Values (N,) of samples, to be broadcast over tensors shaped like `like`."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def _total(net: Network, w: Weights, x: Tensor) -> Tensor:
+    """The goodness (N,) of all layers but the first, or of the one layer there is."""
+    h, G = x, torch.zeros_like(x.flatten(1)[:, 0])
+    for l in range(1, net.L + 1):
+        h = net.activation.f(net.preactivation(l, w, h))
+        if l > 1 or net.L == 1:
+            G = G + _goodness(h)
+        h = _normalized(h)
+    return G

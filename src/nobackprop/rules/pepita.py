@@ -1,0 +1,46 @@
+"""Present the error to perturb the input to modulate activity."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from nobackprop.network import Network, Weights
+from nobackprop.rule import Batch, Draw, Grads, Rule
+
+
+@dataclass(frozen=True)
+class PEPITA(Rule):
+    """PEPITA: a second forward pass with the error added to the input; each layer's error is what that changes in it.
+
+    Dellaferrera & Kreiman, "Error-driven input modulation: solving the credit assignment problem without a backward
+    pass", ICML 2022. With e the error at the output and h' the activations of the second pass:
+
+        x' = x + F e,   d[l] = h[l] - h'[l],   dW[l] = d[l] h'[l-1]^T,   and at the output d[L] is the second pass's e
+
+    No derivative of f is needed. `F` is (units of the input, outputs): `scale` times a draw whose fan-in is the number
+    of input units. The paper's program draws 0.05 times he_uniform, which is `U1` times 0.05 sqrt(6), the default here.
+
+    Departs from the paper: kernels get the sum over positions as under every rule here, where its program takes the
+    mean; biases, which its nets lack, get d[l] too; no dropout.
+    """
+
+    scale: float = 0.1225
+
+    def __post_init__(self) -> None:
+        if self.scale <= 0:
+            raise ValueError(
+                f"rule.scale is {self.scale}: without the error in the input nothing is learned, so above 0"
+            )
+
+    def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
+        z, h = net.forward(w, batch.x)
+        e = batch.error(z[net.L])  # (N, outputs)
+        z_err, h_err = net.forward(w, batch.x + F.linear(e, w["F"]).view_as(batch.x))
+        g = net.hebbian(net.L, h_err[net.L - 1], batch.error(z_err[net.L]))
+        for l in range(1, net.L):
+            g |= net.hebbian(l, h_err[l - 1], h[l] - h_err[l])
+        return g, z[net.L]
+
+    def feedback(self, net: Network, draw: Draw) -> dict[str, Tensor]:
+        return {"F": self.scale * draw("F", (net.units(net.L), net.units(0))).T.contiguous()}

@@ -1,0 +1,61 @@
+"""Predictive coding."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nobackprop.network import Network, Weights
+from nobackprop.rule import Batch, Grads, Rule
+
+
+@dataclass(frozen=True)
+class PredictiveCoding(Rule):
+    """Predictive coding: the net relaxes between input and target; what is left of each layer's error trains it.
+
+    Whittington & Bogacz, "An approximation of the error backpropagation algorithm in a predictive coding network with
+    local Hebbian synaptic plasticity", Neural Computation 2017. Each layer predicts the one above,
+    `mu[l] = W[l] f(x[l-1]) + b[l]`, and x[1..L-1], from the forward pass on, descend the energy
+
+        E = sum over hidden l of |x[l] - mu[l]|^2 / 2 + loss(mu[L]) / variance
+
+    for `steps` steps of size `rate`, all layers at once; then so do W and b, one step. With the derivative of E by
+    mu[l], d[l] = mu[l] - x[l], and at the output that of the loss over `variance`:
+
+        x[l] <- x[l] - rate * (f'(x[l]) * W[l+1]^T d[l+1] - d[l]),   dW[l] = d[l] f(x[l-1])^T
+
+    As the variance of the output grows, d times the variance tends to backpropagation's.
+
+    Departs from the paper: the target is not clamped to the output but reaches it through the loss, the same thing for
+    `squared_error`; the input is not sent through f.
+    """
+
+    steps: int = 20
+    rate: float = 0.1
+    variance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"rule.steps is {self.steps}: the net must relax for 1 step or more")
+        if not 0 < self.rate <= 1:
+            raise ValueError(f"rule.rate is {self.rate}: above 0, and 1 at most, where a lone unit is at rest at once")
+        if self.variance <= 0:
+            raise ValueError(f"rule.variance is {self.variance}: it divides the output's error, so it must be above 0")
+
+    def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
+        x, h = (list(each) for each in net.forward(w, batch.x))
+        mu, logits = list(x), x[net.L]
+        d = self._errors(net, batch, mu, x)
+        for _ in range(self.steps):
+            for l in range(1, net.L):
+                down = net.feedback(l + 1, w[f"W{l + 1}"], d[l + 1], like=x[l]) * net.df(x[l], h[l])
+                x[l] = x[l] - self.rate * (down - d[l])  # (N, *shape of layer l)
+                h[l] = net.activation.f(x[l])
+            for l in range(2, net.L + 1):
+                mu[l] = net.preactivation(l, w, h[l - 1])
+            d = self._errors(net, batch, mu, x)
+        return {name: g for l in d for name, g in net.hebbian(l, h[l - 1], d[l]).items()}, logits
+
+    def _errors(self, net: Network, batch: Batch, mu: list[Tensor], x: list[Tensor]) -> dict[int, Tensor]:
+        """d[1] ... d[L]: the derivatives of E by mu."""
+        d = {l: mu[l] - x[l] for l in range(1, net.L)}
+        return d | {net.L: batch.error(mu[net.L]) / self.variance}

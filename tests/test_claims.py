@@ -1,0 +1,178 @@
+"""Claims: the statistics against known values, and the verdicts that follow."""
+
+from collections.abc import Callable
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from conftest import CONF, options
+from scipy import stats
+
+from nobackprop import claims
+from nobackprop.claims import Claims, Labels, holm, interval, judge, p_above, trials
+
+A = [0.95, 0.97, 0.96, 0.99, 0.94]
+B = [0.93, 0.96, 0.96, 0.95, 0.93]
+
+
+def test_the_p_value_is_that_of_scipys_paired_t_test() -> None:
+    differences = [a - b for a, b in zip(A, B, strict=True)]
+    assert p_above(differences, 0) == pytest.approx(stats.ttest_rel(A, B, alternative="greater")[1])
+    assert p_above(A, 0.95) == pytest.approx(stats.ttest_1samp(A, 0.95, alternative="greater")[1])
+    assert p_above([1, 2, 3], 1) == pytest.approx(0.1127017)  # t = sqrt(3) with 2 degrees of freedom: by hand
+
+
+def test_the_p_value_where_there_is_no_spread_or_one_seed() -> None:
+    assert [p_above([0.5, 0.5], bound) for bound in (0.4, 0.5, 0.6)] == [0, 1, 1]
+    assert p_above([0.5], 0) == 1
+    assert p_above([], 0) == 1
+
+
+def test_the_interval_is_students() -> None:
+    expected = stats.t.interval(0.95, 4, loc=np.mean(A), scale=stats.sem(A))
+    assert interval(A) == pytest.approx(expected)
+    assert interval([0.5]) == (-inf, inf)
+    assert interval([0.5, 0.5]) == (0.5, 0.5)
+
+
+def test_holms_adjustment() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # by hand
+    assert holm([0.9, 0.8]) == [1, 1]
+    assert holm([0.02, 0.001, 0.02]) == pytest.approx([0.04, 0.003, 0.04])
+    assert holm([]) == []
+
+
+def one(test: str, **fields: Any) -> Claims:
+    claim = {"name": "n", "text": "t", "source": "s", "test": test, "cells": [{"rule": "a"}], "than": [{"rule": "b"}]}
+    content = {"alpha": 0.05, "margin": 1.0, "readings": {"r": {}}, "claims": [claim | fields]}
+    return Claims.model_validate(content)
+
+
+def verdict(file: Claims, cells: dict[str, list[float]]) -> str:
+    (result,) = judge(file, lambda labels: dict(enumerate(cells[labels["rule"] + labels.get("classes", "")])))
+    return result.verdict
+
+
+NOISE = np.array([-0.001, 0.0, 0.001, 0.0005, -0.0005])
+
+
+@pytest.mark.parametrize(
+    ("test", "difference", "expected"),
+    [
+        ("better", 0.01, "holds"),
+        ("better", -0.01, "fails"),
+        ("better", 0.0, "undecided at 5 seeds"),
+        ("not_worse", 0.05, "holds"),
+        ("not_worse", -0.005, "holds"),
+        ("not_worse", -0.01, "undecided at 5 seeds"),
+        ("not_worse", -0.02, "fails"),
+        ("matches", 0.0, "holds"),
+        ("matches", 0.005, "holds"),
+        ("matches", -0.005, "holds"),
+        ("matches", 0.01, "undecided at 5 seeds"),
+        ("matches", 0.02, "fails"),
+        ("matches", -0.02, "fails"),
+    ],
+)
+def test_verdicts(test: str, difference: float, expected: str) -> None:
+    b = np.array(B)
+    assert verdict(one(test), {"a": list(b + difference + NOISE), "b": list(b)}) == expected
+
+
+def test_tost_is_the_larger_of_two_one_sided_p_values() -> None:
+    (result,) = judge(one("matches"), lambda labels: dict(enumerate(A if labels["rule"] == "a" else B)))
+    differences = np.array(A) - np.array(B)
+    sides: list[Any] = [
+        stats.ttest_1samp(differences, bound, alternative=side)[1]
+        for bound, side in ((-0.01, "greater"), (0.01, "less"))
+    ]
+    assert result.p_holds == pytest.approx(max(sides))
+
+
+@pytest.mark.parametrize(("growth", "expected"), [(0.03, "holds"), (0.0, "undecided at 5 seeds"), (-0.03, "fails")])
+def test_a_gap_that_grows(growth: float, expected: str) -> None:
+    claim = one("gap_grows", start={"classes": 2}, end={"classes": 10})
+    b = np.array(B)
+    cells = {"a2": list(b + 0.02), "b2": list(b), "a10": list(b - 0.3 + growth + 0.02 + NOISE), "b10": list(b - 0.3)}
+    assert verdict(claim, cells) == expected
+
+
+def test_being_best_means_better_than_each_and_one_that_is_better_refutes_it() -> None:
+    file = one("better", than=[{"rule": "b"}, {"rule": "c"}])
+    b = np.array(B)
+    a = list(b + 0.02 + NOISE)
+    assert verdict(file, {"a": a, "b": list(b), "c": list(b)}) == "holds"
+    assert verdict(file, {"a": a, "b": list(b), "c": [*a[:4], a[4] + 0.001]}) == "undecided at 5 seeds"
+    assert verdict(file, {"a": a, "b": list(b), "c": list(b + 0.04)}) == "fails"
+    (result,) = judge(file, lambda labels: dict(enumerate({"a": a, "b": list(b), "c": list(b + 0.03)}[labels["rule"]])))
+    assert result.mean == pytest.approx(-0.01)  # what decides is shown
+
+
+def test_seeds_are_paired_and_those_not_in_all_cells_are_left_out() -> None:
+    cells = {"a": {7: 0.9, 1: 0.8, 2: 0.7}, "b": {2: 0.6, 7: 0.8, 5: 0.0}}
+    (result,) = judge(one("better"), lambda labels: cells[labels["rule"]])
+    assert (result.seeds, result.mean) == (2, pytest.approx(0.1))
+    (result,) = judge(one("better"), lambda labels: {"a": {0: 0.9}, "b": {1: 0.9}}[labels["rule"]])
+    assert (result.verdict, result.missing) == ("not run", "no seed was run in all of its cells")
+
+
+def test_one_seed_decides_nothing() -> None:
+    assert verdict(one("better"), {"a": [0.9], "b": [0.1]}) == "undecided at 1 seed"
+
+
+def test_holm_counts_the_tests_that_were_made() -> None:
+    """Alone p is 0.0195: two such tests stay below 0.05, four do not, and those without runs do not count."""
+    file = one("better", each={"dataset": ["k", "l", "m", "n"]})
+    a, b = [0.92, 0.94, 0.91], [0.90, 0.91, 0.895]
+    single = p_above([x - y for x, y in zip(a, b, strict=True)], 0)
+
+    def of(run: str) -> Callable[[Labels], Any]:
+        return lambda at: dict(enumerate(a if at["rule"] == "a" else b)) if at["dataset"] in run else "not at hand"
+
+    two = judge(file, of("kl"))
+    assert [r.verdict for r in two] == ["holds", "holds", "not run", "not run"]
+    assert two[0].p_holds == pytest.approx(2 * single)
+    assert two[2].missing == "not at hand"
+    assert [r.verdict for r in judge(file, of("klmn"))] == ["undecided at 3 seeds"] * 4
+
+
+@pytest.mark.parametrize("paper", options("claims"))
+def test_the_claims_of_a_paper_name_cells_of_its_grid(paper: str) -> None:
+    """All axes are given, in the grid's terms; choices may be of rules that are still to come."""
+    grid = yaml.safe_load((CONF / "grid" / f"{paper}.yaml").read_text())
+    choices: dict[str, set[str]] = {}
+    for part in grid:
+        for axis, named in part.items():
+            choices.setdefault(axis, set()).update(str(choice) for choice in named)
+    file = claims.read(CONF / "claims" / f"{paper}.yaml")
+    every = trials(file)
+    assert len(every) > 10
+    for trial in every:
+        for contrast in trial.contrasts:
+            for _, labels in contrast.terms:
+                assert set(labels) == set(grid[0])
+                for axis, choice in labels.items():
+                    assert axis == "rule" or choice in choices[axis], f"{axis}={choice}"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"test": "best"}, r"claims\.0\.test: Input should be 'better', 'not_worse', 'matches' or 'gap_grows'"),
+        ({"start": {"classes": 2}}, r"claims\.0: start and end belong to the test gap_grows"),
+        ({"test": "gap_grows"}, r"claims\.0: start and end belong to the test gap_grows"),
+        ({"margin": 1}, r"claims\.0\.margin: Extra inputs are not permitted"),
+        ({"than": []}, r"claims\.0\.than: List should have at least 1 item"),
+    ],
+    ids=["test", "start", "gap", "extra", "than"],
+)
+def test_a_file_that_is_not_valid_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    content = yaml.safe_load((CONF / "claims" / "lra_e.yaml").read_text())
+    content["claims"][0] |= change
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=r"x\.yaml: " + message):
+        claims.read(path)

@@ -1,0 +1,63 @@
+"""PEPITA's errors are what the error in the input changes; a matching F makes them backpropagation's."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import Problem
+
+from nobackprop.activations import activation
+from nobackprop.initializers import Uniform, initial_weights
+from nobackprop.losses import SoftmaxCrossEntropy
+from nobackprop.network import mlp
+from nobackprop.rule import Batch
+from nobackprop.rules.bp import BP
+from nobackprop.rules.pepita import PEPITA
+
+
+def test_without_an_error_in_the_input_hidden_layers_are_left_alone(problem: Problem) -> None:
+    net, w = problem.net, problem.weights(PEPITA())
+    grads, logits = PEPITA().grads(net, w | {"F": torch.zeros_like(w["F"])}, problem.batch)
+    expected, expected_logits = BP().grads(net, w, problem.batch)
+    assert not any(grads[f"{letter}{l}"].any() for letter in "Wb" for l in range(1, net.L))
+    for name in (f"W{net.L}", f"b{net.L}"):
+        torch.testing.assert_close(grads[name], expected[name])
+    torch.testing.assert_close(logits, expected_logits)
+
+
+def test_the_first_layer_of_a_linear_net_gets_bps_error_where_w1_f_is_minus_w2_transposed() -> None:
+    net, loss = mlp((12,), 4, hidden=[7], activation="identity"), SoftmaxCrossEntropy(4)
+    w = {name: t.double() for name, t in initial_weights(net, PEPITA(), Uniform(), Uniform(), seed=0).items()}
+    w["F"] = -torch.linalg.pinv(w["W1"]) @ w["W2"].T
+    x = torch.randn(6, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    batch = Batch(x, loss.target(torch.arange(6) % 4, x.dtype), loss)
+    grads, expected = PEPITA().grads(net, w, batch)[0], BP().grads(net, w, batch)[0]
+    torch.testing.assert_close(grads["b1"], expected["b1"])
+
+
+@pytest.mark.parametrize("name", ["tanh", "sign"])
+def test_pepita_is_the_closed_form(problem: Problem, name: str) -> None:
+    net, batch = replace(problem.net, activation=activation(name)), problem.batch
+    w = problem.weights(PEPITA(scale=1.0))
+    z, h = net.forward(w, batch.x)
+    shift = torch.einsum("no,io->ni", batch.error(z[net.L]), w["F"]).view_as(batch.x)
+    z_err, h_err = net.forward(w, batch.x + shift)
+    expected = net.hebbian(net.L, h_err[net.L - 1], batch.error(z_err[net.L]))
+    for l in range(1, net.L):
+        expected |= net.hebbian(l, h_err[l - 1], h[l] - h_err[l])
+    grads, logits = PEPITA().grads(net, w, batch)
+    torch.testing.assert_close(grads, expected)
+    torch.testing.assert_close(logits, z[net.L])
+
+
+def test_f_is_drawn_as_in_the_papers_program() -> None:
+    net = mlp((1, 28, 28), 10, hidden=[5], activation="tanh")
+    F = initial_weights(net, PEPITA(), Uniform(), Uniform(1.0), seed=0)["F"]
+    bound = 0.05 * (6 / 784) ** 0.5  # 0.05 times He's uniform of 784 inputs
+    assert F.shape == (784, 10)
+    assert 0.99 * bound < F.abs().max() < 1.001 * bound
+
+
+def test_a_scale_that_teaches_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"rule\.scale is 0: without the error in the input nothing is learned"):
+        PEPITA(scale=0)

@@ -1,0 +1,341 @@
+"""Tables, figures, verdicts and report: found by config, comparable, the same bytes every time, and up to date."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import findings as module
+import pytest
+import report
+import tables
+import yaml
+from findings import ROOT, Composer, Findings, Row, findings
+from reproduce import Cell, cells
+from test_records import RECORD
+
+from nobackprop.records import Record
+from nobackprop.settings import Settings, digest
+
+
+class Cached(Composer):
+    @cache  # noqa: B019 the one instance lives as long as the tests
+    def _cached(self, overrides: tuple[str, ...]) -> dict[str, Any]:
+        return super().identity(overrides)
+
+    def identity(self, overrides: Iterable[str]) -> dict[str, Any]:
+        return self._cached(tuple(overrides))
+
+
+COMPOSER = Cached()
+LRA = {"setting": "variance", "update": "mean", "dataset": "mnist", "hidden_layers": "3", "rule": "lra_e"}
+
+
+@pytest.fixture(autouse=True)
+def _compose_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "Composer", lambda: COMPOSER)
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A results folder without records, tables or figures."""
+    folder = tmp_path / "results"
+    shutil.copytree(ROOT / "results" / "published", folder / "published")
+    shutil.copy(ROOT / "results" / "not_run.yaml", folder / "not_run.yaml")
+    (folder / "records").mkdir()
+    return folder
+
+
+def cell(paper: str, labels: dict[str, str]) -> Cell:
+    (found,) = (c for c in cells(paper) if dict(c.labels) == labels)
+    return found
+
+
+def record(
+    paper: str, labels: dict[str, str], seed: int, accuracy: float | None, epochs: int = 2, further: Sequence[str] = ()
+) -> Record:
+    config: Any = COMPOSER.identity([*cell(paper, labels).overrides, *further]) | {"max_epochs": epochs}
+    rows = [{"epoch": e, "step": e, "val/accuracy": 0.5, "angle/update_W1": 60.0} for e in range(1, epochs + 1)]
+    name = f"{config['rule']['_target_'].split('.')[-2]}_mlp_{config['dataset']['name']}"
+    fields = {"config": config, "signature": digest(config), "seed": seed, "name": name, "epochs": rows}
+    values: dict[str, Any] = RECORD | fields | {"test": None if accuracy is None else {"accuracy": accuracy}}
+    return Record(**values)
+
+
+def lra(seed: int, accuracy: float | None, **labels: str) -> Record:
+    return record("lra_e", LRA | labels, seed, accuracy)
+
+
+def shown(found: Findings, table: str, **labels: str) -> Row:
+    (row,) = (r for r in found.tables[table] if labels.items() <= r.labels.items())
+    return row
+
+
+def first_row(records: Iterable[Record], results: Path) -> Row:
+    return shown(findings("lra_e", records, results), "mnist", setting="variance", update="mean", hidden_layers="3")
+
+
+@pytest.mark.parametrize("paper", module.papers())
+def test_configs_are_composed_as_hydra_does(paper: str) -> None:
+    every = list(cells(paper))
+    for i in range(0, len(every), len(every) // 5):
+        assert COMPOSER.identity(every[i].overrides) == Settings.of(every[i].config()).identity()
+    further = ["dataset=cifar10_jpeg", "l2=0.1", "arch.activation=relu"]
+    slow = every[0].config(further)
+    assert COMPOSER.identity([*every[0].overrides, *further]) == Settings.of(slow).identity()
+
+
+def test_a_cell_shows_mean_deviation_and_interval_of_its_records(results: Path) -> None:
+    row = first_row([lra(0, 0.90), lra(1, 0.92), lra(2, 0.94)], results)
+    found = row.cells["lra_e"]
+    assert tables.spread(found) == "92.00 ± 2.00"
+    assert found.interval == pytest.approx(
+        (0.92 - 0.0496828, 0.92 + 0.0496828)
+    )  # t = 4.302653 with 2 degrees of freedom
+    assert (row.seeds, row.epochs, row.fewer_epochs) == ("3", "2", True)
+    assert row.cells["bp"].reason == "not run yet"
+
+
+def test_fewer_seeds_than_the_paper_are_marked(results: Path) -> None:
+    publish(results, seeds=2)
+    assert first_row([lra(0, 0.9)], results).cells["lra_e"].marks == ["fewer seeds than the paper"]
+    assert first_row([lra(0, 0.9), lra(1, 0.9)], results).cells["lra_e"].marks == []
+
+
+def test_rules_are_compared_at_the_same_epochs_and_seeds(results: Path) -> None:
+    both = [record("lra_e", LRA | {"rule": r}, s, 0.5, epochs=3) for r in ("bp", "lra_e") for s in (0, 1, 2)]
+    longer = [record("lra_e", LRA, seed, 0.9, epochs=50) for seed in range(5)]
+    one_more = [record("lra_e", LRA, 3, 0.7, epochs=3)]
+    row = first_row([*longer, *both, *one_more], results)
+    for rule in ("bp", "lra_e"):
+        assert row.cells[rule].epochs == 3
+        assert list(row.cells[rule].accuracies) == [0, 1, 2]
+    row = first_row([*longer, *both, *[record("lra_e", LRA | {"rule": "bp"}, 4, 0.8, epochs=50)]], results)
+    assert (row.epochs, list(row.cells["bp"].accuracies), list(row.cells["lra_e"].accuracies)) == ("50", [4], [4])
+    alone = record("lra_e", LRA | {"rule": "fa"}, 0, 0.5, epochs=7)
+    assert first_row([*both, alone], results).cells["fa"].reason == "run with 7 epochs alone, the others with 3"
+    other = record("lra_e", LRA | {"rule": "fa"}, 9, 0.5, epochs=3)
+    assert first_row([*both, other], results).cells["fa"].reason == "no seed in common"
+
+
+def test_a_record_of_before_a_key_was_added_counts_where_the_key_has_its_default(results: Path) -> None:
+    new = lra(0, 0.9)
+    config = {name: value for name, value in new.config.items() if name != "patience"}
+    config["rule"] = {name: value for name, value in config["rule"].items() if name != "gamma"}
+    old = new.model_copy(update={"config": config, "signature": digest(config), "seed": 1})
+    assert list(first_row([new, old], results).cells["lra_e"].accuracies) == [0, 1]
+    # This one's experiment sets what the record lacks.
+    config = {name: value for name, value in new.config.items() if name != "batch_size"}
+    config["arch"] = {name: value for name, value in config["arch"].items() if name != "hidden"}
+    other = new.model_copy(update={"config": config, "signature": digest(config), "seed": 1})
+    assert list(first_row([new, other], results).cells["lra_e"].accuracies) == [0]
+
+
+def test_a_seed_that_diverged_is_left_out_of_the_mean_and_counts_at_chance_for_claims(results: Path) -> None:
+    found = first_row([lra(0, 0.9), lra(1, None)], results).cells["lra_e"]
+    assert (found.mean, found.diverged) == (0.9, 1)
+    assert found.for_claims == {0: 0.9, 1: 0.5}  # two classes in these records
+    assert any("diverged" in mark for mark in found.marks)
+
+
+def test_a_stand_in_is_taken_where_the_papers_images_have_no_runs_and_marked(results: Path) -> None:
+    labels = {"net": "mlp_cifar10", "classes": "2", "init": "documented", "rule": "mdfa"}
+    jpeg = record("mdfa", labels, 0, 0.7, further=["dataset=cifar10_jpeg"])
+    row = shown(findings("mdfa", [jpeg], results), "documented", net="mlp_cifar10", classes="2")
+    assert row.cells["mdfa"].marks == ["cifar10_jpeg in place of the paper's images"]
+    row = shown(
+        findings("mdfa", [jpeg, record("mdfa", labels, 0, 0.8)], results), "documented", net="mlp_cifar10", classes="2"
+    )
+    assert (row.cells["mdfa"].mean, row.cells["mdfa"].marks) == (0.8, [])
+
+
+def test_verdicts_follow_from_the_records(results: Path) -> None:
+    records = []
+    for layers, rule, accuracy in [
+        *[(layers, "lra_e", 0.95) for layers in ("3", "5", "8")],
+        *[("3", rule, 0.9) for rule in ("bp", "fa", "dfa")],
+    ]:
+        records += [lra(seed, accuracy + seed / 1000, hidden_layers=layers, rule=rule) for seed in range(4)]
+    found = findings("lra_e", records, results)
+    verdicts = {
+        (r.trial.claim.name, *r.trial.at.values()): (r.verdict, r.missing)
+        for r in found.verdicts
+        if r.trial.reading == "as quoted"
+    }
+    assert verdicts["stable over depth", "mnist"] == ("holds", "")
+    assert verdicts["stable over depth", "fashion_mnist"] == ("not run", "not run yet")
+    best = "best against backprop and feedback alignment"
+    assert verdicts[best, "mnist", "3"] == ("holds", "")
+    assert verdicts[best, "mnist", "5"] == ("not run", "not run yet")
+    shown = tables.verdict_table(found)
+    assert "| stable over depth | as quoted | mnist | +0.00 (+0.00 to +0.00) | < 0.001 | **holds** |" in shown
+    assert "- These runs depart from the paper: fewer epochs than the paper" in shown
+
+
+def test_why_cells_have_no_runs_is_said_once_for_each_reason(results: Path) -> None:
+    found = findings("mdfa", [], results)
+    reasons = tables.missing(found.tables["documented"])
+    assert "ImageNet is not at hand: net=mlp_imagenet,allconv_imagenet classes=2,3,4,5,10,20,50,100" in reasons
+    assert len(reasons) == 3
+
+
+PUBLISHED = {"table": "T", "row": "r", "column": "c", "value": 8.5, "unit": "error, %", "source": "p. 1"}
+
+
+def publish(results: Path, *figures: dict[str, Any], seeds: int | None = None) -> None:
+    content = {"paper": "a paper", "link": None, "seeds": seeds, "figures": list(figures)}
+    (results / "published" / "lra_e.yaml").write_text(yaml.safe_dump(content))
+
+
+def test_a_published_figure_is_shown_beside_ours(results: Path) -> None:
+    publish(results, PUBLISHED | {"cell": {"dataset": "mnist", "hidden_layers": 3, "rule": "lra_e"}})
+    found = findings("lra_e", [lra(0, 0.9)], results)
+    text = tables.accuracy_table(found.layout.tables[0], found.tables["mnist"])
+    assert "| 90.00; published 91.50 (-1.50) |" in text
+    assert "published" not in tables.accuracy_table(found.layout.tables[1], found.tables["fashion_mnist"])
+    (line,) = [line for line in tables.rows_of(found).to_dict("records") if line["mean"] == "90.0000"]
+    assert (line["published"], line["difference"]) == (91.5, "-1.5000")
+
+
+@pytest.mark.parametrize(
+    ("figures", "message"),
+    [
+        ([PUBLISHED, PUBLISHED], "lra_e.yaml: the file: table 'T', row 'r', column 'c' is there twice"),
+        ([PUBLISHED | {"value": None}], "lra_e.yaml: figures.0.value: Input should be a valid number"),
+        ([PUBLISHED | {"unit": "%"}], "lra_e.yaml: figures.0.unit: Input should be 'accuracy, %' or 'error, %'"),
+        ([PUBLISHED | {"note": 1}], "lra_e.yaml: figures.0.note: Extra inputs are not permitted"),
+        (
+            [PUBLISHED | {"cell": {"depth": 3}}],
+            "published figure T, r, c: depth=3 is not in the grid; there is no such axis",
+        ),
+        ([PUBLISHED | {"cell": {"rule": "bpp"}}], "rule=bpp is not in the grid; choose from bp, fa, dfa, lra_e"),
+    ],
+    ids=["twice", "value", "unit", "extra", "axis", "choice"],
+)
+def test_a_published_figure_that_is_not_valid_is_refused(
+    results: Path, figures: list[dict[str, Any]], message: str
+) -> None:
+    publish(results, *figures)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        findings("lra_e", [], results)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results" / "published").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_published_file_is_valid(path: Path) -> None:
+    module.read(module.Published, path)
+
+
+def filled(results: Path) -> Path:
+    """Adds records, and a README with a place for their tables."""
+    lines = [
+        lra(s, 0.9 + s / 1000, hidden_layers=n, rule=r).line() for s in (0, 1) for n in "358" for r in ("bp", "lra_e")
+    ]
+    (results / "records" / "a.jsonl").write_bytes(b"".join(lines))
+    readme = results.parent / "README.md"
+    readme.write_text("before\n<!-- table: lra_e -->\nold\n<!-- end -->\nafter\n")
+    return readme
+
+
+def test_all_that_is_generated_comes_back_byte_for_byte(results: Path) -> None:
+    readme = filled(results)
+    files = report.everything(results, readme)
+    tables.replace_with(files, results)
+    kinds = {path.suffix for path in files}
+    assert kinds == {".md", ".csv", ".tex", ".svg", ".html"}
+    names = {path.name for path in files}
+    assert {"mnist_error.svg", "mnist_curves.svg", "mnist_time.svg", "mnist_angles.svg", "report.html"} <= names
+    assert readme.read_text().startswith("before\n<!-- table: lra_e -->\n**MNIST.** Test accuracy")
+    assert readme.read_text().endswith("<!-- end -->\nafter\n")
+    left_over = results / "figures" / "lra_e" / "old.svg"
+    left_over.write_text("")
+    for path in files:
+        if path != readme:
+            path.unlink()
+    again = report.everything(results, readme)
+    assert again == files
+    tables.replace_with(again, results)
+    assert not left_over.exists()
+    for path, content in files.items():
+        assert path.read_bytes() == content
+        assert b"/tmp" not in content
+
+
+def test_what_is_generated_is_up_to_date() -> None:
+    """`make results` makes it so."""
+    files = report.everything(ROOT / "results", ROOT / "README.md")
+    assert [str(path) for path, content in files.items() if not path.exists() or path.read_bytes() != content] == []
+    made = {path for folder in ("tables", "figures") for path in (ROOT / "results" / folder).rglob("*.*")}
+    assert made <= set(files)
+
+
+def test_a_place_for_a_table_that_names_no_paper_is_refused() -> None:
+    with pytest.raises(ValueError, match="table: lra --> names no paper; choose from lra_e"):
+        tables.with_sections("<!-- table: lra -->\n<!-- end -->", {"lra_e": ""})
+
+
+def test_records_that_differ_are_refused(results: Path) -> None:
+    for name, accuracy in (("a", 0.9), ("b", 0.8)):
+        (results / "records" / f"{name}.jsonl").write_bytes(lra(0, accuracy).line())
+    with pytest.raises(ValueError, match="another record of seed 0"):
+        tables.read_records(results)
+
+
+def test_every_link_within_the_page_leads_somewhere_and_nothing_is_loaded(results: Path) -> None:
+    page = report.everything(results, filled(results))[results / "report.html"].decode()
+    links, ids = set(re.findall(r'<a href="#([^"]+)"', page)), re.findall(r' id="([^"]+)"', page)
+    assert len(links) > 8
+    assert links <= set(ids)
+    assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(?!data:)', page)
+    named = re.findall(r'<a href="(records/[^"]+)"', page)
+    assert named
+    for name in named:
+        assert (results / name).exists()
+
+
+CHECKS = """
+<pre id="checked"></pre><script>
+const said = [];
+const check = (what, so) => said.push(`${so ? "ok" : "FAILED"} ${what}`);
+const table = document.querySelector("#lra_e-mnist ~ .wide table");
+const column = [...table.tHead.rows[0].cells].findIndex(cell => cell.textContent.trim() === "lra_e");
+const values = () => [...table.tBodies[0].rows].map(row => +row.cells[column].dataset.value);
+const sorted = (list, sign) => list.every((v, i) => i === 0 || sign * (v - list[i - 1]) >= 0);
+const button = table.tHead.rows[0].cells[column].querySelector("button");
+button.click(); check("descending", sorted(values(), -1) && values().length === 3);
+button.click(); check("ascending", sorted(values(), 1));
+const link = table.querySelector("td a"), target = document.getElementById(link.hash.slice(1));
+check("closed", !target.closest("details").open);
+location.hash = link.hash;
+const box = document.querySelector("nav input[value=lra_e]"); box.click();
+const parts = [...document.querySelectorAll("svg .rule-lra_e")];
+check("hidden", parts.length > 0 && parts.every(part => part.style.display === "none"));
+check("drawn", document.querySelector("svg").getBoundingClientRect().width > 200);
+check("no wider than the window", document.documentElement.scrollWidth <= innerWidth);
+setTimeout(() => {
+  check("opened", target.closest("details").open);
+  document.getElementById("checked").textContent = said.join("\\n");
+}, 100);
+</script>
+"""
+CHROMIUM = next(filter(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome", "chrome")), None)
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium-headless-shell, chromium or google-chrome")
+@pytest.mark.parametrize("width", [1440, 390])
+def test_the_page_works_in_a_browser(results: Path, width: int) -> None:
+    page = report.everything(results, filled(results))[results / "report.html"].decode()
+    path = results / "checked.html"
+    path.write_text(page.replace("</body>", CHECKS + "</body>"))
+    options = ["--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom"]
+    profile = f"--user-data-dir={results / 'profile'}"
+    command = [str(CHROMIUM), "--headless", *options, profile, f"--window-size={width},900", path.as_uri()]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in ended.stderr
+    (said,) = re.findall(r'<pre id="checked">(.*?)</pre>', ended.stdout, re.DOTALL)
+    lines = said.splitlines()
+    assert len(lines) == 7
+    assert [line for line in lines if not line.startswith("ok ")] == []
