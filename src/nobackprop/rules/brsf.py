@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nobackprop.layers import Shape
 from nobackprop.network import Network, Weights
-from nobackprop.rule import Batch, Draw, Grads
+from nobackprop.rule import Batch, Draw
 from nobackprop.rules.fa import FA
 
 
@@ -27,9 +27,8 @@ class BRSF(FA):
         if self.scale <= 0:
             raise ValueError(f"rule.scale is {self.scale}: it scales the feedback weights, so it must be above 0")
 
-    def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
-        B = {f"B{l}": self.scale * batch.noise[f"B{l}"].abs() * w[f"W{l}"].sign() for l in range(2, net.L + 1)}
-        return super().grads(net, {**w, **B}, batch)
+    def down(self, l: int, w: Weights, batch: Batch) -> Tensor:
+        return self.scale * batch.noise[f"B{l}"].abs() * w[f"W{l}"].sign()
 
     def noise(self, net: Network, samples: int) -> dict[str, Shape]:
         return {f"B{l}": net.weight_shape(l) for l in range(2, net.L + 1)}

@@ -24,9 +24,14 @@ class FA(Rule):
         d = batch.error(z[net.L])  # (N, outputs)
         g = net.hebbian(net.L, h[net.L - 1], d)
         for l in range(net.L, 1, -1):
-            d = net.feedback(l, w[f"B{l}"], d, like=z[l - 1]) * net.df(z[l - 1], h[l - 1])  # (N, *shape of layer l-1)
+            below = net.feedback(l, self.down(l, w, batch), d, like=z[l - 1])
+            d = below * net.df(z[l - 1], h[l - 1])  # (N, *shape of layer l-1)
             g |= net.hebbian(l - 1, h[l - 2], d)
         return g, z[net.L]
+
+    def down(self, l: int, w: Weights, batch: Batch) -> Tensor:
+        """What stands in for W of layer l on the way down, in its shape."""
+        return w[f"B{l}"]
 
     def feedback(self, net: Network, draw: Draw) -> dict[str, Tensor]:
         return {f"B{l}": draw(f"B{l}", net.weight_shape(l)) for l in range(2, net.L + 1)}

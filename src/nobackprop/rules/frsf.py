@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
-from nobackprop.network import Network, Weights
-from nobackprop.rule import Batch, Grads
+from torch import Tensor
+
+from nobackprop.network import Weights
+from nobackprop.rule import Batch
 from nobackprop.rules.fa import FA
 
 
@@ -19,6 +21,5 @@ class FRSF(FA):
     Departs from the paper: M is drawn by `init.backward`, and there is no batch normalization.
     """
 
-    def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
-        B = {f"B{l}": w[f"B{l}"].abs() * w[f"W{l}"].sign() for l in range(2, net.L + 1)}
-        return super().grads(net, {**w, **B}, batch)
+    def down(self, l: int, w: Weights, batch: Batch) -> Tensor:
+        return w[f"B{l}"].abs() * w[f"W{l}"].sign()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nobackprop.network import Network, Weights
-from nobackprop.rule import Batch, Draw, Grads
+from nobackprop.rule import Batch, Draw
 from nobackprop.rules.fa import FA
 
 
@@ -26,9 +26,8 @@ class USF(FA):
         if self.scale <= 0:
             raise ValueError(f"rule.scale is {self.scale}: it scales the feedback weights, so it must be above 0")
 
-    def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
-        signs = {f"B{l}": self.scale * w[f"W{l}"].sign() for l in range(2, net.L + 1)}
-        return super().grads(net, {**w, **signs}, batch)
+    def down(self, l: int, w: Weights, batch: Batch) -> Tensor:
+        return self.scale * w[f"W{l}"].sign()
 
     def feedback(self, net: Network, draw: Draw) -> dict[str, Tensor]:
         return {}
