@@ -411,3 +411,11 @@ def test_a_copy_of_the_source_knows_its_commit(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(records, "__file__", str(path / "nobackprop" / "records.py"))
     monkeypatch.setattr(records, "source_state", records.source_state.__wrapped__)
     assert records.source_state() == ("abc", True)
+
+
+@pytest.mark.parametrize(("given", "expected"), [("null", 1), ("2", 2)])
+def test_a_job_beside_others_keeps_its_seeds_in_one_process(given: str, expected: int) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        job = sweeps.Job("", compose("train", [f"workers={given}"]))
+    assert sweeps._beside_others(job).config.workers == expected
+    assert job.config.workers == (None if given == "null" else 2)

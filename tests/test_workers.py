@@ -15,8 +15,7 @@ import pytest
 import torch
 from conftest import CONF
 from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 import nobackprop.train
@@ -124,22 +123,6 @@ def test_a_launchers_or_a_clusters_grant_counts(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert cores() == expected
-
-
-@pytest.mark.usefixtures("two_cores")
-def test_jobs_that_a_launcher_runs_at_once_stay_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def launched_by(target: str) -> None:
-        hydra = OmegaConf.create({"launcher": {"_target_": target}})
-        monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
-        monkeypatch.setattr(HydraConfig, "get", lambda: hydra)
-
-    launched_by("hydra._internal.core_plugins.basic_launcher.BasicLauncher")
-    assert workers(10, 1) == 2
-    launched_by("hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher")
-    assert workers(10, 1) == 1
-    assert workers(10, 1, most=2) == 2
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert workers(10, 1) == 2
 
 
 @pytest.mark.usefixtures("two_cores")

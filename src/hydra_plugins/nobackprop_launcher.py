@@ -35,7 +35,8 @@ class SweepLauncher(Launcher):
             tuned.add(choices.tuned)
             with open_dict(config):
                 del config["hydra"]
-            varied = [text for text in filter_overrides(overrides) if text not in sys.argv]
+            same = {*sys.argv, "dry_run=True"}
+            varied = [text for text in filter_overrides(overrides) if text not in same]
             jobs.append(sweeps.Job(" ".join(varied) or "the run", config))
         outcomes = sweeps.run(jobs, sweeps.launcher_of(jobs[0].config), console, jobs[0].config.dry_run)
         SweepLauncher.failed += sum(outcome.state == "failed" for outcome in outcomes)

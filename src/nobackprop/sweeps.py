@@ -13,7 +13,7 @@ import traceback
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
@@ -24,7 +24,7 @@ from threading import Thread
 from typing import Any, Literal, Protocol
 
 import joblib
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -298,7 +298,7 @@ class Joblib:
                 while waiting and len(running) < self.at_once(list(jobs.values())):
                     i = waiting.popleft()
                     receiver, sender = context.Pipe(duplex=False)
-                    process = context.Process(target=_work, args=(jobs[i], wait, sender))
+                    process = context.Process(target=_work, args=(_beside_others(jobs[i]), wait, sender))
                     say(i, "starts")
                     process.start()
                     sender.close()
@@ -322,6 +322,11 @@ class Joblib:
                     os.kill(process.pid, SIGTERM)
             for _, process in running.values():
                 process.join()
+
+
+def _beside_others(job: Job) -> Job:
+    """A job that shares this machine's cores with others: its seeds stay in one process unless `workers` is given."""
+    return replace(job, config=OmegaConf.merge(job.config, {"workers": job.config.workers or 1}))
 
 
 def _work(job: Job, wait: bool, sender: connection.Connection) -> None:
@@ -384,7 +389,8 @@ class Cluster:
                 room = self.at_once(list(jobs.values())) - len(running)
             if batch := [waiting.popleft() for _ in range(min(room, len(waiting)))]:
                 assert executor is not None
-                for i, handle in zip(batch, executor.map_array(Task(sys.argv), [jobs[i] for i in batch]), strict=True):
+                ready = [_beside_others(jobs[i]) if self.executor == "local" else jobs[i] for i in batch]
+                for i, handle in zip(batch, executor.map_array(Task(sys.argv), ready), strict=True):
                     write_atomically(_job_note(jobs[i]), handle.job_id.encode())
                     say(i, f"is submitted as job {handle.job_id}")
                     running[i] = Submitted(handle, self.executor == "slurm")

@@ -18,8 +18,6 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from typing import Any, TypeVar, cast
 
-from hydra.core.hydra_config import HydraConfig
-
 from nobackprop.callbacks import Screen
 from nobackprop.stopping import StopSignals
 
@@ -31,14 +29,12 @@ Result = TypeVar("Result")
 def workers(jobs: int, threads: int, most: int | None = None) -> int:
     """How many processes to train in: at the most one a core, and `most` if that is given; 1: in this process.
 
-    It is 1 where seeds have several threads, where the system can't fork safely (macOS, Windows), in a process that may
-    have no children, and, unless `most` is given, in a launcher's job, beside which others run on the same cores.
+    It is 1 where seeds have several threads, where the system can't fork safely (macOS, Windows), and in a process that
+    may have no children.
     """
     if jobs == 1 or threads > 1 or sys.platform != "linux" or multiprocessing.current_process().daemon:
         return 1
-    if most is None:
-        most = 1 if _beside_other_jobs() else jobs
-    return min(jobs, most, cores())
+    return min(jobs, most or jobs, cores())
 
 
 def cores() -> int:
@@ -48,14 +44,6 @@ def cores() -> int:
     if "SLURM_JOB_ID" in os.environ:
         return min(cpu_count(), int(os.environ.get("SLURM_CPUS_PER_TASK", 1)))
     return cpu_count()
-
-
-def _beside_other_jobs() -> bool:
-    """Whether Hydra's launcher runs several jobs at once on this machine; a job of SLURM has cores of its own."""
-    if not HydraConfig.initialized() or "SLURM_JOB_ID" in os.environ:
-        return False
-    launcher: Any = HydraConfig.get().launcher
-    return not launcher._target_.endswith(".BasicLauncher")
 
 
 def side_by_side(
