@@ -94,6 +94,17 @@ def test_a_step_is_update_then_gain_then_l2(learner: Callable[..., Learner], upd
         torch.testing.assert_close(after[name], w[name] - 0.1 * (gain * g + 0.01 * w[name]))
 
 
+@pytest.mark.slow  # the compiler takes half a minute
+def test_compiled_steps_are_the_same_but_for_rounding(learner: Callable[..., Learner]) -> None:
+    rule = LRAE()
+    w = initial_weights(NET, rule, Uniform(), Uniform(), 0)
+    eager, compiled = (learner(NET, rule, SoftmaxCrossEntropy(3), w, SGD, compile=c) for c in (False, True))
+    for l in (eager, compiled):
+        for _ in range(3):
+            step_once(l, w)
+    torch.testing.assert_close(dict(compiled.w), dict(eager.w))
+
+
 def test_weights_without_a_gradient_are_left_alone(learner: Callable[..., Learner]) -> None:
     rule = DFA()
     w = initial_weights(NET, rule, Uniform(), Uniform(), 0)

@@ -1,6 +1,7 @@
 """Networks: the shapes of the papers' nets, the forward pass against torch.nn, and descriptions."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -146,3 +147,21 @@ def test_a_layer_that_does_not_fit_the_one_below_is_refused() -> None:
 def test_an_unknown_activation_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown activation"):
         mlp((4,), 3, hidden=[5], activation="swish")
+
+
+def test_computed_again_activations_are_the_same_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = mlp((5,), 2, hidden=[6] * 12, activation="tanh")
+    w = initial_weights(net, BP(), Normal(0.4), Normal(0.4), seed=0)
+    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    (z, h), calls = net.forward(w, x), []
+    preactivation = Network.preactivation
+    monkeypatch.setattr(Network, "preactivation", lambda *args: (calls.append(args[1]), preactivation(*args))[1])
+    again = replace(net, recompute=True).forward(w, x)
+    for l in range(net.L, -1, -1):
+        assert torch.equal(again[0][l], z[l])
+        assert l == net.L or torch.equal(again[1][l], h[l])
+    assert len(calls) <= 2 * net.L  # no more than one more forward pass
+    assert [torch.equal(a, b) for a, b in zip(again[1], h, strict=True)] == [True] * net.L
+    assert torch.equal(torch.stack(again[0][2:6]), torch.stack(z[2:6]))
+    with pytest.raises(IndexError):
+        again[0][net.L + 1]

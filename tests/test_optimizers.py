@@ -1,5 +1,6 @@
-"""The original programs' optimizers against the same formulas written in numpy, one weight at a time."""
+"""The original programs' optimizers against the same formulas written in numpy, the others against torch's."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nobackprop.optimizers import MemorylessAdamW, SignSGD, TFAdam, TFRMSprop
+from nobackprop.optimizers import Adam, AdamW, MemorylessAdamW, RMSprop, SignSGD, TFAdam, TFRMSprop
 
 STEPS = 6
 SHAPES = [(3, 4), (2, 3, 3, 3), (5,)]
@@ -65,7 +66,7 @@ CASES = [
         id="memoryless",
     ),
 ]
-OPTIMIZERS = pytest.mark.parametrize("optimizer", [TFRMSprop, TFAdam, SignSGD, MemorylessAdamW])
+OPTIMIZERS = pytest.mark.parametrize("optimizer", [Adam, AdamW, RMSprop, TFRMSprop, TFAdam, SignSGD, MemorylessAdamW])
 
 
 @pytest.fixture
@@ -96,6 +97,30 @@ def test_steps_follow_the_formula(optimizer, formula, options, weights, grads) -
     for i, (p, start) in enumerate(zip(weights, starts, strict=True)):
         expected = formula(start, np.stack([g[i].numpy() for g in grads]), **options)
         np.testing.assert_allclose(p.detach().numpy(), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (partial(Adam, betas=[0.8, 0.95]), partial(torch.optim.Adam, betas=(0.8, 0.95), fused=True)),
+        (partial(Adam, weight_decay=0.1), partial(torch.optim.Adam, weight_decay=0.1, fused=True)),
+        (AdamW, partial(torch.optim.AdamW, fused=True)),
+        (partial(AdamW, eps=0.1), partial(torch.optim.AdamW, eps=0.1, fused=True)),
+        (partial(RMSprop, lr=0.01, eps=0.1), partial(torch.optim.RMSprop, lr=0.01, alpha=0.9, eps=0.1)),
+    ],
+)
+def test_steps_are_torchs_also_after_a_step_without_a_gradient(ours, theirs, weights, grads) -> None:
+    results = []
+    for optimizer in (ours, theirs):
+        copies = [nn.Parameter(p.clone(), requires_grad=False) for p in weights]
+        stepper = optimizer(copies)
+        for i, step_grads in enumerate(grads):
+            for j, (p, g) in enumerate(zip(copies, step_grads, strict=True)):
+                p.grad = None if (i, j) == (2, 1) else g.clone()
+            stepper.step()
+        results.append(copies)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(("optimizer", "options"), [(case.values[0], case.values[2]) for case in CASES[::2]])

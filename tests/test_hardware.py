@@ -1,0 +1,29 @@
+"""What torch is told about a machine."""
+
+import ctypes
+
+import pytest
+import torch
+
+from nobackprop import hardware
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc here")
+def test_freed_memory_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    class Libc:
+        def mallopt(self, option: int, value: int) -> int:
+            asked[option] = value
+            return 1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: Libc())
+    hardware.prepare(torch.device("cpu"))
+    assert asked == {-1: 2**30, -3: 2**30}  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+
+
+def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware.shutil, "which", {"g++": "/usr/bin/g++"}.get)
+    assert hardware.can_compile(torch.device("cpu"))
+    monkeypatch.setattr(hardware.shutil, "which", {}.get)
+    assert not hardware.can_compile(torch.device("cpu"))
