@@ -162,6 +162,6 @@ def test_computed_again_activations_are_the_same_in_any_order(monkeypatch: pytes
         assert l == net.L or torch.equal(again[1][l], h[l])
     assert len(calls) <= 2 * net.L  # no more than one more forward pass
     assert [torch.equal(a, b) for a, b in zip(again[1], h, strict=True)] == [True] * net.L
-    assert torch.equal(torch.stack(again[0][2:6]), torch.stack(z[2:6]))
+    assert torch.equal(torch.stack(list(again[0][2:6])), torch.stack(list(z[2:6])))
     with pytest.raises(IndexError):
         again[0][net.L + 1]
