@@ -44,7 +44,9 @@ def sweep(runs: Path, begun: connection.Connection, die_at_write: int | None) ->
     ResumePoint.on_train_start = start
     os.fsync = write
     jobs = [
-        sweeps.Job(rule, small(runs, f"rule={rule}", "seeds=2", f"max_epochs={EPOCHS}", "checkpoint_minutes=0"))
+        sweeps.Job(
+            rule, small(runs, f"rule={rule}", "seeds=2", f"max_epochs={EPOCHS}", "checkpoint_minutes=0", "workers=1")
+        )
         for rule in ("bp", "dfa", "mdfa")
     ]
     outcomes = sweeps.run(jobs, sweeps.Basic(), Console(quiet=True))

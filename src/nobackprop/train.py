@@ -49,6 +49,7 @@ from nobackprop.workers import side_by_side, workers
 for name in ("pytorch_lightning", "lightning_fabric"):
     logging.getLogger(name).setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+warnings.filterwarnings("ignore", message="The `srun` command is available")
 
 
 RECOMPUTE_FROM = 2**29  # bytes of activations
