@@ -164,17 +164,27 @@ def our_step(
     return step
 
 
+def problem(title: str) -> tuple[Network, Loss, Tensor, Tensor]:
+    """Net, loss, and a mini-batch of pixels and labels."""
+    make, classes, batch, *_ = STEPS[title]
+    loss = cross_entropy(classes)
+    net = make(outputs=loss.outputs)
+    return net, loss, torch.randint(256, (batch, *net.in_shape), dtype=torch.uint8), torch.randint(classes, (batch,))
+
+
+def plain(title: str) -> Callable[[], Any]:
+    net, loss, pixels, labels = problem(title)
+    return plain_step(net, loss, STEPS[title][3], pixels, labels)
+
+
 def steps(rounds: int) -> list[dict[str, Any]]:
     """Our rules' steps, eager and compiled, against backpropagation in plain PyTorch."""
     rows = []
-    for title, (make, classes, batch, default, fused, ours) in STEPS.items():
-        loss = cross_entropy(classes)
-        net = make(outputs=loss.outputs)
-        pixels = torch.randint(256, (batch, *net.in_shape), dtype=torch.uint8)
-        labels = torch.randint(classes, (batch,))
+    for title, (_, _, batch, _, fused, ours) in STEPS.items():
+        net, loss, pixels, labels = problem(title)
         matmul = torch.get_float32_matmul_precision()
         runs = {
-            PLAIN: Aside(plain_step, net, loss, default, pixels, labels),
+            PLAIN: Aside(plain, title),
             TUNED: partial(seconds, plain_step(net, loss, fused, pixels, labels, matmul)),
         }
         for name, rule in RULES.items():
@@ -188,13 +198,12 @@ def steps(rounds: int) -> list[dict[str, Any]]:
 
 def rules(rounds: int) -> list[dict[str, Any]]:
     """The step of every rule there is, on the first net, against our own backpropagation."""
-    make, classes, batch, _, _, ours = STEPS["784-256x4-10, batch 50, AdamW"]
-    loss = cross_entropy(classes)
-    net = make(outputs=loss.outputs)
-    pixels, labels = torch.randint(256, (batch, 1, 28, 28), dtype=torch.uint8), torch.randint(classes, (batch,))
+    title = "784-256x4-10, batch 50, AdamW"
+    batch, ours = STEPS[title][2], STEPS[title][-1]
+    net, loss, pixels, labels = problem(title)
     every = {"bp": BP(), **configured_rules()}
     runs = {name: partial(seconds, our_step(net, rule, loss, ours, pixels, labels)) for name, rule in every.items()}
-    return _rates("every rule: 784-256x4-10, batch 50, AdamW", in_turn(runs, rounds), batch)
+    return _rates(f"every rule: {title}", in_turn(runs, rounds), batch)
 
 
 def _rates(measure: str, measured: dict[str, list[float]], batch: int) -> list[dict[str, Any]]:
