@@ -15,6 +15,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -103,8 +104,9 @@ class Aside:
 def _serve(connection: Connection, make: Callable[..., Callable[[], Any]], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     step = make(*args)
-    while True:
-        connection.send(seconds(step, connection.recv()))
+    with suppress(EOFError):  # the end
+        while True:
+            connection.send(seconds(step, connection.recv()))
 
 
 def in_turn(runs: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
@@ -181,6 +183,7 @@ def steps(rounds: int) -> list[dict[str, Any]]:
     """Our rules' steps, eager and compiled, against backpropagation in plain PyTorch."""
     rows = []
     for title, (_, _, batch, _, fused, ours) in STEPS.items():
+        torch.compiler.reset()  # else the steps before this one count as recompilations
         net, loss, pixels, labels = problem(title)
         matmul = torch.get_float32_matmul_precision()
         runs = {
