@@ -20,8 +20,10 @@ COLOURS = {
     "dfa": "#56B4E9",
     "lra_e": "#D55E00",
     "mdfa": "#009E73",
+    "dtp": "#CC79A7",
+    "equilibrium_propagation": "#0072B2",
 }
-OTHERS = ("#CC79A7", "#0072B2", "#8C6D1F", "#7F7F7F", "#A020F0")
+OTHERS = ("#8C6D1F", "#7F7F7F", "#A020F0")
 STYLE: Any = {
     "svg.hashsalt": "nobackprop",
     "svg.fonttype": "none",

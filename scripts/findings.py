@@ -122,7 +122,7 @@ class Found:
     planned_epochs: int | None = None  # the paper's
     planned_seeds: int | None = None  # the paper's, where they are known
     stand_in: str | None = None  # the dataset taken in place of the paper's
-    reason: str = "not run yet"  # why there are no records
+    reason: str = ""  # why there are no records
     figures: Sequence[Figure] = ()
 
     @cached_property
@@ -236,7 +236,7 @@ class Composer:
 
     def _split(self, overrides: Iterable[str]) -> tuple[tuple[str, ...], list[str]]:
         by_key = {text.split("=", 1)[0]: text for text in overrides}
-        groups = {name: text for name, text in by_key.items() if (CONF / name.lstrip("+")).is_dir()}
+        groups = {name: text for name, text in by_key.items() if (CONF / name.lstrip("+").partition("@")[0]).is_dir()}
         return tuple(groups.values()), [text for name, text in by_key.items() if name not in groups]
 
     def _parent(self, groups: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -364,11 +364,11 @@ def _find(cell: Cell, layout: Layout, runs: Runs, not_run: Sequence[NotRun], kno
     """A cell of the grid with all its records; which of them a table shows is decided there."""
     overrides = list(cell.overrides)
     figures = [f for f in (known.figures if known else ()) if f.cell and f.cell.items() <= cell.labels.items()]
-    for entry in not_run:
-        if _fits(cell.labels, entry.cells):
-            return Found(cell.labels, cell.labels.get("rule", ""), overrides, reason=entry.reason, figures=figures)
-    if not runs.runs:
-        return Found(cell.labels, cell.labels.get("rule", ""), overrides, figures=figures)
+    unsearched = cell.tuned is not None and not cell.tuned.exists()
+    reasons = [entry.reason for entry in not_run if _fits(cell.labels, entry.cells)]
+    reasons += ["settings not searched yet" if unsearched else "not run yet"]
+    if unsearched or not runs.runs:
+        return Found(cell.labels, cell.labels.get("rule", ""), overrides, reason=reasons[0], figures=figures)
     identity, records = runs.of(overrides)
     stand_in = layout.stand_ins.get(identity["dataset"]["name"])
     if stand_in and not records:
@@ -382,6 +382,7 @@ def _find(cell: Cell, layout: Layout, runs: Runs, not_run: Sequence[NotRun], kno
         planned_epochs=identity["max_epochs"],
         planned_seeds=known.seeds if known else None,
         stand_in=stand_in if records and records[0].config["dataset"]["name"] == stand_in else None,
+        reason=reasons[0],
         figures=figures,
     )
 
@@ -389,34 +390,36 @@ def _find(cell: Cell, layout: Layout, runs: Runs, not_run: Sequence[NotRun], kno
 def _rows(table: Table, found: Sequence[Found]) -> list[Row]:
     """A table's rows, every cell with the records that are comparable within it.
 
-    Where runs have different numbers of epochs, those are shown that most cells of a combination of `apart` have, and
-    of several such numbers the largest. Within a row all rules have the same seeds: those of every rule with runs.
+    Within a row all rules have the same seeds: those of every rule with runs. All rows of a combination of `apart` have
+    the same number of epochs: that at which the most cells can be shown, and of several such numbers the largest.
     """
-    groups: dict[tuple[str | None, ...], list[Found]] = defaultdict(list)
+    groups: dict[tuple[str | None, ...], dict[tuple[str, ...], list[Found]]] = defaultdict(lambda: defaultdict(list))
     for cell in found:
         if _fits(cell.labels, table.where):
-            groups[tuple(cell.labels.get(axis) for axis in table.apart)].append(cell)
+            apart = tuple(cell.labels.get(axis) for axis in table.apart)
+            groups[apart][tuple(cell.labels[axis] for axis in table.rows)].append(cell)
     rows = []
-    for members in groups.values():
-        epochs = _common_epochs(members)
-        by_row: dict[tuple[str, ...], list[Found]] = defaultdict(list)
-        for cell in members:
-            by_row[tuple(cell.labels[axis] for axis in table.rows)].append(cell)
-        for labels, row in by_row.items():
-            shown = {cell.rule: [r for r in cell.records if r.config["max_epochs"] == epochs] for cell in row}
-            seeds = [{r.seed for r in records} for records in shown.values() if records]
-            common = sorted(set.intersection(*seeds)) if seeds else []
-            cells = {cell.rule: _showing(cell, epochs, shown[cell.rule], common) for cell in row}
+    for group in groups.values():
+        counts: dict[int, int] = {}
+        for epochs in {r.config["max_epochs"] for row in group.values() for cell in row for r in cell.records}:
+            counts[epochs] = sum(len(_at(epochs, row)) for row in group.values() if _seeds(_at(epochs, row)))
+        epochs = max(counts, key=lambda epochs: (counts[epochs], epochs), default=None)
+        for labels, row in group.items():
+            shown = _at(epochs, row)
+            cells = {cell.rule: _showing(cell, epochs, shown.get(cell.rule, ()), _seeds(shown)) for cell in row}
             rows.append(Row(dict(zip(table.rows, labels, strict=True)), cells))
     return rows
 
 
-def _common_epochs(members: Sequence[Found]) -> int | None:
-    counts: dict[int, int] = defaultdict(int)
-    for cell in members:
-        for epochs in {r.config["max_epochs"] for r in cell.records}:
-            counts[epochs] += 1
-    return max(counts, key=lambda epochs: (counts[epochs], epochs), default=None)
+def _at(epochs: int | None, row: Sequence[Found]) -> dict[str, list[Record]]:
+    """The records of a row with that number of epochs, by rule, of the rules that have some."""
+    shown = {cell.rule: [r for r in cell.records if r.config["max_epochs"] == epochs] for cell in row}
+    return {rule: records for rule, records in shown.items() if records}
+
+
+def _seeds(shown: Mapping[str, Sequence[Record]]) -> list[int]:
+    """The seeds that all rules have."""
+    return sorted(set.intersection(*({r.seed for r in records} for records in shown.values()))) if shown else []
 
 
 def _showing(cell: Found, epochs: int | None, records: Sequence[Record], seeds: Sequence[int]) -> Found:

@@ -59,13 +59,14 @@ def marks(rows: Iterable[Row]) -> dict[str, str]:
 
 
 def missing(rows: Iterable[Row]) -> list[str]:
-    """The cells without runs, put together by reason, in sentences."""
+    """The cells without runs, put together by reason, in sentences; rows that have none for one reason, as a whole."""
     reasons: dict[str, list[str]] = {}
     for row in rows:
+        whole = not row.run and len({cell.reason for cell in row.cells.values()}) == 1
         for rule, cell in row.cells.items():
             if not cell.records:
                 place = " ".join(f"{axis}={choice}" for axis, choice in row.labels.items())
-                reasons.setdefault(cell.reason, []).append(f"{place}{f' rule={rule}' if row.run else ''}")
+                reasons.setdefault(cell.reason, []).append(place if whole else f"{place} rule={rule}")
     return [f"{reason}: {_together(places)}" for reason, places in reasons.items()]
 
 

@@ -85,7 +85,7 @@ def test_a_part_runs_then_is_skipped_and_a_failure_does_not_end_it(
     ("only", "message"),
     [
         (["depth=3"], "--only depth=...: no such axis; choose from setting, update, dataset, hidden_layers, rule"),
-        (["rule=bp,hebb"], "--only rule=hebb: choose from bp, dfa, fa, lra_e"),
+        (["rule=bp,hebb"], "--only rule=hebb: choose from bp, dfa, dtp, equilibrium_propagation, fa, lra_e"),
         (["setting=tf1", "rule=bp"], "no cell fits --only setting=tf1 rule=bp"),
     ],
 )

@@ -11,8 +11,10 @@ from typing import Any
 import findings as module
 import pytest
 import report
+import reproduce
 import tables
 import yaml
+from conftest import CONF
 from findings import ROOT, Composer, Findings, Row, findings
 from reproduce import Cell, cells
 from test_records import RECORD
@@ -80,12 +82,42 @@ def first_row(records: Iterable[Record], results: Path) -> Row:
 
 @pytest.mark.parametrize("paper", module.papers())
 def test_configs_are_composed_as_hydra_does(paper: str) -> None:
-    every = list(cells(paper))
+    every = [Cell(c.labels, [o for o in c.overrides if not o.startswith(reproduce.TUNED)]) for c in cells(paper)]
     for i in range(0, len(every), len(every) // 5):
         assert COMPOSER.identity(every[i].overrides) == Settings.of(every[i].config()).identity()
     further = ["dataset=cifar10_jpeg", "l2=0.1", "arch.activation=relu"]
     slow = every[0].config(further)
     assert COMPOSER.identity([*every[0].overrides, *further]) == Settings.of(slow).identity()
+
+
+def test_a_cell_of_searched_settings_is_found_and_one_not_searched_says_so(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(CONF, tmp_path / "conf")
+    for place in (module, reproduce):
+        monkeypatch.setattr(place, "CONF", tmp_path / "conf")
+    monkeypatch.setattr(module, "Composer", Composer)
+    shutil.rmtree(tmp_path / "conf" / "tuned" / "compare", ignore_errors=True)
+    searched = tmp_path / "conf" / "tuned" / "compare" / "mnist_bp.yaml"
+    searched.parent.mkdir()
+    searched.write_text("# @package _global_\noptimizer: {lr: 0.123}\n")
+    identity = Settings.of(cell("compare", {"net": "mnist", "rule": "bp"}).config()).identity()
+    assert identity["optimizer"]["lr"] == 0.123
+    run = Record(**RECORD | {"config": identity, "signature": digest(identity)})
+    row = shown(findings("compare", [run], results), "accuracy", net="mnist")
+    assert row.cells["bp"].records == [run]
+    assert row.cells["lra_e"].reason == "settings not searched yet"
+
+
+def test_a_record_counts_more_than_a_reason_not_to_have_any(results: Path) -> None:
+    entry = {"cells": {"rule": ["lra_e", "bp"]}, "reason": "too slow"}
+    (results / "not_run.yaml").write_text(yaml.safe_dump({"lra_e": [entry]}))
+    row = first_row([lra(0, 0.9)], results)
+    assert row.cells["lra_e"].mean == 0.9
+    assert [row.cells[rule].reason for rule in ("bp", "fa")] == ["too slow", "not run yet"]
+    reasons = tables.missing([row])
+    assert reasons[0].endswith(" rule=bp")
+    assert reasons[1].endswith(" rule=fa,dfa,dtp,equilibrium_propagation")
 
 
 def test_a_cell_shows_mean_deviation_and_interval_of_its_records(results: Path) -> None:
@@ -117,6 +149,12 @@ def test_rules_are_compared_at_the_same_epochs_and_seeds(results: Path) -> None:
     assert (row.epochs, list(row.cells["bp"].accuracies), list(row.cells["lra_e"].accuracies)) == ("50", [4], [4])
     alone = record("lra_e", LRA | {"rule": "fa"}, 0, 0.5, epochs=7)
     assert first_row([*both, alone], results).cells["fa"].reason == "run with 7 epochs alone, the others with 3"
+    apart = [record("lra_e", LRA | {"rule": "bp"}, seed, 0.8, epochs=50) for seed in (7, 8)]
+    assert first_row([*longer, *both, *apart], results).epochs == "3"  # at 50 they have no seed in common
+    deeper = [lra(s, 0.5, rule=r, hidden_layers="5") for r in ("bp", "lra_e") for s in (0, 1)]
+    shallow = [lra(s, 0.5, rule=r) for r in ("bp", "lra_e") for s in (0, 1)]
+    assert first_row([*deeper, *both], results).epochs == "3"
+    assert first_row([*deeper, *both, *shallow], results).epochs == "2"  # all rows of a group alike
     other = record("lra_e", LRA | {"rule": "fa"}, 9, 0.5, epochs=3)
     assert first_row([*both, other], results).cells["fa"].reason == "no seed in common"
 
@@ -211,7 +249,10 @@ def test_a_published_figure_is_shown_beside_ours(results: Path) -> None:
             [PUBLISHED | {"cell": {"depth": 3}}],
             "published figure T, r, c: depth=3 is not in the grid; there is no such axis",
         ),
-        ([PUBLISHED | {"cell": {"rule": "bpp"}}], "rule=bpp is not in the grid; choose from bp, fa, dfa, lra_e"),
+        (
+            [PUBLISHED | {"cell": {"rule": "bpp"}}],
+            "rule=bpp is not in the grid; choose from bp, fa, dfa, dtp, equilibrium_propagation, lra_e",
+        ),
     ],
     ids=["twice", "value", "unit", "extra", "axis", "choice"],
 )
