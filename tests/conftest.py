@@ -1,5 +1,6 @@
 """What several test files use: config files as objects, every rule, small problems, and a learner to step by hand."""
 
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -24,6 +25,9 @@ from nobackprop.streams import normal
 
 if TYPE_CHECKING:
     from nobackprop.learner import Learner
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background jobs; commands under test inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # as a run does: two busy threads on a small net are slower than one
 
