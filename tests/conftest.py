@@ -1,7 +1,8 @@
 """What several test files use: config files as objects, every rule, small problems, and a learner to step by hand."""
 
 import signal
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -37,6 +38,14 @@ CONF = Path(__file__).parents[1] / "conf"
 def options(group: str) -> list[str]:
     """The names of the config files of a group."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def first_rank() -> Iterator[None]:
+    """A test that makes this process another rank of a data-parallel run does not make it one for the tests after it."""
+    yield
+    if lightning := sys.modules.get("lightning_utilities.core.rank_zero"):  # which remembers the rank for good
+        lightning.rank_zero_only.rank = 0
 
 
 @pytest.fixture(scope="session")
