@@ -42,7 +42,7 @@ def options(group: str) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def first_rank() -> Iterator[None]:
-    """A test that makes this process another rank of a data-parallel run does not make it one for the tests after it."""
+    """A test that makes this process another rank of a data-parallel run does not make it one for those after it."""
     yield
     if lightning := sys.modules.get("lightning_utilities.core.rank_zero"):  # which remembers the rank for good
         lightning.rank_zero_only.rank = 0
