@@ -7,15 +7,15 @@ column's head, a rule is hidden in all figures by its box, and every cell leads 
 give the same bytes.
 """
 
-import argparse
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
 from figures import colours
-from findings import ROOT, Findings, Found, Published, Row, Table, published
+from findings import Findings, Found, Published, Row, Table, published
 from tables import (
+    command,
     comparison,
     departures,
     epochs,
@@ -27,7 +27,6 @@ from tables import (
     p_value,
     percent,
     place,
-    replace_with,
     shown_rules,
     spread,
 )
@@ -322,16 +321,5 @@ def everything(results: Path, readme: Path) -> dict[Path, bytes]:
     return files | {results / "report.html": content.encode()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=ROOT / "results")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    options = parser.parse_args()
-    try:
-        replace_with(everything(options.results, options.readme), options.results)
-    except (ValueError, FileNotFoundError) as e:
-        parser.exit(2, f"report.py: {e}\n")
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, everything)

@@ -10,7 +10,7 @@ results/figures/<paper>/*.svg, and the tables in README.md between `<!-- table: 
 import argparse
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -334,16 +334,17 @@ def replace_with(files: Mapping[Path, bytes], results: Path) -> None:
             print(path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command(description: str | None, make: Callable[[Path, Path], Mapping[Path, bytes]]) -> None:
+    """A command that writes the files which `make` gives for a results folder and a README."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     options = parser.parse_args()
     try:
-        replace_with(generated(every_paper(options.results), options.results, options.readme), options.results)
+        replace_with(make(options.results, options.readme), options.results)
     except (ValueError, FileNotFoundError) as e:
-        parser.exit(2, f"tables.py: {e}\n")
+        parser.exit(2, f"{parser.prog}: {e}\n")
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, lambda results, readme: generated(every_paper(results), results, readme))
