@@ -1,7 +1,7 @@
 """Searches settings for a grid's cells by validation accuracy, with the same budget for each: conf/search/<grid>.yaml.
 
     python scripts/tune.py lra_e --only dataset=mnist hidden_layers=3
-    python scripts/tune.py compare --only net=mnist rule=bp,lra_e --jobs 2
+    python scripts/tune.py compare --only net=mlp rule=bp,lra_e --jobs 2
 
 The cells are those of conf/grid/<grid>.yaml that take a file of tuned settings, `+tuned@_global_=...`; the search makes
 that file once a cell has all its trials. The trials are the points of a scrambled Halton sequence, so more trials go on

@@ -98,13 +98,13 @@ def test_a_cell_of_searched_settings_is_found_and_one_not_searched_says_so(
         monkeypatch.setattr(place, "CONF", tmp_path / "conf")
     monkeypatch.setattr(module, "Composer", Composer)
     shutil.rmtree(tmp_path / "conf" / "tuned" / "compare", ignore_errors=True)
-    searched = tmp_path / "conf" / "tuned" / "compare" / "mnist_bp.yaml"
+    searched = tmp_path / "conf" / "tuned" / "compare" / "mlp_bp.yaml"
     searched.parent.mkdir()
     searched.write_text("# @package _global_\noptimizer: {lr: 0.123}\n")
-    identity = Settings.of(cell("compare", {"net": "mnist", "rule": "bp"}).config()).identity()
+    identity = Settings.of(cell("compare", {"net": "mlp", "rule": "bp"}).config()).identity()
     assert identity["optimizer"]["lr"] == 0.123
     run = Record(**RECORD | {"config": identity, "signature": digest(identity)})
-    row = shown(findings("compare", [run], results), "accuracy", net="mnist")
+    row = shown(findings("compare", [run], results), "accuracy", net="mlp")
     assert row.cells["bp"].records == [run]
     assert row.cells["lra_e"].reason == "settings not searched yet"
 
