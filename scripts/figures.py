@@ -3,14 +3,15 @@
 import io
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import ceil
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from findings import Findings, Found, Row, Table, described
+from findings import ANGLE, Findings, Found, Row, Table, described, shown_rules
+from matplotlib import ticker
 from matplotlib.figure import Figure as Canvas
 
 # Okabe & Ito's colours, which the colour-blind can tell apart; a rule has the same one in every figure.
@@ -23,7 +24,7 @@ COLOURS = {
     "dtp": "#CC79A7",
     "equilibrium_propagation": "#0072B2",
 }
-OTHERS = ("#8C6D1F", "#7F7F7F", "#A020F0")
+OTHERS = ("#8C6D1F", "#7F7F7F", "#A020F0", "#B8860B", "#7FC97F", "#F781BF", "#1B4F72", "#A65628", "#66A61E")
 STYLE: Any = {
     "svg.hashsalt": "nobackprop",
     "svg.fonttype": "none",
@@ -37,11 +38,10 @@ STYLE: Any = {
     "grid.alpha": 0.25,
     "lines.linewidth": 1.5,
 }
-ANGLE = "angle/update_W"
 
 
 def figures(found: Findings) -> dict[str, bytes]:
-    """Every figure there is something to draw for: `<table>_error`, `_curves`, `_time` and `_angles`."""
+    """Every figure there is something to draw for: `<table>_error`, `_rules`, `_curves`, `_time` and `_angles`."""
     made: dict[str, bytes] = {}
     colour = colours(found.rules)
     for table in found.layout.tables:
@@ -53,7 +53,9 @@ def figures(found: Findings) -> dict[str, bytes]:
             kinds["error"] = partial(_against, table, rows, colour)
         for kind, line, x in (("curves", _curve, "epoch"), ("time", _time, "seconds of training")):
             kinds[kind] = partial(_panels, table, rows, colour, line, x, "validation accuracy, %")
-        if measured := [(row, rule, c) for row in rows for rule, c in row.cells.items() if rule != "bp" and _layers(c)]:
+        if table.by_rule:
+            kinds["rules"] = partial(_by_rule, found, rows, colour)
+        if measured := [(row, rule, c) for row in rows for rule, c in row.cells.items() if rule != "bp" and c.layers]:
             kinds["angles"] = partial(_angles, measured)
         for kind, draw in kinds.items():
             made[f"{table.name}_{kind}"] = _svg(draw)
@@ -74,12 +76,15 @@ def _svg(draw: Callable[[], Canvas]) -> bytes:
     return re.sub(r'<g id="rule:(\w+)">', r'<g class="rule-\1">', svg).encode()
 
 
-def _axes(number: int, columns: int, x: str, y: str, height: float = 1.5) -> tuple[Canvas, list[Any]]:
-    """Panels in a grid with a common name for each axis. Sizes are in inches."""
+def _axes(
+    number: int, columns: int, x: str, y: str, legend: Sequence[str], height: float = 1.5, left: float = 0.65
+) -> tuple[Canvas, list[Any]]:
+    """Panels in a grid with a common name for each axis and room for a legend of these names. Sizes are in inches."""
     columns = min(number, columns)
     lines = ceil(number / columns)
-    left, right, below, above, wide, between = 0.65, 0.15, 0.5, 0.65, 2.2, (0.4, 0.5)
+    right, below, wide, between = 0.15, 0.5, 2.2, (0.4, 0.5)
     width = left + columns * wide + (columns - 1) * between[0] + right
+    above = 0.45 + 0.2 * ceil(len(legend) / _across(width, legend)) if legend else 0.3
     tall = below + lines * height + (lines - 1) * between[1] + above
     canvas = Canvas(figsize=(width, tall))
     axes = canvas.subplots(lines, columns, squeeze=False).flatten()
@@ -103,8 +108,18 @@ def _axes(number: int, columns: int, x: str, y: str, height: float = 1.5) -> tup
 
 def _legend(canvas: Canvas, axes: Sequence[Any]) -> None:
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    at_most = max(2, round(canvas.get_figwidth() / 1.1))
-    canvas.legend(handles.values(), handles, loc="upper center", ncols=at_most, frameon=False)
+    canvas.legend(
+        handles.values(),
+        handles,
+        loc="upper center",
+        ncols=_across(canvas.get_figwidth(), list(handles)),
+        frameon=False,
+    )
+
+
+def _across(width: float, names: Sequence[str]) -> int:
+    """How many names of a legend go side by side in so many inches."""
+    return max(2, int(width / (0.45 + 0.075 * max(map(len, names)))))
 
 
 def _panels(
@@ -113,7 +128,7 @@ def _panels(
     """One panel a row of the table, one line a rule; those along `against` stand beside each other."""
     choices = len({row.labels[table.against] for row in rows}) if table.against else 0
     columns = choices if 2 < choices < 6 else 4
-    canvas, axes = _axes(len(rows), columns, x, y)
+    canvas, axes = _axes(len(rows), columns, x, y, shown_rules(rows))
     for ax, row in zip(axes, rows, strict=True):
         for rule, cell in row.cells.items():
             if cell.records:
@@ -164,7 +179,7 @@ def _against(table: Table, rows: Sequence[Row], colour: dict[str, str]) -> Canva
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(choice for axis, choice in row.labels.items() if axis != x), []).append(row)
-    canvas, axes = _axes(len(groups), 4, x.replace("_", " "), "test error, %", height=2)
+    canvas, axes = _axes(len(groups), 4, x.replace("_", " "), "test error, %", shown_rules(rows), height=2)
     ticks = list(dict.fromkeys(row.labels[x] for row in rows))
     for ax, (group, members) in zip(axes, groups.items(), strict=True):
         rules = list(
@@ -189,20 +204,48 @@ def _against(table: Table, rows: Sequence[Row], colour: dict[str, str]) -> Canva
     return canvas
 
 
-def _layers(cell: Found) -> list[int]:
-    """The layers whose updates' angle to the gradient was measured."""
-    names = {name for record in cell.records for name in (record.epochs[0] if record.epochs else ())}
-    return sorted(int(name.removeprefix(ANGLE)) for name in names if name.startswith(ANGLE))
+def _by_rule(found: Findings, rows: Sequence[Row], colour: dict[str, str]) -> Canvas:
+    """A line for each rule: test error and angle to the gradient in each row, and what a step costs."""
+    rules = shown_rules(rows)
+    panels: list[tuple[str, Mapping[str, tuple[float, float]]]] = []  # values and half the interval, by rule
+    for row in rows:
+        cells = {rule: cell for rule, cell in row.cells.items() if cell.mean is not None}
+        half = {rule: (c.interval[1] - c.interval[0]) / 2 if c.interval else 0 for rule, c in cells.items()}
+        errors = {rule: (100 - 100 * (c.mean or 0), 100 * half[rule]) for rule, c in cells.items()}
+        panels.append((f"{described(row.labels)}: test error, %", errors))
+        angles = {rule: (c.angle, 0) for rule, c in cells.items() if c.angle is not None}
+        panels.append((f"{described(row.labels)}: angle, degrees", angles))
+    panels.append(("time of a step, of bp's", {rule: (1 / cost.speed, 0) for rule, cost in found.costs.items()}))
+    panels.append(("memory of a step, of bp's", {rule: (cost.memory, 0) for rule, cost in found.costs.items()}))
+    left = 0.25 + 0.08 * max(map(len, rules))
+    canvas, axes = _axes(len(panels), 2, "", "", (), height=0.19 * len(rules) + 0.2, left=left)
+    for i, (ax, (name, values)) in enumerate(zip(axes, panels, strict=True)):
+        for place, rule in enumerate(rules):
+            if value := values.get(rule):
+                line, caps, bars = ax.errorbar(
+                    value[0], place, xerr=value[1] or None, color=colour[rule], marker="o", markersize=4, capsize=2
+                )
+                for artist in (line, *caps, *bars):
+                    artist.set_gid(f"rule:{rule}")
+        ax.set_yticks(range(len(rules)), rules if i % 2 == 0 else [])
+        ax.set_ylim(len(rules) - 0.5, -0.5)
+        ax.set_title(name)
+        if not name.endswith("degrees"):
+            ax.set_xscale("log")
+            ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+            ax.xaxis.set_minor_formatter(ticker.NullFormatter())
+    return canvas
 
 
 def _angles(measured: Sequence[tuple[Row, str, Found]]) -> Canvas:
     """The angle of each layer's update to backpropagation's gradient: one panel a cell, a darker line the deeper."""
-    columns = max(Counter(id(row) for row, _, _ in measured).values())
-    canvas, axes = _axes(len(measured), columns, "epoch", "angle to the gradient, degrees")
-    deepest = max(_layers(cell)[-1] for _, _, cell in measured)
+    columns = min(5, max(Counter(id(row) for row, _, _ in measured).values()))
+    deepest = max(cell.layers[-1] for _, _, cell in measured)
+    layers = [f"layer {l}" for l in range(1, deepest + 1)]
+    canvas, axes = _axes(len(measured), columns, "epoch", "angle to the gradient, degrees", layers)
     shades = mpl.colormaps["viridis"](np.linspace(0.9, 0.0, deepest))
     for ax, (row, rule, cell) in zip(axes, measured, strict=True):
-        for l in _layers(cell):
+        for l in cell.layers:
             angles = _mean(_metric(cell, f"{ANGLE}{l}"))
             ax.plot(np.arange(1, len(angles) + 1), angles, color=shades[l - 1], label=f"layer {l}", linewidth=1.1)
         ax.axhline(90, color="#888888", linestyle=":", linewidth=1)

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Any, Literal
 
+import pandas as pd
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -27,6 +28,7 @@ from nobackprop.records import Record
 from nobackprop.settings import Settings, digest
 
 ROOT = Path(__file__).parents[1]
+ANGLE = "angle/update_W"
 Choices = Annotated[list[Annotated[str, BeforeValidator(str)]], Field(min_length=1)]
 
 
@@ -77,7 +79,7 @@ class NotRun(_Strict):
 
 
 class Table(_Strict):
-    """A table of conf/tables: which cells, which axes make its rows; its columns are rules."""
+    """A table of conf/tables: which cells, which axes make its rows; its columns are rules, or its rows `by_rule`."""
 
     name: str
     title: str
@@ -85,6 +87,7 @@ class Table(_Strict):
     rows: list[str] = Field(min_length=1)
     apart: list[str]
     against: str | None = None
+    by_rule: bool = False
 
 
 class Layout(_Strict):
@@ -152,6 +155,21 @@ class Found:
         return interval(self.tested) if len(self.tested) > 1 else None
 
     @property
+    def angle(self) -> float | None:
+        """From the update to backprop's gradient after the last epoch, in degrees: mean of hidden layers and seeds."""
+        last = [record.epochs[-1] for record in self.records if record.test]
+        found = []
+        for layer in self.layers[:-1]:
+            found += [angle for epoch in last if (angle := epoch.get(f"{ANGLE}{layer}")) is not None]
+        return mean(found) if found else None
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers whose updates' angle to the gradient was measured."""
+        names = {name for record in self.records for name in (record.epochs[0] if record.epochs else ())}
+        return sorted(int(name.removeprefix(ANGLE)) for name in names if name.startswith(ANGLE))
+
+    @property
     def for_claims(self) -> dict[int, float]:
         """As `accuracies`, with a seed that diverged before it could be tested at chance level."""
         return {r.seed: r.test["accuracy"] if r.test else 1 / len(r.data.classes) for r in self.records}
@@ -197,6 +215,14 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What a rule's training step costs, relative to backprop's."""
+
+    speed: float  # images a second
+    memory: float  # above weights and gradients, all activations kept
+
+
+@dataclass(frozen=True)
 class Findings:
     """All that is known of a paper's results."""
 
@@ -207,6 +233,7 @@ class Findings:
     verdicts: Sequence[Result]
     claims: claims.Claims | None
     rules: Sequence[str]
+    costs: Mapping[str, Cost]
 
 
 class Composer:
@@ -321,7 +348,26 @@ def findings(paper: str, records: Iterable[Record], results: Path = ROOT / "resu
 
     verdicts = claims.judge(fixed, accuracies) if fixed else []
     rules = list(dict.fromkeys(cell.rule for cell in every.values()))
-    return Findings(paper, layout, known, tables, verdicts, fixed, rules)
+    return Findings(paper, layout, known, tables, verdicts, fixed, rules, costs(results / "benchmark.csv"))
+
+
+def costs(path: Path) -> dict[str, Cost]:
+    """By rule, from what scripts/benchmark.py wrote; empty where it did not."""
+    if not path.exists():
+        return {}
+    frame = pd.read_csv(path)
+    speed, memory = (
+        frame[frame.measure.str.startswith(measure)].set_index("what").value for measure in ("every rule: ", "memory: ")
+    )
+    return {
+        rule: Cost(speed[rule] / speed["bp"], memory[rule] / memory["bp"])
+        for rule in speed.index.intersection(memory.index)
+    }
+
+
+def shown_rules(rows: Sequence[Row]) -> list[str]:
+    """The rules with runs in a table, in the grid's order."""
+    return list(dict.fromkeys(rule for row in rows for rule, cell in row.cells.items() if cell.records))
 
 
 def described(labels: Mapping[str, str]) -> str:

@@ -13,12 +13,12 @@ from html import escape
 from pathlib import Path
 
 from figures import colours
-from findings import Findings, Found, Published, Row, Table, published
+from findings import Findings, Found, Published, Row, Table, published, shown_rules
 from tables import (
+    caption,
     command,
     comparison,
     departures,
-    epochs,
     every_paper,
     generated,
     how,
@@ -27,14 +27,15 @@ from tables import (
     p_value,
     percent,
     place,
-    shown_rules,
-    spread,
+    sheet,
+    signed,
 )
 
 from nobackprop.claims import Result
 
 TITLES = {
     "error": "Test error, with 95 % intervals",
+    "rules": "Test error with 95 % intervals, angle of the updates to the gradient, cost of a step",
     "curves": "Learning curves: mean over seeds, band from the lowest seed to the highest",
     "time": "Accuracy against time of training",
     "angles": "Angle of each layer's update to backpropagation's gradient",
@@ -125,19 +126,22 @@ def anchor(paper: str, found: Found) -> str:
     return "-".join(["runs", paper, *found.labels.values()])
 
 
-def accuracy(paper: str, found: Found | None, row: Row, signs: Mapping[str, str]) -> str:
+def best(row: Row) -> Found | None:
+    """The cell with the best mean accuracy among several rules."""
+    tested = [c for c in row.cells.values() if c.mean is not None]
+    return max(tested, key=lambda c: c.mean or 0) if len(row.cells) > 1 and tested else None
+
+
+def accuracy(paper: str, found: Found | None, best: bool, signs: Mapping[str, str]) -> str:
     """A cell of a table: the mean with its deviation, the interval beneath, and the way to its runs."""
     if found is None or not found.records:
         return cell("", True)
-    best = max((c.mean for c in row.cells.values() if c.mean is not None), default=None)
-    text = escape(spread(found)) + "".join(signs[mark] for mark in found.marks if mark in signs)
-    text = element("a", text, href=f"#{anchor(paper, found)}")
+    text = element("a", escape(signed(found, signs)), href=f"#{anchor(paper, found)}")
     if found.interval:
         text += element("small", " to ".join(percent(bound) for bound in found.interval))
     if found.mean is not None:
         text += "".join(element("small", escape(comparison(found, figure))) for figure in found.figures)
-    bold = " best" if found.mean is not None and found.mean == best and len(row.cells) > 1 else ""
-    return cell(text, True, data_value=f"{found.mean or 0:.8f}", _class=f"n{bold}")
+    return cell(text, True, data_value=f"{found.mean or 0:.8f}", _class="n best" if best else "n")
 
 
 def section(found: Findings, table: Table, rows: Sequence[Row]) -> str:
@@ -146,16 +150,19 @@ def section(found: Findings, table: Table, rows: Sequence[Row]) -> str:
     parts = [element("h3", escape(table.title), id=f"{found.paper}-{table.name}")]
     notes = [f"Without runs, {line}" for line in missing(rows)]
     if run:
-        rules, signs = shown_rules(run), marks(run)
+        shown, signs = sheet(found, table), marks(run)
+        winners = [best(row) for row in run]
         body = [
-            [cell(escape(choice)) for choice in row.labels.values()]
-            + [accuracy(found.paper, row.cells.get(rule), row, signs) for rule in rules]
-            + [cell(row.seeds, True), cell(epochs(row, signs), True)]
-            for row in run
+            [
+                cell(escape(each), i >= shown.left)
+                if isinstance(each, str)
+                else accuracy(found.paper, each, any(each is winner for winner in winners), signs)
+                for i, each in enumerate(line)
+            ]
+            for line in shown.lines
         ]
-        header = [axis.replace("_", " ") for axis in table.rows] + [*rules, "seeds", "epochs"]
-        caption = "Test accuracy in %: mean ± standard deviation over seeds, and the 95 % interval of the mean."
-        parts += [element("p", caption, _class="soft"), sortable(header, body, len(rules) + 2)]
+        text = element("p", escape(caption(table, intervals=True)), _class="soft")
+        parts += [text, sortable(shown.head, body, len(shown.head) - shown.left)]
         notes = [f"{sign} {mark}" for mark, sign in signs.items()] + notes
     else:
         parts.append(element("p", "No runs are recorded yet."))
@@ -170,7 +177,9 @@ def drawings(table: Table, figures: Mapping[str, bytes]) -> str:
         if svg := figures.get(f"{table.name}_{kind}"):
             drawn = svg.decode()
             figure = element("figure", drawn[drawn.index("<svg") :], aria_label=title)
-            parts.append(element("details", element("summary", title) + figure, open="" if kind == "error" else None))
+            parts.append(
+                element("details", element("summary", title) + figure, open="" if kind in ("error", "rules") else None)
+            )
     return "\n".join(parts)
 
 

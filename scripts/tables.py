@@ -11,18 +11,21 @@ import argparse
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from figures import figures
-from findings import ROOT, Figure, Findings, Found, Row, Table, described, findings, papers
+from findings import ROOT, Figure, Findings, Found, Row, Table, described, findings, papers, shown_rules
 
 from nobackprop.claims import Claims, Result
 from nobackprop.collecting import collect
 from nobackprop.records import Record, write_atomically
 
 SIGNS, FEWER = "†‡§¶", "fewer epochs than the paper"
+TEX = str.maketrans({"_": r"\_", "%": r"\%", "&": r"\&", "±": r"$\pm$", "°": r"$^\circ$"})
+TEX |= str.maketrans(dict(zip(SIGNS, (r"$^\dagger$", r"$^\ddagger$", r"$^\S$", r"$^\P$"), strict=True)))
 
 
 def read_records(results: Path) -> list[Record]:
@@ -42,6 +45,11 @@ def spread(cell: Found) -> str:
     if cell.mean is None:
         return "diverged"
     return percent(cell.mean) + (f" ± {percent(cell.deviation)}" if cell.deviation is not None else "")
+
+
+def signed(cell: Found, signs: Mapping[str, str]) -> str:
+    """As `spread`, with a sign for each departure from the paper."""
+    return spread(cell) + "".join(signs[mark] for mark in cell.marks if mark in signs)
 
 
 def comparison(cell: Found, figure: Figure) -> str:
@@ -96,44 +104,81 @@ def title(axis: str) -> str:
     return axis.replace("_", " ")
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+def markdown(header: Sequence[str], rows: Iterable[Iterable[str]], left: int = 1) -> str:
     """A table whose first `left` columns are aligned left, the others right."""
     lines = [header, ["---" if i < left else "---:" for i in range(len(header))], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def shown_rules(rows: Sequence[Row]) -> list[str]:
-    """The rules with runs in a table, in the grid's order."""
-    return list(dict.fromkeys(rule for row in rows for rule, cell in row.cells.items() if cell.records))
+@dataclass(frozen=True)
+class Sheet:
+    """A table as it is shown: a head for each column, the first `left` of text, and the cells of each line."""
+
+    head: Sequence[str]
+    left: int
+    lines: Sequence[Sequence[Found | str | None]]
 
 
-def accuracy_table(table: Table, rows: Sequence[Row], intervals: bool = True) -> str:
+def sheet(found: Findings, table: Table) -> Sheet:
+    """The rows with runs, one column a rule; or, for a table `by_rule`, a line for each rule."""
+    run = [row for row in found.tables[table.name] if row.run]
+    rules, signs = shown_rules(run), marks(run)
+    if table.by_rule:
+        names = [described(row.labels) for row in run]
+        sizes = [
+            f"{name}: {row.seeds} seeds, {epochs(row, signs)} epochs" for name, row in zip(names, run, strict=True)
+        ]
+        head = ["rule", *sizes, *(f"{name}: angle" for name in names), "images/s of bp's", "memory of bp's"]
+        return Sheet(head, 1, [[rule, *_across(found, run, rule)] for rule in rules])
+    lines = [
+        [*row.labels.values(), *(row.cells.get(rule) for rule in rules), row.seeds, epochs(row, signs)] for row in run
+    ]
+    return Sheet([*map(title, table.rows), *rules, "seeds", "epochs"], len(table.rows), lines)
+
+
+def _across(found: Findings, run: Sequence[Row], rule: str) -> list[Found | str | None]:
+    """What is known of a rule: accuracy and angle in each row, and the cost of its step."""
+    cells = [row.cells.get(rule) for row in run]
+    angles = ["-" if cell is None or cell.angle is None else f"{cell.angle:.0f}°" for cell in cells]
+    cost = found.costs.get(rule)
+    return [*cells, *angles, *(("-", "-") if cost is None else (f"{cost.speed:.2f}", f"{cost.memory:.2f}"))]
+
+
+def caption(table: Table, intervals: bool) -> str:
+    what = "Test accuracy in %: mean ± standard deviation over seeds" + (
+        ", 95 % interval of the mean" if intervals else ""
+    )
+    if table.by_rule:
+        what += (
+            "; the angle of the update to backprop's gradient after the last epoch, mean over hidden layers and seeds; "
+            "speed and memory of a training step relative to backprop's, from benchmark.csv (nets of its own)"
+        )
+    return f"{what}."
+
+
+def accuracy_table(found: Findings, table: Table, intervals: bool = True) -> str:
     """A table's section in Markdown: accuracies, what departs from the paper, and what was not run."""
+    rows = found.tables[table.name]
     run = [row for row in rows if row.run]
     if not run:
         return "\n".join([f"**{table.title}**: no runs yet.", *(f"- {line}" for line in missing(rows))])
-    rules, signs = shown_rules(run), marks(run)
+    shown, signs = sheet(found, table), marks(run)
 
-    def text(cell: Found | None) -> str:
+    def text(cell: Found | str | None) -> str:
+        if isinstance(cell, str):
+            return cell
         if cell is None or not cell.records:
             return "-"
-        best = spread(cell) + "".join(signs[mark] for mark in cell.marks if mark in signs)
+        best = signed(cell, signs)
         if intervals and cell.interval:
             low, high = cell.interval
             best += f" ({percent(low)} to {percent(high)})"
         return "; ".join([best, *(comparison(cell, f) for f in cell.figures if cell.mean is not None)])
 
-    body = [
-        [*row.labels.values(), *(text(row.cells.get(rule)) for rule in rules), row.seeds, epochs(row, signs)]
-        for row in run
-    ]
-    header = [*map(title, table.rows), *rules, "seeds", "epochs"]
-    what = "Test accuracy in %: mean ± standard deviation over seeds" + (
-        " (95 % interval of the mean)." if intervals else "."
-    )
     notes = [f"{sign} {mark}" for mark, sign in signs.items()] + [f"Without runs, {line}" for line in missing(rows)]
     notes = [f"- {note}" for note in notes]
-    return "\n".join([f"**{table.title}.** {what}", "", markdown(header, body, len(table.rows)), "", *notes]).rstrip()
+    body = markdown(shown.head, (map(text, line) for line in shown.lines), shown.left)
+    return "\n".join([f"**{table.title}.** {caption(table, intervals)}", "", body, "", *notes]).rstrip()
 
 
 def place(result: Result) -> str:
@@ -188,7 +233,7 @@ def page(found: Findings, drawn: Iterable[str]) -> str:
         parts += ["## Do we find what the paper claims?", "\n".join(claims), how(found.claims), verdict_table(found)]
     parts += ["## Tables"]
     for table in found.layout.tables:
-        parts.append(accuracy_table(table, found.tables[table.name]))
+        parts.append(accuracy_table(found, table))
         parts += [
             f"![{name}](../figures/{found.paper}/{name}.svg)" for name in drawn if name.startswith(f"{table.name}_")
         ]
@@ -200,7 +245,7 @@ def readme_section(found: Findings) -> str:
     run = [table for table in found.layout.tables if any(row.run for row in found.tables[table.name])]
     if not run:
         return "No runs are recorded yet."
-    parts = [accuracy_table(table, found.tables[table.name], intervals=False) for table in run]
+    parts = [accuracy_table(found, table, intervals=False) for table in run]
     return "\n\n".join([*parts, *([verdict_table(found)] if found.claims else [])])
 
 
@@ -261,29 +306,24 @@ def latex(found: Findings) -> str:
         run = [row for row in found.tables[table.name] if row.run]
         if not run:
             continue
-        rules, signs = shown_rules(run), marks(run)
-        symbols = dict(zip(signs, ("\\dagger", "\\ddagger", "\\S", "\\P"), strict=False))
-        lines = [f"\\begin{{tabular}}{{{'l' * len(table.rows)}{'r' * (len(rules) + 2)}}}", "\\toprule"]
-        lines += [" & ".join(map(_tex, [*map(title, table.rows), *rules, "seeds", "epochs"])) + r" \\", "\\midrule"]
-        for row in run:
-            texts = []
-            for rule in rules:
-                cell = row.cells.get(rule)
-                if cell is None or not cell.records:
-                    texts.append("--")
-                    continue
-                mark = "".join(symbols[m] for m in cell.marks if m in symbols)
-                texts.append(spread(cell).replace(" ± ", " $\\pm$ ") + (f"$^{{{mark}}}$" if mark else ""))
-            fewer = f"$^{{{symbols[FEWER]}}}$" if row.fewer_epochs else ""
-            lines.append(" & ".join([*map(_tex, row.labels.values()), *texts, row.seeds, row.epochs + fewer]) + r" \\")
+        shown, signs = sheet(found, table), marks(run)
+
+        def text(cell: Found | str | None, signs: Mapping[str, str] = signs) -> str:
+            if cell is None or (isinstance(cell, Found) and not cell.records):
+                return "--"
+            return _tex(cell if isinstance(cell, str) else signed(cell, signs))
+
+        lines = [f"\\begin{{tabular}}{{{'l' * shown.left}{'r' * (len(shown.head) - shown.left)}}}", "\\toprule"]
+        lines += [" & ".join(map(_tex, shown.head)) + r" \\", "\\midrule"]
+        lines += [" & ".join(map(text, line)) + r" \\" for line in shown.lines]
         lines += ["\\bottomrule", "\\end{tabular}"]
-        notes = [f"% ${symbols[mark]}$ {mark}" for mark in signs]
+        notes = [f"% {_tex(sign)} {mark}" for mark, sign in signs.items()]
         parts.append("\n".join([f"% {table.title}", *lines, *notes]))
     return "\n\n".join(parts) + "\n"
 
 
 def _tex(text: str) -> str:
-    return text.replace("_", r"\_").replace("%", r"\%").replace("&", r"\&")
+    return text.translate(TEX)
 
 
 def every_paper(results: Path) -> list[Findings]:

@@ -31,7 +31,7 @@ def test_every_cell_is_another_valid_config(paper: str) -> None:
     assert not twice
     named = {name for cell in every for name in cell.overrides if name.startswith("+experiment=")}
     files = {f"+experiment={paper}/{path.stem}" for path in (CONF / "experiment" / paper).glob("*.yaml")}
-    assert named == files - {"+experiment=mdfa/base"}
+    assert named == files - {f"+experiment={paper}/base"}
 
 
 @pytest.mark.parametrize("paper", PAPERS)

@@ -60,7 +60,8 @@ def record(
     paper: str, labels: dict[str, str], seed: int, accuracy: float | None, epochs: int = 2, further: Sequence[str] = ()
 ) -> Record:
     config: Any = COMPOSER.identity([*cell(paper, labels).overrides, *further]) | {"max_epochs": epochs}
-    rows = [{"epoch": e, "step": e, "val/accuracy": 0.5, "angle/update_W1": 60.0} for e in range(1, epochs + 1)]
+    angles = {"angle/update_W1": 60.0, "angle/update_W2": 10.0}  # layer 2 is the output
+    rows = [{"epoch": e, "step": e, "val/accuracy": 0.5} | angles for e in range(1, epochs + 1)]
     name = f"{config['rule']['_target_'].split('.')[-2]}_mlp_{config['dataset']['name']}"
     fields = {"config": config, "signature": digest(config), "seed": seed, "name": name, "epochs": rows}
     values: dict[str, Any] = RECORD | fields | {"test": None if accuracy is None else {"accuracy": accuracy}}
@@ -231,11 +232,28 @@ def publish(results: Path, *figures: dict[str, Any], seeds: int | None = None) -
 def test_a_published_figure_is_shown_beside_ours(results: Path) -> None:
     publish(results, PUBLISHED | {"cell": {"dataset": "mnist", "hidden_layers": 3, "rule": "lra_e"}})
     found = findings("lra_e", [lra(0, 0.9)], results)
-    text = tables.accuracy_table(found.layout.tables[0], found.tables["mnist"])
+    text = tables.accuracy_table(found, found.layout.tables[0])
     assert "| 90.00; published 91.50 (-1.50) |" in text
-    assert "published" not in tables.accuracy_table(found.layout.tables[1], found.tables["fashion_mnist"])
+    assert "published" not in tables.accuracy_table(found, found.layout.tables[1])
     (line,) = [line for line in tables.rows_of(found).to_dict("records") if line["mean"] == "90.0000"]
     assert (line["published"], line["difference"]) == (91.5, "-1.5000")
+
+
+def test_a_table_by_rule_has_a_line_a_rule_with_its_angle_and_cost(results: Path) -> None:
+    costs = ["every rule: a net,bp,100", "every rule: a net,dfa,110", "every rule: a net,drtp,90"]
+    costs += ["memory: a net,bp,20", '"memory: a net","dfa, activations computed again",1', "memory: a net,dfa,5"]
+    (results / "benchmark.csv").write_text("\n".join(["measure,what,value", *costs]))
+    runs = [record("compare", {"net": "mlp", "rule": rule}, 0, 0.9) for rule in ("bp", "dfa", "drtp")]
+    found = findings("compare", [*runs, record("compare", {"net": "mlp", "rule": "dfa"}, 1, 0.8)], results)
+    (table,) = found.layout.tables
+    text = tables.accuracy_table(found, table)
+    lines = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
+    assert lines["| rule"] == "| rule | mlp: 1 seeds, 2† epochs | mlp: angle | images/s of bp's | memory of bp's |"
+    assert lines["| dfa"] == "| dfa | 90.00 | 60° | 1.10 | 0.25 |"
+    assert lines["| drtp"] == "| drtp | 90.00 | 60° | - | - |"
+    assert r"dfa & 90.00 & 60$^\circ$ & 1.10 & 0.25 \\" in tables.latex(found)
+    drawn = tables.figures(found)["accuracy_rules"].decode()
+    assert {rule for rule in found.rules if f'class="rule-{rule}"' in drawn} == {"bp", "dfa", "drtp"}
 
 
 @pytest.mark.parametrize(
