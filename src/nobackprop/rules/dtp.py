@@ -22,7 +22,8 @@ class DTP(Rule):
     `|g[l](f(W[l] n + b[l])) - n|^2` at `n = h[l-1] + sigma noise`. `Q2 ... Q(L-1)` have the shapes of `W2 ... W(L-1)`
     (the paper's V is their transpose); in a convolutional layer the decoder is a transposed convolution.
 
-    Departs from the paper: decoders have no biases, and take the rates of the forward weights.
+    Departs from the paper: decoders have no biases, take the rates of the forward weights, and learn in the same step,
+    where the paper's take turns with these for a whole epoch (Bartunov et al., NeurIPS 2018, call it parallel DTP).
     """
 
     eta: float = 0.5

@@ -31,8 +31,8 @@ class EquilibriumPropagation(Rule):
     free phase left unfinished cancels. Outputs are read out and not part of the energy, for losses other than squared
     error. Both are from Laborieux et al., "Scaling equilibrium propagation to deep ConvNets by drastically reducing its
     gradient estimator bias", Frontiers in Neuroscience 2021. Units take a step to f of their input, which has the
-    equilibria of the paper's `f'(s) input - s` where f is clipping (the paper's choice; here activation `pl`) and an
-    energy for any non-decreasing f. Relaxation starts from the forward pass, not from where the same image left off.
+    equilibria of the paper's `f'(s) input - s` where f is clipping (the paper's choice, to 0..1; activation `pl` clips
+    to -1..1) and an energy for any non-decreasing f. Relaxation starts from the forward pass, not from where the same image left off.
 
     Large weights let the units come to rest where the input no longer matters, and then nothing is learned: start them
     smaller than for other rules (`init.forward=U0.5`), and learn more slowly.

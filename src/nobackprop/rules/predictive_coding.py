@@ -26,7 +26,7 @@ class PredictiveCoding(Rule):
     As the variance of the output grows, d times the variance tends to backpropagation's.
 
     Departs from the paper: the target is not clamped to the output but reaches it through the loss, the same thing for
-    `squared_error`; the input is not sent through f.
+    `squared_error`; the input is not sent through f; its program multiplies the gradients by the variance.
     """
 
     steps: int = 20
