@@ -14,6 +14,11 @@ CASES = [
         lambda z, y: F.binary_cross_entropy_with_logits(z, y, reduction="none").squeeze(1),
         id="sigmoid",
     ),
+    pytest.param(
+        SigmoidCrossEntropy(4),
+        lambda z, y: F.binary_cross_entropy_with_logits(z, y, reduction="none").sum(1),
+        id="sigmoids",
+    ),
     pytest.param(SquaredError(4), lambda z, y: F.mse_loss(z, y, reduction="none").sum(1) / 2, id="squared_error"),
 ]
 
@@ -49,7 +54,7 @@ def test_large_logits_stay_finite(loss: Loss) -> None:
         assert loss.error(large, y).isfinite().all()
 
 
-@pytest.mark.parametrize("loss", [SoftmaxCrossEntropy(4), SquaredError(4)], ids=["softmax", "squared_error"])
+@pytest.mark.parametrize("loss", [SoftmaxCrossEntropy(4), SigmoidCrossEntropy(4), SquaredError(4)], ids=str)
 def test_one_output_a_class(loss: Loss) -> None:
     assert loss.outputs == 4
     labels = torch.tensor([2, 0])
@@ -79,10 +84,10 @@ def test_cross_entropy_is_sigmoid_for_two_classes_and_softmax_for_more() -> None
     [
         (lambda: SoftmaxCrossEntropy(1), "SoftmaxCrossEntropy needs at least 2 classes, got 1"),
         (lambda: SquaredError(0), "SquaredError needs at least 2 classes, got 0"),
-        (lambda: SigmoidCrossEntropy(3), r"for 2 classes; got 3: choose dataset.classes=2 or loss=softmax"),
+        (lambda: SigmoidCrossEntropy(1), "SigmoidCrossEntropy needs at least 2 classes, got 1"),
         (lambda: cross_entropy(1), "at least 2 classes, got 1"),
     ],
-    ids=["softmax_1", "squared_error_0", "sigmoid_3", "cross_entropy_1"],
+    ids=["softmax_1", "squared_error_0", "sigmoid_1", "cross_entropy_1"],
 )
 def test_a_wrong_number_of_classes_is_refused(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):

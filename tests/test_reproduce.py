@@ -92,5 +92,5 @@ def test_a_part_runs_then_is_skipped_and_a_failure_does_not_end_it(
 def test_a_choice_that_is_not_there_is_named(only: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("...", r"\.\.\.")):
         reproduce.select(list(reproduce.cells("lra_e")), only)
-    with pytest.raises(ValueError, match="no grid for paper 'none': choose one of compare, lra_e, mdfa"):
+    with pytest.raises(ValueError, match=f"no grid for paper 'none': choose one of {', '.join(PAPERS)}"):
         list(reproduce.cells("none"))

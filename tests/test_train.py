@@ -124,7 +124,6 @@ def test_the_224_net_fits_224_images(config: Config, tmp_path: Path) -> None:
         (["arch.hidden=[12,0]"], "Dense(units=0): units must be 1 or more"),
         (["rule=mdfa", "init=orthogonal"], "rule MDFA needs non-negative weights (W2)"),
         (["init.forward=Q1"], "init.forward: unknown initializer 'Q1': write one of 0 (zeros), U<v>"),
-        (["loss=sigmoid"], "sigmoid cross-entropy has one output unit, for 2 classes; got 10"),
         (["dataset.classes=11"], "dataset.classes is 11: digits has 10 classes, so 2 to 10"),
         (["dataset=folder"], "dataset.source.root must be given: add dataset.source.root=..."),
         (["seeds=0"], "seeds: write how many, 1 or more, or a list such as [0,4,7], got 0"),

@@ -64,27 +64,20 @@ class SquaredError(Loss):
 
 
 class SigmoidCrossEntropy(Loss):
-    """Binary cross-entropy on one output unit: label 1 where z > 0. Raises ValueError unless there are two classes."""
-
-    def __post_init__(self) -> None:
-        if self.classes != 2:
-            raise ValueError(
-                f"sigmoid cross-entropy has one output unit, for 2 classes; got {self.classes}: "
-                "choose dataset.classes=2 or loss=softmax"
-            )
+    """Binary cross-entropy, summed over units: one a class, or for two classes a single one, label 1 where z > 0."""
 
     @property
     def outputs(self) -> int:
-        return 1
+        return 1 if self.classes == 2 else self.classes
 
     def target(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
-        return labels.to(dtype).unsqueeze(-1)
+        return super().target(labels, dtype)[:, -self.outputs :]
 
     def predict(self, z: Tensor) -> Tensor:
-        return (z.squeeze(-1) > 0).long()
+        return super().predict(z) if self.classes > 2 else (z.squeeze(-1) > 0).long()
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
-        return (F.softplus(z) - y * z).squeeze(-1)
+        return (F.softplus(z) - y * z).sum(-1)
 
     def error(self, z: Tensor, y: Tensor) -> Tensor:
         return torch.sigmoid(z) - y

@@ -32,7 +32,8 @@ class EquilibriumPropagation(Rule):
     error. Both are from Laborieux et al., "Scaling equilibrium propagation to deep ConvNets by drastically reducing its
     gradient estimator bias", Frontiers in Neuroscience 2021. Units take a step to f of their input, which has the
     equilibria of the paper's `f'(s) input - s` where f is clipping (the paper's choice, to 0..1; activation `pl` clips
-    to -1..1) and an energy for any non-decreasing f. Relaxation starts from the forward pass, not from where the same image left off.
+    to -1..1) and an energy for any non-decreasing f. Relaxation starts from the forward pass, not from where the same
+    image left off.
 
     Large weights let the units come to rest where the input no longer matters, and then nothing is learned: start them
     smaller than for other rules (`init.forward=U0.5`), and learn more slowly.
