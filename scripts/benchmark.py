@@ -4,7 +4,8 @@
 
 Everything is timed in turn, round after round, and medians are shown; a ratio is the median of the rounds' ratios, so a
 machine whose speed drifts does not bend it. Plain PyTorch has a process of its own, with torch's defaults. Writes what
-it prints, with the machine, as CSV, and the ratios of training steps as a figure beside it.
+it prints, with the machine, as CSV, and the ratios of training steps as a figure beside it; rows of measures that were
+not asked for stay.
 """
 
 import argparse
@@ -448,8 +449,12 @@ def main() -> None:
     Console().print(table)
     commit, dirty = records.source_state()
     stamp = {"processor": machine.processor, "threads": 1, "commit": commit, "dirty": dirty, **records.versions()}
+    rows = rows.assign(**stamp)
+    if options.output.exists():  # what was not measured now stays
+        before = pd.read_csv(options.output)
+        rows = pd.concat([before[~before.measure.isin(rows.measure)], rows])
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    rows.assign(**stamp).to_csv(options.output, index=False, float_format="%.6g")
+    rows.to_csv(options.output, index=False, float_format="%.6g")
     picture = options.output.with_suffix(".png")
     draw(rows, machine.processor, picture)
     print(f"written: {options.output}, {picture}")
