@@ -20,6 +20,7 @@ from rich.console import Console
 
 import nobackprop.train
 import nobackprop.workers
+from nobackprop import cli
 from nobackprop.callbacks import Screen
 from nobackprop.records import Record
 from nobackprop.train import prepare, train
@@ -184,6 +185,16 @@ def test_what_was_done_before_an_error_stays(config: Config, two_cores: None, mo
 def test_a_process_that_dies_is_reported(screen: Screen, end: Callable[[], None], message: str) -> None:
     with pytest.raises(ChildProcessError, match=message):
         list(side_by_side(lambda job, screen: end() if job == 1 else job, range(4), 2, screen))
+
+
+def test_the_command_reports_a_dead_process_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> None:
+        raise ChildProcessError("a process was killed")
+
+    monkeypatch.setattr(cli, "run", run)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    with pytest.raises(SystemExit, match="nobackprop: a process was killed"):
+        cli.main()
 
 
 def test_what_workers_have_to_say_is_shown(screen: Screen) -> None:

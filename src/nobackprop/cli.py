@@ -65,7 +65,7 @@ def main() -> None:
         run()
     except HydraException as e:
         sys.exit(f"nobackprop: {e}{_choices(str(e))}")
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, FileNotFoundError, ChildProcessError) as e:
         sys.exit(f"nobackprop: {e}")
     except KeyboardInterrupt:
         sys.stderr.write("nobackprop: interrupted; the same command goes on\n")
