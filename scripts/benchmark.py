@@ -452,7 +452,7 @@ def main() -> None:
     rows = rows.assign(**stamp)
     if options.output.exists():  # what was not measured now stays
         before = pd.read_csv(options.output)
-        rows = pd.concat([before[~before.measure.isin(rows.measure)], rows])
+        rows = pd.concat([before.loc[~before.measure.isin(rows.measure)], rows])
     options.output.parent.mkdir(parents=True, exist_ok=True)
     rows.to_csv(options.output, index=False, float_format="%.6g")
     picture = options.output.with_suffix(".png")

@@ -64,6 +64,16 @@ def test_predictive_coding_tends_to_bp_as_the_variance_of_the_output_grows(probl
         assert 50 < distance(1e3) / distance(1e5) < 200
 
 
+@pytest.mark.parametrize("name", ["tanh", "relu"])
+def test_with_fixed_predictions_one_step_a_hidden_layer_gives_bp(problem: Problem, name: str) -> None:
+    net = replace(problem.net, activation=activation(name))
+    rule = PredictiveCoding(steps=max(1, net.L - 1), rate=1, variance=2.0, fixed_prediction=True)
+    w = problem.weights(rule)
+    (grads, logits), (expected, forward) = rule.grads(net, w, problem.batch), BP().grads(net, w, problem.batch)
+    torch.testing.assert_close({name: 2 * g for name, g in grads.items()}, expected)
+    torch.testing.assert_close(logits, forward)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [

@@ -138,6 +138,17 @@ def test_units_at_rest_are_drawn_nowhere(problem: Problem) -> None:
         torch.testing.assert_close(h[l], z[l - 1].tanh())
 
 
+def test_a_step_goes_epsilon_of_the_way_all_layers_at_once(problem: Problem) -> None:
+    rule, net, w = replace(LONG, epsilon=0.3, free_steps=1), problem.net, problem.weights(LONG)
+    _, h = net.forward(w, problem.batch.x)
+    after = rule._free(net, w, problem.batch.x)
+    for l in range(1, net.L):
+        z = net.preactivation(l, w, h[l - 1])
+        if l < net.L - 1:
+            z = z + net.feedback(l + 1, w[f"W{l + 1}"], h[l + 1], like=h[l])
+        torch.testing.assert_close(after[l], 0.7 * h[l] + 0.3 * z.tanh())
+
+
 @pytest.mark.parametrize("hidden", [[], [6]], ids=["linear", "one hidden layer"])
 def test_where_no_layer_feeds_back_the_prediction_is_the_forward_pass(hidden: list[int]) -> None:
     net = mlp((5,), 4, hidden=hidden, activation="tanh")

@@ -23,7 +23,10 @@ class PredictiveCoding(Rule):
 
         x[l] <- x[l] - rate * (f'(x[l]) * W[l+1]^T d[l+1] - d[l]),   dW[l] = d[l] f(x[l-1])^T
 
-    As the variance of the output grows, d times the variance tends to backpropagation's.
+    As the variance of the output grows, d times the variance tends to backpropagation's. With `fixed_prediction` mu and
+    f' stay those of the forward pass (Millidge, Tschantz & Buckley, "Predictive coding approximates backprop along
+    arbitrary computation graphs", Neural Computation 2022): then d relaxes to backpropagation's for any variance, and
+    with rate 1 is there after one step a hidden layer.
 
     Departs from the paper: the target is not clamped to the output but reaches it through the loss, the same thing for
     `squared_error`; the input is not sent through f; its program multiplies the gradients by the variance.
@@ -32,6 +35,7 @@ class PredictiveCoding(Rule):
     steps: int = 20
     rate: float = 0.1
     variance: float = 1.0
+    fixed_prediction: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -42,18 +46,19 @@ class PredictiveCoding(Rule):
             raise ValueError(f"rule.variance is {self.variance}: it divides the output's error, so it must be above 0")
 
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
-        x, h = (list(each) for each in net.forward(w, batch.x))
-        mu, logits = list(x), x[net.L]
+        z, h = (list(each) for each in net.forward(w, batch.x))
+        x, mu = list(z), list(z)
         d = self._errors(net, batch, mu, x)
         for _ in range(self.steps):
             for l in range(1, net.L):
-                down = net.feedback(l + 1, w[f"W{l + 1}"], d[l + 1], like=x[l]) * net.df(x[l], h[l])
+                predicting = z[l] if self.fixed_prediction else x[l]
+                down = net.feedback(l + 1, w[f"W{l + 1}"], d[l + 1], like=x[l]) * net.df(predicting, h[l])
                 x[l] = x[l] - self.rate * (down - d[l])  # (N, *shape of layer l)
-                h[l] = net.activation.f(x[l])
-            for l in range(2, net.L + 1):
-                mu[l] = net.preactivation(l, w, h[l - 1])
+            if not self.fixed_prediction:
+                h[1 : net.L] = [net.activation.f(x[l]) for l in range(1, net.L)]
+                mu[2:] = [net.preactivation(l, w, h[l - 1]) for l in range(2, net.L + 1)]
             d = self._errors(net, batch, mu, x)
-        return {name: g for l in d for name, g in net.hebbian(l, h[l - 1], d[l]).items()}, logits
+        return {name: g for l in d for name, g in net.hebbian(l, h[l - 1], d[l]).items()}, z[net.L]
 
     def _errors(self, net: Network, batch: Batch, mu: list[Tensor], x: list[Tensor]) -> dict[int, Tensor]:
         """d[1] ... d[L]: the derivatives of E by mu."""
