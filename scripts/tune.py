@@ -30,8 +30,9 @@ from scipy.stats import qmc
 
 from nobackprop import records
 from nobackprop.cli import CONF
+from nobackprop.preparation import prepare
 from nobackprop.records import Record
-from nobackprop.train import prepare, train
+from nobackprop.train import train
 
 Setting = bool | int | float | str
 Point = dict[str, Setting]

@@ -27,10 +27,11 @@ from nobackprop.data import Dataset
 from nobackprop.layers import Shape
 from nobackprop.network import Network
 from nobackprop.parallel import SameWeights, start
+from nobackprop.preparation import prepare
 from nobackprop.records import Record, write_atomically
 from nobackprop.rule import Batch, Rule
 from nobackprop.rules.bp import BP
-from nobackprop.train import prepare, train
+from nobackprop.train import train
 
 SMALL = ["logger=none", "arch.hidden=[12]", "batch_size=64", "max_epochs=2", "optimizer=sgd", "optimizer.lr=0.05"]
 DDP = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]

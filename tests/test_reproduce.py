@@ -9,8 +9,8 @@ import reproduce
 from conftest import CONF, options
 from rich.console import Console
 
+from nobackprop.preparation import prepare
 from nobackprop.settings import Settings
-from nobackprop.train import prepare
 
 PAPERS = options("grid")
 QUICK = ["dataset=digits", "arch.hidden=[6]", "max_epochs=1", "logger=none"]

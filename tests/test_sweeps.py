@@ -22,10 +22,11 @@ from rich.console import Console
 
 from nobackprop import records, sweeps
 from nobackprop.callbacks import ResumePoint
+from nobackprop.preparation import prepare
 from nobackprop.records import Record
 from nobackprop.stopping import Stopped
 from nobackprop.sweeps import Basic, Job, Joblib
-from nobackprop.train import Busy, prepare, train
+from nobackprop.train import Busy, train
 
 SMALL = ["logger=none", "arch.hidden=[12]", "batch_size=8", "max_epochs=2", "optimizer=sgd", "optimizer.momentum=0.9"]
 Config = Callable[..., DictConfig]
@@ -274,7 +275,7 @@ def test_a_sweep_skips_repeats_goes_on_and_tells(
 
     monkeypatch.setattr("nobackprop.rules.fa.FA.grads", broken)
     with monkeypatch.context() as patched:
-        patched.setattr("nobackprop.train._try_step", lambda _: None)
+        patched.setattr("nobackprop.preparation._try_step", lambda _: None)
         outcomes = sweeps.run(jobs, Basic(), console)
     text = shown(console)
     assert [o.state for o in outcomes] == ["finished", "failed", "failed", "finished"]

@@ -28,9 +28,10 @@ from nobackprop.hardware import choose_matmul
 from nobackprop.losses import SoftmaxCrossEntropy
 from nobackprop.network import Network, Weights, mlp
 from nobackprop.pixels import Pixels
+from nobackprop.preparation import prepare
 from nobackprop.records import Record
 from nobackprop.rules.bp import BP
-from nobackprop.train import prepare, summary, train
+from nobackprop.train import summary, train
 from nobackprop.trained import save
 
 # 161 mini-batches an epoch, so two chunks: the first ends in mid-epoch.

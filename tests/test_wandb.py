@@ -14,8 +14,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from nobackprop.callbacks import ResumePoint
+from nobackprop.preparation import prepare
 from nobackprop.settings import Settings
-from nobackprop.train import prepare, train
+from nobackprop.train import train
 
 Config = Callable[..., DictConfig]
 

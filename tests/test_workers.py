@@ -22,8 +22,9 @@ import nobackprop.train
 import nobackprop.workers
 from nobackprop import cli
 from nobackprop.callbacks import Screen
+from nobackprop.preparation import prepare
 from nobackprop.records import Record
-from nobackprop.train import prepare, train
+from nobackprop.train import train
 from nobackprop.workers import cores, side_by_side, workers
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks safely")

@@ -29,10 +29,11 @@ from rich.console import Console
 from rich.table import Table
 
 from nobackprop import checkpoints
+from nobackprop.preparation import prepare
 from nobackprop.records import Record, mean_and_deviation, source_state, tested, write_atomically
 from nobackprop.settings import Settings, build
 from nobackprop.stopping import Stopped
-from nobackprop.train import Busy, prepare, recorded, train
+from nobackprop.train import Busy, recorded, train
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,12 @@
-"""Runs one config: checks it, loads the data, trains every seed that has no record yet, and writes the records."""
+"""Runs one config: loads the data, trains every seed that has no record yet, and writes the records."""
 
-import logging
 import re
 import shlex
 import sys
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -19,9 +16,6 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.strategies import Strategy
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -30,156 +24,26 @@ from torch.optim import Optimizer
 from nobackprop import checkpoints, hardware, records
 from nobackprop.batches import EvalBatches, Task, TrainBatches, batches_per_epoch, task
 from nobackprop.callbacks import EpochLog, ProgressBar, ResumePoint, Screen
-from nobackprop.checkpoints import CheckpointFolder
-from nobackprop.data import Dataset, Source
-from nobackprop.initializers import Initializer, from_string, initial_weights
+from nobackprop.data import Dataset
+from nobackprop.initializers import initial_weights
 from nobackprop.layers import Conv
 from nobackprop.learner import Learner
-from nobackprop.losses import Loss
-from nobackprop.network import Network
-from nobackprop.parallel import DataParallel, SameWeights, connect, environment, start, to_start
+from nobackprop.parallel import DataParallel, SameWeights, connect, start, to_start
 from nobackprop.pixels import Pixels
+from nobackprop.preparation import Run, prepare, trainer
 from nobackprop.records import Record
-from nobackprop.rule import Batch, Rule
-from nobackprop.settings import Component, Settings, build
 from nobackprop.stopping import Stopped, StopSignals
 from nobackprop.trained import save
 from nobackprop.workers import side_by_side, workers
 
-# Lightning's lines about devices and products, and a warning of its own under recent torch, are no news to a user.
-for name in ("pytorch_lightning", "lightning_fabric"):
-    logging.getLogger(name).setLevel(logging.WARNING)
-warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-warnings.filterwarnings("ignore", message="The `srun` command is available")
-
-
-RECOMPUTE_FROM = 2**29  # bytes of activations
 # Mini-batches from which compiling, half a minute once, is repaid: it saves 0.3 ms each on a small net, 3 ms on a
 # convolutional one.
 COMPILE_FROM = {False: 100_000, True: 10_000}
 LOCAL = re.compile(r"^paths\.|\.(root|cache)=")  # overrides that say where things are on this machine
 
 
-@dataclass(frozen=True)
-class Run:
-    """A config made into objects, all checked against each other; no data is loaded yet."""
-
-    settings: Settings
-    rule: Rule
-    loss: Loss
-    net: Network
-    forward: Initializer
-    backward: Initializer
-    optimizer: Callable[..., Optimizer]
-    schedule: Callable[..., Any] | None
-    logger: Callable[..., Any] | None
-    diagnostics: list[Callback]
-    source: Source
-    strategy: Strategy  # which device this process has, and of how many it is one
-
-    @property
-    def folder(self) -> Path:
-        return self.settings.folder
-
-    @property
-    def device(self) -> torch.device:
-        return self.strategy.root_device
-
-    @property
-    def rank(self) -> int:
-        """Which process of a data-parallel run this is; rank 0 alone writes and prints."""
-        return self.strategy.global_rank if isinstance(self.strategy, DataParallel) else 0
-
-    def seed_folder(self, seed: int) -> Path:
-        return self.folder / f"seed{seed}"
-
-
 class Busy(Exception):
     """Another process is training these seeds."""
-
-
-def prepare(cfg: DictConfig) -> Run:
-    """Makes a composed config into objects. Raises ValueError, in a sentence for the user, for whatever can't work."""
-    s = Settings.of(cfg)
-    source = build(s.dataset.source, "dataset.source")
-    if s.dataset.classes is not None and not 2 <= s.dataset.classes <= source.num_classes:
-        raise ValueError(
-            f"dataset.classes is {s.dataset.classes}: {source.name} has {source.num_classes} classes, "
-            f"so 2 to {source.num_classes}, or null for all of them"
-        )
-    rule = build(s.rule, "rule")
-    loss = build(s.loss, "loss", s.dataset.classes or source.num_classes)
-    net = build(s.arch, "arch", source.shape, loss.outputs)
-    kept = 2 * 4 * s.batch_size * sum(net.units(l) for l in range(net.L))  # bytes of z and h
-    net = replace(net, recompute=kept >= RECOMPUTE_FROM if s.recompute is None else s.recompute)
-    run = Run(
-        settings=s,
-        rule=rule,
-        loss=loss,
-        net=net,
-        forward=_initializer(s.init.forward, "init.forward"),
-        backward=_initializer(s.init.backward, "init.backward"),
-        optimizer=build(s.optimizer, "optimizer"),
-        schedule=build(s.schedule, "schedule") if s.schedule else None,
-        logger=build(s.logger, "logger") if s.logger else None,
-        diagnostics=[build(s.diagnostics, "diagnostics")] if s.diagnostics else [],
-        source=source,
-        strategy=_trainer(s, logger=False).strategy,
-    )
-    _check_processes(run)
-    if s.compile and not hardware.can_compile(run.device):
-        raise ValueError("compile is true, but there is no C++ compiler (on a GPU: no Triton); use compile=false")
-    _try_step(run)
-    return run
-
-
-def _initializer(spec: Component | str | float, key: str) -> Initializer:
-    if isinstance(spec, dict):
-        return build(spec, key)
-    try:
-        return from_string(spec)
-    except ValueError as e:
-        raise ValueError(f"{key}: {e}") from None
-
-
-def _check_processes(run: Run) -> None:
-    """Raises ValueError where a data-parallel run can't be divided, or its processes are not those it needs."""
-    s, strategy = run.settings, run.strategy
-    if not isinstance(strategy, DataParallel):
-        return
-    devices = strategy.num_processes * strategy.num_nodes
-    if s.batch_size % devices:
-        raise ValueError(f"batch_size is {s.batch_size}: write a multiple of {devices}, the number of devices")
-    if s.stack:
-        raise ValueError("stack=true: with trainer=ddp seeds are trained one after another; leave stack out")
-    assert strategy.cluster_environment is not None
-    if not to_start(strategy):
-        strategy.cluster_environment.validate_settings(strategy.num_processes, strategy.num_nodes)
-    elif strategy.num_nodes > 1:
-        raise ValueError(
-            f"trainer.num_nodes is {strategy.num_nodes}, but this is one process: start one a device on every machine, "
-            "with srun (--nodes, --ntasks-per-node) or torchrun (--nnodes, --nproc-per-node)"
-        )
-
-
-def _try_step(run: Run) -> None:
-    """One step on two blank images: finds what does not go together before any data is loaded."""
-    w = initial_weights(run.net, run.rule, run.forward, run.backward, 0)
-    x, y = torch.zeros(2, *run.net.in_shape), torch.zeros(2, run.loss.outputs)
-    noise = {name: torch.zeros(shape) for name, shape in run.rule.noise(run.net, len(x)).items()}
-    grads, _ = run.rule.all_grads(run.net, w, Batch(x, y, run.loss, noise))
-    if unknown := grads.keys() - w.keys():
-        raise ValueError(f"rule {type(run.rule).__name__} gives gradients of {sorted(unknown)}, which are no weights")
-    try:
-        optimizer = run.optimizer([torch.nn.Parameter(t, requires_grad=False) for t in w.values()])
-    except (TypeError, ValueError) as e:
-        raise ValueError(f"optimizer: {e}") from None
-    try:
-        if run.schedule is not None:
-            with warnings.catch_warnings(action="ignore"):  # that no optimizer step came before
-                run.schedule(optimizer).step()
-    except (TypeError, ValueError, ArithmeticError) as e:
-        raise ValueError(f"schedule: {e}") from None
 
 
 def keeps_seeds_apart(make_optimizer: Callable[..., Optimizer]) -> bool:
@@ -393,7 +257,7 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, screen: 
         try:
             if run.logger is not None and run.rank == 0:
                 loggers += [run.logger(run.folder, seed, s.model_dump()) for seed in seeds]
-            trainer = _trainer(
+            fitting = trainer(
                 s,
                 max_epochs=-(-steps // per_epoch),
                 logger=loggers or False,
@@ -407,9 +271,9 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, screen: 
             )
             if resumed := run.strategy.broadcast(checkpoints.newest(folder) if run.rank == 0 else None):
                 screen.print(f"{title}: goes on from step {checkpoints.step(resumed)}")
-            trainer.fit(learner, ckpt_path=resumed, weights_only=True)
+            fitting.fit(learner, ckpt_path=resumed, weights_only=True)
             wall = learner.wall_s
-            trainer.test(learner, verbose=False)
+            fitting.test(learner, verbose=False)
             for logger, progress in zip(loggers, learner.progress, strict=bool(loggers)):
                 for name, value in (progress.test or {}).items():
                     logger.experiment.summary[f"test/{name}"] = value
@@ -437,20 +301,6 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, screen: 
 def _repaid(run: Run, steps: int) -> bool:
     convolutional = any(isinstance(layer, Conv) for layer in run.net.layers)
     return steps >= COMPILE_FROM[convolutional] and hardware.can_compile(run.device)
-
-
-def _trainer(settings: Settings, **options: Any) -> Trainer:
-    """Lightning's Trainer, without its bar, summary and sanity check. Raises ValueError for a device it can't use."""
-    options |= {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    options |= settings.trainer.model_dump()
-    parallel = settings.trainer.strategy == "ddp"
-    options["plugins"] = [CheckpointFolder(), environment(parallel)]
-    if parallel:
-        options["strategy"] = DataParallel()
-    try:
-        return Trainer(**options)
-    except (ValueError, RuntimeError, MisconfigurationException) as e:
-        raise ValueError(f"trainer: {e}") from None
 
 
 def _record(run: Run, dataset: Dataset, t: Task, learner: Learner, i: int, wall: float) -> Record:
