@@ -4,7 +4,7 @@
 
 Everything is timed in turn, round after round, and medians are shown; a ratio is the median of the rounds' ratios, so a
 machine whose speed drifts does not bend it. Plain PyTorch has a process of its own, with torch's defaults. Writes what
-it prints, with the machine, as CSV, and the ratios of training steps as a figure beside it; rows of measures that were
+it prints, with the machine, as CSV, and the ratios of training steps as a figure beside it; rows of parts that were
 not asked for stay.
 """
 
@@ -450,13 +450,14 @@ def main() -> None:
     commit, dirty = records.source_state()
     stamp = {"processor": machine.processor, "threads": 1, "commit": commit, "dirty": dirty, **records.versions()}
     rows = rows.assign(**stamp)
-    if options.output.exists():  # what was not measured now stays
+    if options.output.exists():  # parts that were not measured now stay
         before = pd.read_csv(options.output)
-        rows = pd.concat([before.loc[~before.measure.isin(rows.measure)], rows])
+        new = set(rows.measure.str.partition(":")[0])
+        rows = pd.concat([before.loc[~before.measure.str.partition(":")[0].isin(new)], rows])
     options.output.parent.mkdir(parents=True, exist_ok=True)
     rows.to_csv(options.output, index=False, float_format="%.6g")
     picture = options.output.with_suffix(".png")
-    draw(rows, machine.processor, picture)
+    draw(rows, ", ".join(rows.processor.unique()), picture)
     print(f"written: {options.output}, {picture}")
 
 

@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import ceil
@@ -14,7 +14,7 @@ from findings import ANGLE, Findings, Found, Row, Table, described, shown_rules
 from matplotlib import ticker
 from matplotlib.figure import Figure as Canvas
 
-# Okabe & Ito's colours, which the colour-blind can tell apart; a rule has the same one in every figure.
+# A rule has the same colour in every figure; the first eight are Okabe & Ito's, which the colour-blind can tell apart.
 COLOURS = {
     "bp": "#000000",
     "fa": "#E69F00",
@@ -23,8 +23,18 @@ COLOURS = {
     "mdfa": "#009E73",
     "dtp": "#CC79A7",
     "equilibrium_propagation": "#0072B2",
+    "predictive_coding": "#C9B800",
+    "usf": "#8C6D1F",
+    "brsf": "#7F7F7F",
+    "frsf": "#A020F0",
+    "kolen_pollack": "#7A0019",
+    "weight_mirror": "#7FC97F",
+    "drtp": "#F781BF",
+    "pepita": "#1B4F72",
+    "forward_forward": "#A65628",
+    "dfa_two_pass": "#00CED1",
 }
-OTHERS = ("#8C6D1F", "#7F7F7F", "#A020F0", "#B8860B", "#7FC97F", "#F781BF", "#1B4F72", "#A65628", "#66A61E")
+OTHER = "#B0B0B0"  # a rule that has no colour yet
 STYLE: Any = {
     "svg.hashsalt": "nobackprop",
     "svg.fonttype": "none",
@@ -43,7 +53,7 @@ STYLE: Any = {
 def figures(found: Findings) -> dict[str, bytes]:
     """Every figure there is something to draw for: `<table>_error`, `_rules`, `_curves`, `_time` and `_angles`."""
     made: dict[str, bytes] = {}
-    colour = colours(found.rules)
+    colour = defaultdict(lambda: OTHER, COLOURS)
     for table in found.layout.tables:
         rows = [row for row in found.tables[table.name] if row.run]
         if not rows:
@@ -60,12 +70,6 @@ def figures(found: Findings) -> dict[str, bytes]:
         for kind, draw in kinds.items():
             made[f"{table.name}_{kind}"] = _svg(draw)
     return made
-
-
-def colours(rules: Sequence[str]) -> dict[str, str]:
-    """A colour for each rule."""
-    new = (rule for rule in rules if rule not in COLOURS)
-    return COLOURS | dict(zip(new, OTHERS * 4, strict=False))
 
 
 def _svg(draw: Callable[[], Canvas]) -> bytes:
@@ -215,8 +219,8 @@ def _by_rule(found: Findings, rows: Sequence[Row], colour: dict[str, str]) -> Ca
         panels.append((f"{described(row.labels)}: test error, %", errors))
         angles = {rule: (c.angle, 0) for rule, c in cells.items() if c.angle is not None}
         panels.append((f"{described(row.labels)}: angle, degrees", angles))
-    panels.append(("time of a step, of bp's", {rule: (1 / cost.speed, 0) for rule, cost in found.costs.items()}))
-    panels.append(("memory of a step, of bp's", {rule: (cost.memory, 0) for rule, cost in found.costs.items()}))
+    panels.append(("time of a step, of bp's", {rule: (1 / c.speed, 0) for rule, c in found.costs.items() if c.speed}))
+    panels.append(("memory of a step, of bp's", {rule: (c.memory, 0) for rule, c in found.costs.items() if c.memory}))
     left = 0.25 + 0.08 * max(map(len, rules))
     canvas, axes = _axes(len(panels), 2, "", "", (), height=0.19 * len(rules) + 0.2, left=left)
     for i, (ax, (name, values)) in enumerate(zip(axes, panels, strict=True)):

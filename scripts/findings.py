@@ -1,7 +1,8 @@
 """What the recorded runs say of a paper: the cells of its tables, and the verdicts on its claims.
 
 All of it comes from files: records (`results/records/*.jsonl`), published figures (`results/published/<paper>.yaml`),
-the grid, tables and claims in `conf/`, and why cells were not run (`results/not_run.yaml`). Nothing is trained.
+the grid, tables and claims in `conf/`, why cells were not run (`results/not_run.yaml`), and what a rule's step costs
+(`results/benchmark.csv`). Nothing is trained.
 """
 
 from collections import defaultdict
@@ -121,6 +122,7 @@ class Found:
     rule: str
     overrides: Sequence[str]
     records: Sequence[Record] = ()
+    all_seeds: Sequence[Record] = ()  # with that number of epochs, also those that others of its row lack
     epochs: int | None = None
     planned_epochs: int | None = None  # the paper's
     planned_seeds: int | None = None  # the paper's, where they are known
@@ -171,8 +173,8 @@ class Found:
 
     @property
     def for_claims(self) -> dict[int, float]:
-        """As `accuracies`, with a seed that diverged before it could be tested at chance level."""
-        return {r.seed: r.test["accuracy"] if r.test else 1 / len(r.data.classes) for r in self.records}
+        """As `accuracies`, of all seeds, with one that diverged before it could be tested at chance level."""
+        return {r.seed: r.test["accuracy"] if r.test else 1 / len(r.data.classes) for r in self.all_seeds}
 
     @property
     def marks(self) -> list[str]:
@@ -216,10 +218,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a rule's training step costs, relative to backprop's."""
+    """What a rule's training step costs, relative to backprop's; None: not measured."""
 
-    speed: float  # images a second
-    memory: float  # above weights and gradients, all activations kept
+    speed: float | None = None  # images a second
+    memory: float | None = None  # above weights and gradients, all activations kept
 
 
 @dataclass(frozen=True)
@@ -344,7 +346,7 @@ def findings(paper: str, records: Iterable[Record], results: Path = ROOT / "resu
         if cell is None:
             unknown = [c for axis, c in labels.items() if all(cell.labels.get(axis) != c for cell in every.values())]
             return f"not in the grid: {', '.join(unknown) or described(labels)}"
-        return cell.for_claims if cell.records else cell.reason
+        return cell.for_claims if cell.all_seeds else cell.reason
 
     verdicts = claims.judge(fixed, accuracies) if fixed else []
     rules = list(dict.fromkeys(cell.rule for cell in every.values()))
@@ -352,16 +354,19 @@ def findings(paper: str, records: Iterable[Record], results: Path = ROOT / "resu
 
 
 def costs(path: Path) -> dict[str, Cost]:
-    """By rule, from what scripts/benchmark.py wrote; empty where it did not."""
+    """By rule, from what scripts/benchmark.py wrote; empty where it did not. Raises ValueError for another file."""
     if not path.exists():
         return {}
     frame = pd.read_csv(path)
-    speed, memory = (
-        frame[frame.measure.str.startswith(measure)].set_index("what").value for measure in ("every rule: ", "memory: ")
-    )
+    if missing := {"measure", "what", "value"} - set(frame):
+        raise ValueError(f"{path} has no column {', '.join(sorted(missing))}: scripts/benchmark.py makes it anew")
+    ratios = {}
+    for kind, prefix in (("speed", "every rule: "), ("memory", "memory: ")):
+        values = frame[frame.measure.str.startswith(prefix)].set_index("what").value.to_dict()
+        ratios[kind] = {rule: value / values["bp"] for rule, value in values.items() if "bp" in values}
     return {
-        rule: Cost(speed[rule] / speed["bp"], memory[rule] / memory["bp"])
-        for rule in speed.index.intersection(memory.index)
+        rule: Cost(ratios["speed"].get(rule), ratios["memory"].get(rule))
+        for rule in {**ratios["speed"], **ratios["memory"]}
     }
 
 
@@ -416,10 +421,12 @@ def _find(cell: Cell, layout: Layout, runs: Runs, not_run: Sequence[NotRun], kno
     if unsearched or not runs.runs:
         return Found(cell.labels, cell.labels.get("rule", ""), overrides, reason=reasons[0], figures=figures)
     identity, records = runs.of(overrides)
-    stand_in = layout.stand_ins.get(identity["dataset"]["name"])
-    if stand_in and not records:
+    stand_in = None if records else layout.stand_ins.get(identity["dataset"]["name"])
+    if stand_in:
+        _, records = runs.of([*overrides, f"dataset={stand_in}"])
+    if stand_in and records:
         overrides.append(f"dataset={stand_in}")
-        _, records = runs.of(overrides)
+        figures = []  # those are of other images
     return Found(
         cell.labels,
         identity["rule"]["_target_"].split(".")[-2],
@@ -427,7 +434,7 @@ def _find(cell: Cell, layout: Layout, runs: Runs, not_run: Sequence[NotRun], kno
         records,
         planned_epochs=identity["max_epochs"],
         planned_seeds=known.seeds if known else None,
-        stand_in=stand_in if records and records[0].config["dataset"]["name"] == stand_in else None,
+        stand_in=stand_in if records else None,
         reason=reasons[0],
         figures=figures,
     )
@@ -472,6 +479,7 @@ def _showing(cell: Found, epochs: int | None, records: Sequence[Record], seeds: 
     first: dict[int, Record] = {}
     for record in records:
         first.setdefault(record.seed, record)
+    cell = replace(cell, all_seeds=list(first.values()))
     shown = [first[seed] for seed in seeds if seed in first]
     if shown:
         return replace(cell, records=shown, epochs=epochs)

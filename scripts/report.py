@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from figures import colours
+from figures import COLOURS, OTHER
 from findings import Findings, Found, Published, Row, Table, published, shown_rules
 from tables import (
     caption,
@@ -22,7 +22,6 @@ from tables import (
     every_paper,
     generated,
     how,
-    marks,
     missing,
     p_value,
     percent,
@@ -144,26 +143,25 @@ def accuracy(paper: str, found: Found | None, best: bool, signs: Mapping[str, st
     return cell(text, True, data_value=f"{found.mean or 0:.8f}", _class="n best" if best else "n")
 
 
-def section(found: Findings, table: Table, rows: Sequence[Row]) -> str:
-    """A table of a paper with its figures."""
-    run = [row for row in rows if row.run]
+def section(found: Findings, table: Table) -> str:
+    """A table of a paper, and what is to be said of it."""
+    rows, shown = found.tables[table.name], sheet(found, table)
     parts = [element("h3", escape(table.title), id=f"{found.paper}-{table.name}")]
     notes = [f"Without runs, {line}" for line in missing(rows)]
-    if run:
-        shown, signs = sheet(found, table), marks(run)
-        winners = [best(row) for row in run]
+    if shown:
+        winners = [best(row) for row in rows]
         body = [
             [
                 cell(escape(each), i >= shown.left)
                 if isinstance(each, str)
-                else accuracy(found.paper, each, any(each is winner for winner in winners), signs)
+                else accuracy(found.paper, each, any(each is winner for winner in winners), shown.signs)
                 for i, each in enumerate(line)
             ]
             for line in shown.lines
         ]
         text = element("p", escape(caption(table, intervals=True)), _class="soft")
         parts += [text, sortable(shown.head, body, len(shown.head) - shown.left)]
-        notes = [f"{sign} {mark}" for mark, sign in signs.items()] + notes
+        notes = [f"{sign} {mark}" for mark, sign in shown.signs.items()] + notes
     else:
         parts.append(element("p", "No runs are recorded yet."))
     parts.append(element("ul", "".join(element("li", escape(note)) for note in notes)) if notes else "")
@@ -251,17 +249,18 @@ def named(known: Published) -> str:
 
 
 def elsewhere(every: Mapping[str, Published]) -> str:
-    """Figures published by others, as they stand there."""
+    """Published figures that stand beside none of ours, as they are there."""
     parts = []
     for paper, known in every.items():
-        if not known.figures:
+        figures = [figure for figure in known.figures if not figure.cell]
+        if not figures:
             continue
         header = ["table", "row", "column", "value", "spread", "seeds"]
         rows = [
             [cell(escape(text)) for text in (f.table, f.row, f"{f.column} ({f.unit})")]
             + [cell(f"{f.value:g}", True), cell("" if f.spread is None else f"{f.spread:g}", True)]
             + [cell(str(f.seeds or known.seeds or ""), True)]
-            for f in known.figures
+            for f in figures
         ]
         source = named(known)
         parts.append(element("h3", source, id=f"published-{paper}") + sortable(header, rows, 3))
@@ -276,10 +275,9 @@ def page(
 ) -> str:
     """The whole page, with the figures that were drawn of each paper, and ways to the files of records."""
     rules = dict.fromkeys(r for f in every for rows in f.tables.values() for r in shown_rules(rows))
-    colour = colours(list(rules))
     boxes = [
-        f'<label><input type="checkbox" checked value="{r}"> <b style="background:{colour[r]}"></b> {r}</label>'
-        for r in rules
+        f'<label><input type="checkbox" checked value="{r}"> <b style="background:{colour}"></b> {r}</label>'
+        for r, colour in ((r, COLOURS.get(r, OTHER)) for r in rules)
     ]
     links = [element("a", escape(f.layout.title), href=f"#{f.paper}") for f in every]
     parts = []
@@ -289,10 +287,9 @@ def page(
             parts.append(element("p", named(found.published)))
         parts.append(verdicts(found))
         for table in found.layout.tables:
-            parts += [section(found, table, found.tables[table.name]), drawings(table, drawn[found.paper])]
+            parts += [section(found, table), drawings(table, drawn[found.paper])]
         parts.append(runs(found, sources))
-    others = {paper: p for paper, p in known.items() if paper not in {f.paper for f in every}}
-    parts += [element("h2", "Figures published elsewhere", id="published"), elsewhere(others)]
+    parts += [element("h2", "Figures published elsewhere", id="published"), elsewhere(known)]
     nav = element("nav", element("div", "".join([*links, element("a", "Published", href="#published"), *boxes])))
     made = "Made from <code>results/records</code> by <code>make results</code>; nothing on this page is typed by hand."
     return f"""<!doctype html>

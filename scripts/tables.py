@@ -2,9 +2,10 @@
 
     python scripts/tables.py [--results results] [--readme README.md]
 
-Nothing is trained and nothing is downloaded: all comes from results/records, results/published, results/not_run.yaml
-and conf/. The same files give the same bytes. Writes results/tables/<paper>.md, .csv, .tex and <paper>_verdicts.csv,
-results/figures/<paper>/*.svg, and the tables in README.md between `<!-- table: <paper> -->` and `<!-- end -->`.
+Nothing is trained and nothing is downloaded: all comes from results/records, results/published, results/not_run.yaml,
+results/benchmark.csv and conf/. The same files give the same bytes. Writes results/tables/<paper>.md, .csv, .tex and
+<paper>_verdicts.csv, results/figures/<paper>/*.svg, and the tables in README.md between `<!-- table: <paper> -->` and
+`<!-- end -->`.
 """
 
 import argparse
@@ -17,13 +18,13 @@ from typing import Any
 
 import pandas as pd
 from figures import figures
-from findings import ROOT, Figure, Findings, Found, Row, Table, described, findings, papers, shown_rules
+from findings import ROOT, Cost, Figure, Findings, Found, Row, Table, described, findings, papers, shown_rules
 
 from nobackprop.claims import Claims, Result
 from nobackprop.collecting import collect
 from nobackprop.records import Record, write_atomically
 
-SIGNS, FEWER = "†‡§¶", "fewer epochs than the paper"
+SIGNS, FEWER = "†‡§¶", "fewer epochs than planned"
 TEX = str.maketrans({"_": r"\_", "%": r"\%", "&": r"\&", "±": r"$\pm$", "°": r"$^\circ$"})
 TEX |= str.maketrans(dict(zip(SIGNS, (r"$^\dagger$", r"$^\ddagger$", r"$^\S$", r"$^\P$"), strict=True)))
 
@@ -117,31 +118,34 @@ class Sheet:
     head: Sequence[str]
     left: int
     lines: Sequence[Sequence[Found | str | None]]
+    signs: Mapping[str, str]  # for each way in which cells depart from the paper
 
 
-def sheet(found: Findings, table: Table) -> Sheet:
-    """The rows with runs, one column a rule; or, for a table `by_rule`, a line for each rule."""
+def sheet(found: Findings, table: Table) -> Sheet | None:
+    """The rows with runs, one column a rule; or, for a table `by_rule`, a line for each rule. None without runs."""
     run = [row for row in found.tables[table.name] if row.run]
+    if not run:
+        return None
     rules, signs = shown_rules(run), marks(run)
     if table.by_rule:
         names = [described(row.labels) for row in run]
         sizes = [
-            f"{name}: {row.seeds} seeds, {epochs(row, signs)} epochs" for name, row in zip(names, run, strict=True)
+            f"{name}: seeds {row.seeds}, epochs {epochs(row, signs)}" for name, row in zip(names, run, strict=True)
         ]
         head = ["rule", *sizes, *(f"{name}: angle" for name in names), "images/s of bp's", "memory of bp's"]
-        return Sheet(head, 1, [[rule, *_across(found, run, rule)] for rule in rules])
+        return Sheet(head, 1, [[rule, *_across(found, run, rule)] for rule in rules], signs)
     lines = [
         [*row.labels.values(), *(row.cells.get(rule) for rule in rules), row.seeds, epochs(row, signs)] for row in run
     ]
-    return Sheet([*map(title, table.rows), *rules, "seeds", "epochs"], len(table.rows), lines)
+    return Sheet([*map(title, table.rows), *rules, "seeds", "epochs"], len(table.rows), lines, signs)
 
 
 def _across(found: Findings, run: Sequence[Row], rule: str) -> list[Found | str | None]:
     """What is known of a rule: accuracy and angle in each row, and the cost of its step."""
     cells = [row.cells.get(rule) for row in run]
     angles = ["-" if cell is None or cell.angle is None else f"{cell.angle:.0f}°" for cell in cells]
-    cost = found.costs.get(rule)
-    return [*cells, *angles, *(("-", "-") if cost is None else (f"{cost.speed:.2f}", f"{cost.memory:.2f}"))]
+    cost = found.costs.get(rule, Cost())
+    return [*cells, *angles, *("-" if ratio is None else f"{ratio:.2f}" for ratio in (cost.speed, cost.memory))]
 
 
 def caption(table: Table, intervals: bool) -> str:
@@ -151,7 +155,8 @@ def caption(table: Table, intervals: bool) -> str:
     if table.by_rule:
         what += (
             "; the angle of the update to backprop's gradient after the last epoch, mean over hidden layers and seeds; "
-            "speed and memory of a training step relative to backprop's, from benchmark.csv (nets of its own)"
+            "speed of a training step, and its memory above weights with all activations kept, both relative to "
+            "backprop's, on the nets of results/benchmark.csv"
         )
     return f"{what}."
 
@@ -159,24 +164,23 @@ def caption(table: Table, intervals: bool) -> str:
 def accuracy_table(found: Findings, table: Table, intervals: bool = True) -> str:
     """A table's section in Markdown: accuracies, what departs from the paper, and what was not run."""
     rows = found.tables[table.name]
-    run = [row for row in rows if row.run]
-    if not run:
+    shown = sheet(found, table)
+    if shown is None:
         return "\n".join([f"**{table.title}**: no runs yet.", *(f"- {line}" for line in missing(rows))])
-    shown, signs = sheet(found, table), marks(run)
 
     def text(cell: Found | str | None) -> str:
         if isinstance(cell, str):
             return cell
         if cell is None or not cell.records:
             return "-"
-        best = signed(cell, signs)
+        best = signed(cell, shown.signs)
         if intervals and cell.interval:
             low, high = cell.interval
             best += f" ({percent(low)} to {percent(high)})"
         return "; ".join([best, *(comparison(cell, f) for f in cell.figures if cell.mean is not None)])
 
-    notes = [f"{sign} {mark}" for mark, sign in signs.items()] + [f"Without runs, {line}" for line in missing(rows)]
-    notes = [f"- {note}" for note in notes]
+    notes = [f"- {sign} {mark}" for mark, sign in shown.signs.items()]
+    notes += [f"- Without runs, {line}" for line in missing(rows)]
     body = markdown(shown.head, (map(text, line) for line in shown.lines), shown.left)
     return "\n".join([f"**{table.title}.** {caption(table, intervals)}", "", body, "", *notes]).rstrip()
 
@@ -303,12 +307,11 @@ def latex(found: Findings) -> str:
     """results/tables/<paper>.tex: one tabular per table, for the package booktabs."""
     parts = ["% Made by `make results`; not to be edited. Needs \\usepackage{booktabs}."]
     for table in found.layout.tables:
-        run = [row for row in found.tables[table.name] if row.run]
-        if not run:
+        shown = sheet(found, table)
+        if shown is None:
             continue
-        shown, signs = sheet(found, table), marks(run)
 
-        def text(cell: Found | str | None, signs: Mapping[str, str] = signs) -> str:
+        def text(cell: Found | str | None, signs: Mapping[str, str] = shown.signs) -> str:
             if cell is None or (isinstance(cell, Found) and not cell.records):
                 return "--"
             return _tex(cell if isinstance(cell, str) else signed(cell, signs))
@@ -317,7 +320,7 @@ def latex(found: Findings) -> str:
         lines += [" & ".join(map(_tex, shown.head)) + r" \\", "\\midrule"]
         lines += [" & ".join(map(text, line)) + r" \\" for line in shown.lines]
         lines += ["\\bottomrule", "\\end{tabular}"]
-        notes = [f"% {_tex(sign)} {mark}" for mark, sign in signs.items()]
+        notes = [f"% {_tex(sign)} {mark}" for mark, sign in shown.signs.items()]
         parts.append("\n".join([f"% {table.title}", *lines, *notes]))
     return "\n\n".join(parts) + "\n"
 

@@ -119,8 +119,21 @@ def test_seeds_are_paired_and_those_not_in_all_cells_are_left_out() -> None:
     assert (result.verdict, result.missing) == ("not run", "no seed was run in all of its cells")
 
 
-def test_one_seed_decides_nothing() -> None:
+def test_one_seed_decides_nothing_and_its_worst_difference_is_shown() -> None:
     assert verdict(one("better"), {"a": [0.9], "b": [0.1]}) == "undecided at 1 seed"
+    (result,) = judge(
+        one("better", than=[{"rule": "b"}, {"rule": "c"}]), lambda labels: {0: {"c": 0.95}.get(labels["rule"], 0.9)}
+    )
+    assert result.mean == pytest.approx(-0.05)
+
+
+@pytest.mark.parametrize("difference", [-0.02, 0.02])
+def test_a_difference_is_shown_as_a_minus_b_whichever_side_is_harder(difference: float) -> None:
+    a = list(np.array(B) + difference + NOISE)
+    (result,) = judge(one("matches"), lambda labels: dict(enumerate(a if labels["rule"] == "a" else B)))
+    assert result.mean == pytest.approx(difference)
+    assert result.interval is not None
+    assert result.interval[0] < difference < result.interval[1]
 
 
 def test_holm_counts_the_tests_that_were_made() -> None:

@@ -162,9 +162,8 @@ def test_mirrors_answer_through_the_activation_but_for_the_outputs(problem: Prob
     problem = replace(problem, net=replace(problem.net, activation=activation("sign")))
     rule, net = WeightMirror(sigma=2.0, decay=0.0), problem.net
     w, batch = problem.weights(rule), problem.noisy(rule)
-    g, logits = rule.mirror(net, w, batch)
+    g, _ = rule.mirror(net, w, batch)
     assert g.keys() == {f"B{l}" for l in _above_the_first(problem)}
-    torch.testing.assert_close(logits, net.logits(w, batch.x))
     if net.L == 4:  # dense
         for l in (2, 3, 4):
             noise = batch.noise[f"h{l - 1}"]

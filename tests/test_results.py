@@ -180,15 +180,27 @@ def test_a_seed_that_diverged_is_left_out_of_the_mean_and_counts_at_chance_for_c
     assert any("diverged" in mark for mark in found.marks)
 
 
+def test_claims_count_seeds_that_a_rule_of_the_row_outside_the_claim_lacks(results: Path) -> None:
+    records = [lra(s, 0.9 + s / 1000, hidden_layers=layers) for layers in ("3", "5", "8") for s in range(3)]
+    found = findings("lra_e", [*records, lra(0, 0.8, rule="dtp")], results)
+    assert [row.seeds for row in found.tables["mnist"] if row.run] == ["1", "3", "3"]
+    assert [r.seeds for r in found.verdicts if r.mean is not None] == [3]
+
+
 def test_a_stand_in_is_taken_where_the_papers_images_have_no_runs_and_marked(results: Path) -> None:
     labels = {"net": "mlp_cifar10", "classes": "2", "init": "documented", "rule": "mdfa"}
     jpeg = record("mdfa", labels, 0, 0.7, further=["dataset=cifar10_jpeg"])
+    figure = PUBLISHED | {"cell": {"net": "mlp_cifar10", "rule": "mdfa"}}
+    publish(results, figure, paper="mdfa")
     row = shown(findings("mdfa", [jpeg], results), "documented", net="mlp_cifar10", classes="2")
     assert row.cells["mdfa"].marks == ["cifar10_jpeg in place of the paper's images"]
+    assert row.cells["mdfa"].figures == []  # those are of other images
+    assert row.cells["bp"].overrides == cell("mdfa", labels | {"rule": "bp"}).overrides
     row = shown(
         findings("mdfa", [jpeg, record("mdfa", labels, 0, 0.8)], results), "documented", net="mlp_cifar10", classes="2"
     )
     assert (row.cells["mdfa"].mean, row.cells["mdfa"].marks) == (0.8, [])
+    assert [f.value for f in row.cells["mdfa"].figures] == [8.5]
 
 
 def test_verdicts_follow_from_the_records(results: Path) -> None:
@@ -211,7 +223,7 @@ def test_verdicts_follow_from_the_records(results: Path) -> None:
     assert verdicts[best, "mnist", "5"] == ("not run", "not run yet")
     shown = tables.verdict_table(found)
     assert "| stable over depth | as quoted | mnist | +0.00 (+0.00 to +0.00) | < 0.001 | **holds** |" in shown
-    assert "- These runs depart from the paper: fewer epochs than the paper" in shown
+    assert "- These runs depart from the paper: fewer epochs than planned" in shown
 
 
 def test_why_cells_have_no_runs_is_said_once_for_each_reason(results: Path) -> None:
@@ -224,9 +236,9 @@ def test_why_cells_have_no_runs_is_said_once_for_each_reason(results: Path) -> N
 PUBLISHED = {"table": "T", "row": "r", "column": "c", "value": 8.5, "unit": "error, %", "source": "p. 1"}
 
 
-def publish(results: Path, *figures: dict[str, Any], seeds: int | None = None) -> None:
+def publish(results: Path, *figures: dict[str, Any], seeds: int | None = None, paper: str = "lra_e") -> None:
     content = {"paper": "a paper", "link": None, "seeds": seeds, "figures": list(figures)}
-    (results / "published" / "lra_e.yaml").write_text(yaml.safe_dump(content))
+    (results / "published" / f"{paper}.yaml").write_text(yaml.safe_dump(content))
 
 
 def test_a_published_figure_is_shown_beside_ours(results: Path) -> None:
@@ -248,12 +260,22 @@ def test_a_table_by_rule_has_a_line_a_rule_with_its_angle_and_cost(results: Path
     (table,) = found.layout.tables
     text = tables.accuracy_table(found, table)
     lines = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
-    assert lines["| rule"] == "| rule | mlp: 1 seeds, 2† epochs | mlp: angle | images/s of bp's | memory of bp's |"
+    assert lines["| rule"] == "| rule | mlp: seeds 1, epochs 2† | mlp: angle | images/s of bp's | memory of bp's |"
     assert lines["| dfa"] == "| dfa | 90.00 | 60° | 1.10 | 0.25 |"
-    assert lines["| drtp"] == "| drtp | 90.00 | 60° | - | - |"
+    assert lines["| drtp"] == "| drtp | 90.00 | 60° | 0.90 | - |"
     assert r"dfa & 90.00 & 60$^\circ$ & 1.10 & 0.25 \\" in tables.latex(found)
     drawn = tables.figures(found)["accuracy_rules"].decode()
     assert {rule for rule in found.rules if f'class="rule-{rule}"' in drawn} == {"bp", "dfa", "drtp"}
+
+
+def test_a_file_of_costs_that_is_none_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "benchmark.csv"
+    assert module.costs(path) == {}
+    path.write_text("measure,what\n")
+    with pytest.raises(ValueError, match=r"benchmark\.csv has no column value: scripts/benchmark\.py makes it anew"):
+        module.costs(path)
+    path.write_text("measure,what,value\nmemory: a net,dfa,5\n")
+    assert module.costs(path) == {}  # nothing to relate it to
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,7 @@ class Contrast:
 
     terms: Sequence[tuple[int, Labels]]
     bound: float
+    reversed: bool = False  # b - a
 
 
 @dataclass(frozen=True)
@@ -126,12 +127,12 @@ def _contrasts(claim: Claim, a: Labels, b: Labels, margin: float) -> list[Contra
         gap = [(1, a | claim.end), (-1, b | claim.end), (-1, a | claim.start), (1, b | claim.start)]
         return [Contrast(gap, 0)]
     above = Contrast([(1, a), (-1, b)], -margin)
-    return [above] if claim.test == "not_worse" else [above, Contrast([(1, b), (-1, a)], -margin)]
+    return [above] if claim.test == "not_worse" else [above, Contrast([(1, b), (-1, a)], -margin, reversed=True)]
 
 
 @dataclass(frozen=True)
 class Result:
-    """A trial's outcome. p-values are adjusted; mean and interval are of the contrast hardest to show."""
+    """A trial's outcome. p-values are adjusted; mean and interval are of the contrast hardest to show, as a - b."""
 
     trial: Trial
     seeds: int
@@ -163,9 +164,16 @@ def judge(claims: Claims, accuracies: Callable[[Labels], Accuracies | str]) -> l
         n = len(samples[0])
         undecided = f"undecided at {n} seed{'s' if n > 1 else ''}"
         verdict = "holds" if p_holds <= claims.alpha else "fails" if p_fails <= claims.alpha else undecided
-        _, x = max(zip(trial.contrasts, samples, strict=True), key=lambda pair: p_above(pair[1], pair[0].bound))
+        x = _hardest(trial, samples)
         results.append(Result(trial, n, mean(x), interval(x), p_holds, p_fails, verdict))
     return results
+
+
+def _hardest(trial: Trial, samples: Sequence[Sequence[float]]) -> list[float]:
+    """The numbers of the contrast that is hardest to show, as a - b; of equally hard ones, of the lowest."""
+    pairs = zip(trial.contrasts, samples, strict=True)
+    contrast, x = max(pairs, key=lambda pair: (p_above(pair[1], pair[0].bound), pair[0].bound - mean(pair[1])))
+    return [-number if contrast.reversed else number for number in x]
 
 
 def _samples(trial: Trial, accuracies: Callable[[Labels], Accuracies | str]) -> list[list[float]] | str:

@@ -47,7 +47,7 @@ class Rule(ABC):
     def phases(self) -> tuple[Phase, ...]:
         """The updates that make one step, in order, each like `grads` and from the weights that the last one left.
 
-        Training metrics are those of the last one's logits.
+        Training metrics are those of the last one's logits; what earlier ones give in their place is not looked at.
         """
         return (self.grads,)
 

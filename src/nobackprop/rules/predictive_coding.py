@@ -25,11 +25,11 @@ class PredictiveCoding(Rule):
 
     As the variance of the output grows, d times the variance tends to backpropagation's. With `fixed_prediction` mu and
     f' stay those of the forward pass (Millidge, Tschantz & Buckley, "Predictive coding approximates backprop along
-    arbitrary computation graphs", Neural Computation 2022): then d relaxes to backpropagation's for any variance, and
-    with rate 1 is there after one step a hidden layer.
+    arbitrary computation graphs", Neural Computation 2022): then d times the variance relaxes to backpropagation's
+    whatever the variance, and with rate 1 is there after one step a hidden layer.
 
     Departs from the paper: the target is not clamped to the output but reaches it through the loss, the same thing for
-    `squared_error`; the input is not sent through f; its program multiplies the gradients by the variance.
+    `squared_error`; the input is not sent through f; gradients are not multiplied by the variance, as in its program.
     """
 
     steps: int = 20
