@@ -236,6 +236,7 @@ def _by_rule(found: Findings, rows: Sequence[Row], colour: dict[str, str]) -> Ca
         ax.set_title(name)
         if not name.endswith("degrees"):
             ax.set_xscale("log")
+            ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
             ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
             ax.xaxis.set_minor_formatter(ticker.NullFormatter())
     return canvas

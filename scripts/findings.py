@@ -110,8 +110,9 @@ def published(folder: Path) -> dict[str, Published]:
 
 
 def papers() -> list[str]:
-    """The papers whose tables can be made."""
-    return sorted(path.stem for path in (CONF / "tables").glob("*.yaml"))
+    """The papers whose tables can be made, first those whose claims are tested."""
+    names = [path.stem for path in (CONF / "tables").glob("*.yaml")]
+    return sorted(names, key=lambda name: (not (CONF / "claims" / f"{name}.yaml").exists(), name))
 
 
 @dataclass(frozen=True)

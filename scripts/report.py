@@ -61,7 +61,7 @@ th button:focus-visible { outline: 2px solid var(--link); } th button::after { c
 th[aria-sort=ascending] button::after { content: " \\2191"; color: inherit; }
 th[aria-sort=descending] button::after { content: " \\2193"; color: inherit; }
 td small { display: block; color: var(--soft); } td a { color: inherit; text-decoration-color: #a9b0b9; }
-td.best a { font-weight: 700; } tr:target, tr:target td { background: #fff3c4; } [id] { scroll-margin-top: 56px; }
+td.best a { font-weight: 700; } tr:target, tr:target td { background: #fff3c4; } [id] { scroll-margin-top: 104px; }
 .verdict { padding: 1px 8px; border-radius: 9px; white-space: nowrap; background: #eceff2; }
 .holds { background: #d3f0dc; color: #0b5a28; } .fails { background: #fbdcd8; color: #8a1c10; }
 details { margin: .6em 0; } summary { cursor: pointer; font-weight: 600; } figure { margin: .6em 0; }
