@@ -31,7 +31,7 @@ from nobackprop.pixels import Pixels
 from nobackprop.preparation import prepare
 from nobackprop.records import Record
 from nobackprop.rules.bp import BP
-from nobackprop.train import summary, train
+from nobackprop.train import _command, summary, train
 from nobackprop.trained import save
 
 # 161 mini-batches an epoch, so two chunks: the first ends in mid-epoch.
@@ -522,3 +522,9 @@ def test_a_damaged_record_is_named(config: Config) -> None:
     path.write_text(path.read_text()[:100])
     with pytest.raises(ValueError, match=r"record.json is no valid run record .* delete it to run this seed again"):
         train(cfg)
+
+
+def test_a_record_does_not_say_where_things_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    places = ["paths.runs=/a", "dataset.source.root=/b", "--runs", "/c", "--runs=/d"]
+    monkeypatch.setattr("sys.argv", ["/e/tune.py", "compare", *places, "--only", "rule=bp"])
+    assert _command() == "tune.py compare --only rule=bp"

@@ -39,7 +39,7 @@ from nobackprop.workers import side_by_side, workers
 # Mini-batches from which compiling, half a minute once, is repaid: it saves 0.3 ms each on a small net, 3 ms on a
 # convolutional one.
 COMPILE_FROM = {False: 100_000, True: 10_000}
-LOCAL = re.compile(r"^paths\.|\.(root|cache)=")  # overrides that say where things are on this machine
+LOCAL = re.compile(r"^paths\.|\.(root|cache)=|^--runs\b")  # arguments that say where things are on this machine
 
 
 class Busy(Exception):
@@ -311,7 +311,7 @@ def _record(run: Run, dataset: Dataset, t: Task, learner: Learner, i: int, wall:
         seed=t.seed,
         name=run.settings.name,
         config=run.settings.identity(),
-        command=shlex.join([Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if not LOCAL.search(a))]),
+        command=_command(),
         commit=commit,
         dirty=dirty,
         versions=records.versions(),
@@ -334,6 +334,13 @@ def _record(run: Run, dataset: Dataset, t: Task, learner: Learner, i: int, wall:
         diverged_epoch=progress.diverged_epoch,
         test=progress.test,
     )
+
+
+def _command() -> str:
+    """The command of this process, without what says where things are on this machine."""
+    pairs = zip(sys.argv, sys.argv[1:], strict=False)
+    kept = [text for before, text in pairs if not LOCAL.search(text) and before != "--runs"]
+    return shlex.join([Path(sys.argv[0]).name, *kept])
 
 
 def summary(seeds: Sequence[Record]) -> Table:
