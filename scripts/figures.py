@@ -14,7 +14,7 @@ from findings import ANGLE, Findings, Found, Row, Table, described, shown_rules
 from matplotlib import ticker
 from matplotlib.figure import Figure as Canvas
 
-# A rule has the same colour in every figure; the first eight are Okabe & Ito's, which the colour-blind can tell apart.
+# A rule has the same colour in every figure; the first seven are Okabe & Ito's, which the colour-blind can tell apart.
 COLOURS = {
     "bp": "#000000",
     "fa": "#E69F00",
@@ -196,16 +196,19 @@ def _against(table: Table, rows: Sequence[Row], colour: dict[str, str]) -> Canva
             at = [place + shift for place, _ in points]
             error = [100 - 100 * (cell.mean or 0) for _, cell in points]
             half = [50 * (cell.interval[1] - cell.interval[0]) if cell.interval else 0 for _, cell in points]
-            line, caps, bars = ax.errorbar(
-                at, error, half, color=colour[rule], label=rule, marker="o", markersize=4, capsize=2
-            )
-            for artist in (line, *caps, *bars):
-                artist.set_gid(f"rule:{rule}")
+            _points(ax, rule, colour[rule], at, error, yerr=half, label=rule)
         ax.set_xticks(range(len(ticks)), ticks)
         ax.set_ylim(0, 1.08 * ax.get_ylim()[1])
         ax.set_title(", ".join(choice.replace("_", " ") for choice in group))
     _legend(canvas, axes)
     return canvas
+
+
+def _points(ax: Any, rule: str, colour: str, x: Any, y: Any, **bars: Any) -> None:
+    """A rule's points with error bars, which its box in the report hides."""
+    line, caps, lines = ax.errorbar(x, y, color=colour, marker="o", markersize=4, capsize=2, **bars)
+    for artist in (line, *caps, *lines):
+        artist.set_gid(f"rule:{rule}")
 
 
 def _by_rule(found: Findings, rows: Sequence[Row], colour: dict[str, str]) -> Canvas:
@@ -226,11 +229,7 @@ def _by_rule(found: Findings, rows: Sequence[Row], colour: dict[str, str]) -> Ca
     for i, (ax, (name, values)) in enumerate(zip(axes, panels, strict=True)):
         for place, rule in enumerate(rules):
             if value := values.get(rule):
-                line, caps, bars = ax.errorbar(
-                    value[0], place, xerr=value[1] or None, color=colour[rule], marker="o", markersize=4, capsize=2
-                )
-                for artist in (line, *caps, *bars):
-                    artist.set_gid(f"rule:{rule}")
+                _points(ax, rule, colour[rule], value[0], place, xerr=value[1] or None)
         ax.set_yticks(range(len(rules)), rules if i % 2 == 0 else [])
         ax.set_ylim(len(rules) - 0.5, -0.5)
         ax.set_title(name)

@@ -235,7 +235,6 @@ class Findings:
     tables: Mapping[str, Sequence[Row]]
     verdicts: Sequence[Result]
     claims: claims.Claims | None
-    rules: Sequence[str]
     costs: Mapping[str, Cost]
 
 
@@ -350,8 +349,7 @@ def findings(paper: str, records: Iterable[Record], results: Path = ROOT / "resu
         return cell.for_claims if cell.all_seeds else cell.reason
 
     verdicts = claims.judge(fixed, accuracies) if fixed else []
-    rules = list(dict.fromkeys(cell.rule for cell in every.values()))
-    return Findings(paper, layout, known, tables, verdicts, fixed, rules, costs(results / "benchmark.csv"))
+    return Findings(paper, layout, known, tables, verdicts, fixed, costs(results / "benchmark.csv"))
 
 
 def costs(path: Path) -> dict[str, Cost]:

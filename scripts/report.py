@@ -125,7 +125,7 @@ def anchor(paper: str, found: Found) -> str:
     return "-".join(["runs", paper, *found.labels.values()])
 
 
-def best(row: Row) -> Found | None:
+def winner(row: Row) -> Found | None:
     """The cell with the best mean accuracy among several rules."""
     tested = [c for c in row.cells.values() if c.mean is not None]
     return max(tested, key=lambda c: c.mean or 0) if len(row.cells) > 1 and tested else None
@@ -149,12 +149,12 @@ def section(found: Findings, table: Table) -> str:
     parts = [element("h3", escape(table.title), id=f"{found.paper}-{table.name}")]
     notes = [f"Without runs, {line}" for line in missing(rows)]
     if shown:
-        winners = [best(row) for row in rows]
+        winners = [winner(row) for row in rows]
         body = [
             [
                 cell(escape(each), i >= shown.left)
                 if isinstance(each, str)
-                else accuracy(found.paper, each, any(each is winner for winner in winners), shown.signs)
+                else accuracy(found.paper, each, any(each is one for one in winners), shown.signs)
                 for i, each in enumerate(line)
             ]
             for line in shown.lines

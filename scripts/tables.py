@@ -314,19 +314,15 @@ def latex(found: Findings) -> str:
         def text(cell: Found | str | None, signs: Mapping[str, str] = shown.signs) -> str:
             if cell is None or (isinstance(cell, Found) and not cell.records):
                 return "--"
-            return _tex(cell if isinstance(cell, str) else signed(cell, signs))
+            return (cell if isinstance(cell, str) else signed(cell, signs)).translate(TEX)
 
         lines = [f"\\begin{{tabular}}{{{'l' * shown.left}{'r' * (len(shown.head) - shown.left)}}}", "\\toprule"]
-        lines += [" & ".join(map(_tex, shown.head)) + r" \\", "\\midrule"]
+        lines += [" & ".join(name.translate(TEX) for name in shown.head) + r" \\", "\\midrule"]
         lines += [" & ".join(map(text, line)) + r" \\" for line in shown.lines]
         lines += ["\\bottomrule", "\\end{tabular}"]
-        notes = [f"% {_tex(sign)} {mark}" for mark, sign in shown.signs.items()]
+        notes = [f"% {sign.translate(TEX)} {mark}" for mark, sign in shown.signs.items()]
         parts.append("\n".join([f"% {table.title}", *lines, *notes]))
     return "\n\n".join(parts) + "\n"
-
-
-def _tex(text: str) -> str:
-    return text.translate(TEX)
 
 
 def every_paper(results: Path) -> list[Findings]:

@@ -29,7 +29,7 @@ class PredictiveCoding(Rule):
     whatever the variance, and with rate 1 is there after one step a hidden layer.
 
     Departs from the paper: the target is not clamped to the output but reaches it through the loss, the same thing for
-    `squared_error`; the input is not sent through f; gradients are not multiplied by the variance, as in its program.
+    `squared_error`; the input is not sent through f; gradients are not multiplied by the variance (its program's are).
     """
 
     steps: int = 20
