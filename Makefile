@@ -1,4 +1,4 @@
-# Two commands: make demo trains every rule on bundled images and compares them, make test runs the tests.
+# Two commands: make demo trains five rules on bundled images and compares them, make test runs the tests.
 .PHONY: demo test results lint lock
 RUNS = runs/demo
 
