@@ -357,11 +357,11 @@ def costs(path: Path) -> dict[str, Cost]:
     if not path.exists():
         return {}
     frame = pd.read_csv(path)
-    if missing := {"measure", "what", "value"} - set(frame):
+    if missing := {"measure", "what", "ratio"} - set(frame):
         raise ValueError(f"{path} has no column {', '.join(sorted(missing))}: scripts/benchmark.py makes it anew")
     ratios = {}
     for kind, prefix in (("speed", "every rule: "), ("memory", "memory: ")):
-        values = frame[frame.measure.str.startswith(prefix)].set_index("what").value.to_dict()
+        values = frame[frame.measure.str.startswith(prefix)].set_index("what").ratio.to_dict()
         ratios[kind] = {rule: value / values["bp"] for rule, value in values.items() if "bp" in values}
     return {
         rule: Cost(ratios["speed"].get(rule), ratios["memory"].get(rule))

@@ -223,9 +223,10 @@ def verdict_table(found: Findings) -> str:
 def how(claims: Claims) -> str:
     """How verdicts come about."""
     return (
-        f"Tests are paired over seeds; alpha is {claims.alpha:g}, the margin {claims.margin:g} % of the test "
-        "images, and p is adjusted over all tests made (Holm). The difference, in points of accuracy, is that of the "
-        "comparison hardest to show. src/nobackprop/claims.py defines the tests, conf/claims fixes them."
+        f"Tests are paired over seeds; alpha is {claims.alpha:g}, the margin {claims.margin:g} points of accuracy. The "
+        "difference is that of the comparison hardest to show, its interval not adjusted. p is that of *fails* where a "
+        "claim fails and of *holds* otherwise, each adjusted over all tests of the paper, run or not (Holm). "
+        "src/nobackprop/claims.py defines the tests, conf/claims fixes them."
     )
 
 
@@ -250,7 +251,7 @@ def readme_section(found: Findings) -> str:
     if not run:
         return "No runs are recorded yet."
     parts = [accuracy_table(found, table, intervals=False) for table in run]
-    return "\n\n".join([*parts, *([verdict_table(found)] if found.claims else [])])
+    return "\n\n".join([*parts, *([how(found.claims), verdict_table(found)] if found.claims else [])])
 
 
 def rows_of(found: Findings) -> pd.DataFrame:

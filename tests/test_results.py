@@ -252,9 +252,9 @@ def test_a_published_figure_is_shown_beside_ours(results: Path) -> None:
 
 
 def test_a_table_by_rule_has_a_line_a_rule_with_its_angle_and_cost(results: Path) -> None:
-    costs = ["every rule: a net,bp,100", "every rule: a net,dfa,110", "every rule: a net,drtp,90"]
-    costs += ["memory: a net,bp,20", '"memory: a net","dfa, activations computed again",1', "memory: a net,dfa,5"]
-    (results / "benchmark.csv").write_text("\n".join(["measure,what,value", *costs]))
+    costs = ["every rule: a net,bp,1", "every rule: a net,dfa,1.1", "every rule: a net,drtp,0.9"]
+    costs += ["memory: a net,bp,2", '"memory: a net","dfa, activations computed again",0.1', "memory: a net,dfa,0.5"]
+    (results / "benchmark.csv").write_text("\n".join(["measure,what,ratio", *costs]))
     runs = [record("compare", {"net": "mlp", "rule": rule}, 0, 0.9) for rule in ("bp", "dfa", "drtp")]
     found = findings("compare", [*runs, record("compare", {"net": "mlp", "rule": "dfa"}, 1, 0.8)], results)
     (table,) = found.layout.tables
@@ -272,9 +272,9 @@ def test_a_file_of_costs_that_is_none_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "benchmark.csv"
     assert module.costs(path) == {}
     path.write_text("measure,what\n")
-    with pytest.raises(ValueError, match=r"benchmark\.csv has no column value: scripts/benchmark\.py makes it anew"):
+    with pytest.raises(ValueError, match=r"benchmark\.csv has no column ratio: scripts/benchmark\.py makes it anew"):
         module.costs(path)
-    path.write_text("measure,what,value\nmemory: a net,dfa,5\n")
+    path.write_text("measure,what,ratio\nmemory: a net,dfa,5\n")
     assert module.costs(path) == {}  # nothing to relate it to
 
 

@@ -317,7 +317,7 @@ def test_a_dry_run_writes_nothing_and_estimates_by_earlier_records(
     assert re.search(r"more +│ 0 recorded, 3 to run +│ +│ 0:06:00", text)  # 3 seeds of 4 epochs of 30 s
     assert re.search(r"shorter +│ 0 recorded, 1 to run +│ +│ 0:00:30", text)
     assert re.search(r"other .*unknown", text)
-    assert "3 of 5 would run, 1 at once: about 0:06:30 by earlier records, and 1 of them of which" in text
+    assert "3 of 5 would run, 1 at once: about 0:06:30 by earlier records; no record tells for 1 of them" in text
     assert sorted(tmp_path.rglob("*")) == before
 
 

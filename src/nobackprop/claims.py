@@ -13,8 +13,8 @@ m the margin:
 
 Each contrast is tested by a one-sided t-test on its n numbers. The claim needs all of them (an intersection-union
 test), so its p is the largest. Against the claim speaks any contrast whose mean lies *below* its bound: that p is the
-smallest of the opposite tests, times their number (Bonferroni). Both are adjusted over all tests of the file that could
-be made (Holm). The verdict is `holds` or `fails` where the adjusted p is at most alpha, and otherwise `undecided at n
+smallest of the opposite tests, times their number (Bonferroni). Each is adjusted over all tests of the file (Holm);
+those whose runs are missing count too, with p = 1, so no verdict hangs on which others were run. The verdict is `holds` or `fails` where the adjusted p is at most alpha, and otherwise `undecided at n
 seeds`; `not run` where records are missing. Seeds that one of the cells lacks are left out; a seed that diverged before
 it could be tested counts at chance level, one over the number of classes.
 """
@@ -148,19 +148,18 @@ def judge(claims: Claims, accuracies: Callable[[Labels], Accuracies | str]) -> l
     """The verdict on every test of a file. `accuracies` gives a cell's, or says why there are none."""
     every = trials(claims)
     found = [_samples(trial, accuracies) for trial in every]
-    made = [(trial, samples) for trial, samples in zip(every, found, strict=True) if not isinstance(samples, str)]
-    for_it, against = [], []
-    for trial, samples in made:
+    for_it, against = [1.0] * len(every), [1.0] * len(every)
+    for i, (trial, samples) in enumerate(zip(every, found, strict=True)):
+        if isinstance(samples, str):
+            continue
         values = [(x, contrast.bound) for x, contrast in zip(samples, trial.contrasts, strict=True)]
-        for_it.append(max(p_above(x, bound) for x, bound in values))
-        against.append(min(1.0, len(values) * min(p_above([-v for v in x], -bound) for x, bound in values)))
-    adjusted = iter(zip(holm(for_it), holm(against), strict=True))
+        for_it[i] = max(p_above(x, bound) for x, bound in values)
+        against[i] = min(1.0, len(values) * min(p_above([-v for v in x], -bound) for x, bound in values))
     results = []
-    for trial, samples in zip(every, found, strict=True):
+    for trial, samples, p_holds, p_fails in zip(every, found, holm(for_it), holm(against), strict=True):
         if isinstance(samples, str):
             results.append(Result(trial, 0, None, None, None, None, "not run", samples))
             continue
-        p_holds, p_fails = next(adjusted)
         n = len(samples[0])
         undecided = f"undecided at {n} seed{'s' if n > 1 else ''}"
         verdict = "holds" if p_holds <= claims.alpha else "fails" if p_fails <= claims.alpha else undecided

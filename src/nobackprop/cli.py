@@ -78,7 +78,7 @@ def main() -> None:
 def _choices(message: str) -> str:
     """For Hydra's message on a key that does not exist, the keys that do; for a plugin that does not, how to get it."""
     if "'hydra/sweeper/optuna'" in message:
-        return "\nIt comes with: pip install 'nobackprop[optuna]'"
+        return "\nIt comes with: pip install hydra-optuna-sweeper"
     match = re.search(r"Could not override '(?:\w+@)?([\w.]+)'", message)
     if match is None:
         return ""

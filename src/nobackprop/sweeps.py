@@ -220,9 +220,11 @@ def _show_plan(jobs: Sequence[Job], found: Mapping[int, Found], launcher: Launch
         shown.add_row(jobs[i].label, f"{len(f.records)} recorded, {f.missing} to run", f.before, estimate)
     console.print(shown)
     n = launcher.at_once([jobs[i] for i in found]) if found else 1
-    text = f"{len(found)} of {len(jobs)} would run, {n} at once: about {_duration(known / n)} by earlier records"
+    text = f"{len(found)} of {len(jobs)} would run, {n} at once"
+    if unknown < len(found):
+        text += f": about {_duration(known / n)} by earlier records"
     if unknown:
-        text += f", and {unknown} of them of which there are none"
+        text += f"; no record tells for {unknown} of them"
     console.print(text, highlight=False, soft_wrap=True)
 
 
@@ -406,7 +408,7 @@ class Cluster:
         try:
             import submitit
         except ImportError:
-            raise ValueError("launcher=slurm needs submitit: pip install 'nobackprop[slurm]'") from None
+            raise ValueError("launcher=slurm needs submitit: pip install submitit") from None
         folder = runs.absolute() / ".submitit" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
         source = snapshot(folder / "source")
         try:
