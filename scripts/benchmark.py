@@ -56,7 +56,6 @@ from nobackprop.rules.fa import FA
 from nobackprop.rules.lra_e import LRAE
 from nobackprop.rules.mdfa import MDFA
 from nobackprop.train import train
-from nobackprop.workers import cores
 
 RULES: dict[str, Rule] = {"bp": BP(), "fa": FA(), "dfa": DFA(), "mdfa": MDFA(), "lra_e": LRAE()}
 MLP = partial(mlp, (1, 28, 28), activation="tanh")
@@ -402,7 +401,7 @@ def run_overhead(rounds: int) -> list[dict[str, Any]]:
 
 def many_seeds(rounds: int) -> list[dict[str, Any]]:
     """Ten seeds in worker processes, one a core, against one after another."""
-    rates: dict[str, list[float]] = {"in turn, on one core": [], f"side by side, on {cores()} cores": []}
+    rates: dict[str, list[float]] = {"in turn, on one core": [], f"side by side, on {hardware.cores()} cores": []}
     with tempfile.TemporaryDirectory() as folder:
         for _ in track(range(rounds), "training in turn"):
             for each, choice in zip(rates.values(), ("workers=1", "workers=null"), strict=True):

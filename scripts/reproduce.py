@@ -4,9 +4,10 @@
     python scripts/reproduce.py mdfa --only net=mlp_mnist classes=2,3 --dry-run
     python scripts/reproduce.py mdfa --only net=mlp_cifar10 --set dataset=cifar10_jpeg --jobs 4
 
-What is recorded already is not run again; a cell that fails does not end the others. `--set` takes further overrides
-for every cell, as the command `nobackprop` takes them; `--set launcher=slurm launcher.partition=...` submits the cells
-to a cluster. Ends with a table of all cells; exit status 1 if any failed.
+What is recorded already is not run again; a cell that fails does not end the others; cells whose settings are still to
+be searched (scripts/tune.py) are named and passed over. `--set` takes further overrides for every cell, as the command
+`nobackprop` takes them; `--set launcher=slurm launcher.partition=...` submits the cells to a cluster. Ends with a table
+of all cells; exit status 1 if any failed.
 """
 
 import argparse
@@ -88,10 +89,17 @@ def select(every: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
 
 
 def run(chosen: Sequence[Cell], further: Sequence[str], console: Console, dry: bool) -> bool:
-    """Runs cells as a sweep, with the launcher that `further` names; whether all went well."""
+    """Runs cells as a sweep, with the launcher that `further` names; whether all went well.
+
+    Passes over those that take tuned settings which were not searched yet; raises FileNotFoundError if that is all.
+    """
     from nobackprop import sweeps  # torch takes seconds to import
 
-    jobs = [sweeps.Job(str(cell), cell.config(further)) for cell in chosen]
+    ready = [cell for cell in chosen if cell.tuned is None or cell.tuned.exists()] or chosen
+    if left := [str(cell) for cell in chosen if cell not in ready]:
+        text = f"passed over until scripts/tune.py has searched their settings, {len(left)} cells: {'; '.join(left)}"
+        console.print(text, highlight=False, soft_wrap=True)
+    jobs = [sweeps.Job(str(cell), cell.config(further)) for cell in ready]
     outcomes = sweeps.run(jobs, sweeps.launcher_of(jobs[0].config), console, dry)
     return all(outcome.state != "failed" for outcome in outcomes)
 
@@ -113,7 +121,7 @@ def main() -> None:
     try:
         chosen = select(list(cells(options.paper)), options.only)
         well = run(chosen, further, Console(), options.dry_run)
-    except (ValueError, HydraException) as error:
+    except (ValueError, FileNotFoundError, HydraException) as error:
         parser.exit(2, f"{Path(__file__).name}: {error}\n")
     parser.exit(0 if well else 1)
 

@@ -13,13 +13,13 @@ table; exit status 1 if all trials of a cell diverged.
 import argparse
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from textwrap import wrap
 from typing import Annotated, Any
 
-import torch
 from omegaconf import OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 from reproduce import TUNED, Cell, cells, select
@@ -28,7 +28,7 @@ from rich.progress import track
 from rich.table import Table
 from scipy.stats import qmc
 
-from nobackprop import records
+from nobackprop import hardware, records
 from nobackprop.cli import CONF
 from nobackprop.preparation import prepare
 from nobackprop.records import Record
@@ -133,13 +133,6 @@ def run_trial(overrides: Sequence[str]) -> Record:
     return record
 
 
-def accuracy(record: Record) -> float:
-    """The best validation accuracy of a trial; 0 where it diverged."""
-    if record.diverged_epoch is not None or record.best_epoch is None:
-        return 0.0
-    return record.epochs[record.best_epoch - 1]["val/accuracy"] or 0.0
-
-
 @dataclass(frozen=True)
 class Found:
     """What the search of one cell came to: its trials, each a point and its record."""
@@ -150,11 +143,11 @@ class Found:
     @property
     def best(self) -> tuple[Point, Record]:
         """The trial with the best validation accuracy; of equals, the first."""
-        return max(self.trials, key=lambda trial: accuracy(trial[1]))
+        return max(self.trials, key=lambda trial: trial[1].validation)
 
     @property
     def accuracy(self) -> float:
-        return accuracy(self.best[1])
+        return self.best[1].validation
 
 
 def write(found: Found, name: str, search: Search, further: Sequence[str], path: Path) -> None:
@@ -207,7 +200,7 @@ def table(found: Sequence[Found]) -> Table:
 
 
 def main() -> None:
-    cores = records.machine(torch.device("cpu")).cores
+    cores = hardware.cores()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("search", help="a file of conf/search, without .yaml")
     parser.add_argument("--only", nargs="+", default=[], metavar="AXIS=CHOICE,...", help="a part of the grid")
@@ -230,7 +223,7 @@ def main() -> None:
             found.append(each)
             if each.accuracy and each.cell.tuned is not None:
                 write(each, options.search, search, options.set, each.cell.tuned)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, BrokenProcessPool) as error:
         parser.exit(2, f"{Path(__file__).name}: {error}\n")
     console.print(table(found))
     parser.exit(0 if all(each.accuracy for each in found) else 1)

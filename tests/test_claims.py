@@ -26,7 +26,7 @@ def test_the_p_value_is_that_of_scipys_paired_t_test() -> None:
 
 
 def test_the_p_value_where_there_is_no_spread_or_one_seed() -> None:
-    assert [p_above([0.5, 0.5], bound) for bound in (0.4, 0.5, 0.6)] == [0, 1, 1]
+    assert [p_above([0.5, 0.5], bound) for bound in (0.4, 0.5, 0.6)] == [1, 1, 1]  # equal numbers show no spread
     assert p_above([0.5], 0) == 1
     assert p_above([], 0) == 1
 

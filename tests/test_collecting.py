@@ -142,6 +142,9 @@ def test_a_line_cut_off_by_a_crash_is_removed_and_its_record_gathered_again(tmp_
     found = collect([tmp_path / "runs"], into)
     assert found.unreadable == [f"{into}: the last line was cut off and is removed"]
     assert into.read_bytes() == whole
+    into.write_bytes(whole[:-1])
+    assert collect([into], into).unreadable == []
+    assert into.read_bytes() == whole
 
 
 def test_a_damaged_line_in_the_middle_is_an_error(tmp_path: Path) -> None:

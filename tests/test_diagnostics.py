@@ -26,6 +26,7 @@ from nobackprop.rule import Batch, Rule
 from nobackprop.rules.bp import BP
 from nobackprop.rules.dfa import DFA
 from nobackprop.rules.fa import FA
+from nobackprop.rules.frsf import FRSF
 from nobackprop.rules.lra_e import LRAE
 from nobackprop.rules.mdfa import MDFA
 from nobackprop.streams import normal
@@ -180,6 +181,16 @@ def test_without_a_derivative_nothing_is_said_of_gradients(problem: Problem) -> 
         {f"norm/{kind}W{l}" for l in range(1, L + 1) for kind in ("", "update_")}
         | {f"angle/feedback_W{l}" for l in range(2, L + 1)}
     )
+
+
+def test_feedback_is_what_errors_go_down_through(problem: Problem) -> None:
+    net, L = problem.net, problem.net.L
+    w = {name: t.double() for name, t in initial_weights(net, FRSF(), Uniform(), Uniform(), 0).items()}
+    found = of("angle/feedback_W", diagnose(net, FRSF(), w, problem.batch))
+    assert found.keys() == {str(l) for l in range(2, L + 1)}
+    assert all(value < 70 for value in found.values())  # the signs are those of W; through B it would be 90
+    w |= {f"B{l}": w[f"W{l}"].abs() for l in range(2, L + 1)}
+    assert all(v < 1e-5 for v in of("angle/feedback_W", diagnose(net, FRSF(), w, problem.batch)).values())
 
 
 @pytest.mark.parametrize("name", WITH_DERIVATIVE)

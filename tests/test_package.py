@@ -76,6 +76,9 @@ def test_a_mistake_in_one_job_of_a_multirun_does_not_stop_the_others(tmp_path: P
     assert ended.returncode == 0
     assert "1/2 rule=dfa: is recorded already" in ended.stdout
     assert "1 of 2 would run" in ended.stdout
+    ended = nobackprop("rule=mdfa", "init=orthogonal", "--dry-run", cwd=tmp_path)
+    assert ended.returncode == 1
+    assert "failed: rule MDFA needs non-negative weights" in ended.stdout
 
 
 def test_ctrl_c_ends_the_command_with_130_and_the_same_command_goes_on(tmp_path: Path) -> None:
@@ -106,6 +109,8 @@ def test_tuned_settings_are_announced_and_a_mistyped_one_is_refused(tmp_path: Pa
     ended = nobackprop(*image, cwd=tmp_path)
     assert "with the settings in conf/tuned/mdfa_allconv_cifar10_jpeg.yaml; tuned=none" in ended.stdout
     assert "\nnobackprop: cifar10_jpeg: no file" in ended.stderr
+    ended = nobackprop("tuned=compare/mlp_bp", "--dry-run", "logger=none", cwd=tmp_path)
+    assert "with the settings in conf/tuned/compare/mlp_bp.yaml" in ended.stdout
 
 
 def test_a_users_mistake_ends_in_one_sentence(tmp_path: Path) -> None:

@@ -81,6 +81,20 @@ def test_a_part_runs_then_is_skipped_and_a_failure_does_not_end_it(
     assert len(list(tmp_path.glob("*/seed*/record.json"))) == 4
 
 
+def test_cells_whose_settings_are_not_searched_yet_are_named_and_passed_over(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    cell = reproduce.Cell({"rule": "bp"}, ["rule=bp"])
+    tuned = reproduce.Cell({"rule": "fa"}, ["rule=fa", f"{reproduce.TUNED}none/there"])
+    further = [*QUICK, f"paths.runs={tmp_path}"]
+    assert reproduce.run([tuned, cell], further, Console(width=200), dry=True)
+    shown = capsys.readouterr().out
+    assert "passed over until scripts/tune.py has searched their settings, 1 cells: rule=fa" in shown
+    assert "1 of 1 would run" in shown
+    with pytest.raises(FileNotFoundError, match=r"there\.yaml is not there yet: scripts/tune\.py makes it"):
+        reproduce.run([tuned], further, Console(), dry=True)
+
+
 @pytest.mark.parametrize(
     ("only", "message"),
     [

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from nobackprop.callbacks import ResumePoint
 from nobackprop.preparation import prepare
 from nobackprop.records import Record
 from nobackprop.stopping import Stopped
-from nobackprop.sweeps import Basic, Job, Joblib
+from nobackprop.sweeps import Basic, Cluster, Job, Joblib, Outcome, Submitted
 from nobackprop.train import Busy, train
 
 SMALL = ["logger=none", "arch.hidden=[12]", "batch_size=8", "max_epochs=2", "optimizer=sgd", "optimizer.momentum=0.9"]
@@ -294,6 +295,9 @@ def test_a_sweep_skips_repeats_goes_on_and_tells(
     best = [max(e["val/accuracy"] or 0 for e in r.epochs) for r in outcomes[0].records]
     assert outcomes[0].objective == pytest.approx(sum(best) / 2)
     assert min(best) > 0.5
+    diverged = outcomes[0].records[0].model_copy(update={"diverged_epoch": 2})
+    assert Outcome("finished", records=[diverged, outcomes[0].records[1]]).objective == pytest.approx(best[1] / 2)
+    assert Outcome("failed").objective is None
 
 
 def test_a_dry_run_writes_nothing_and_estimates_by_earlier_records(
@@ -383,11 +387,38 @@ def _holders(path: Path) -> list[str]:
 
 
 def test_no_more_processes_than_cores(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("joblib.cpu_count", lambda: 4)
+    monkeypatch.setattr("nobackprop.sweeps.cores", lambda: 4)
     jobs = [Job("", config())] * 9
     assert [Joblib(workers).at_once(jobs) for workers in (None, 2, 64)] == [4, 2, 4]
     assert Joblib().at_once([Job("", config("threads=2"))] * 9) == 2
     assert Joblib().at_once(jobs[:1]) == 1
+
+
+def test_a_cluster_that_does_not_answer_for_a_while_has_not_lost_its_jobs(
+    config: Config, console: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\necho 7; echo Unable to contact slurm controller >&2; exit $(cat status)\n")
+    squeue.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(Submitted, "queued", (0.0, set()))
+    monkeypatch.setattr(Submitted, "POLL_S", 0)
+    handle = SimpleNamespace(job_id="7", paths=SimpleNamespace(result_pickle=tmp_path / "none"))
+    job, over = Submitted(handle, slurm=True), []
+    other = Submitted(SimpleNamespace(job_id="8", paths=handle.paths), slurm=True)
+    for status in (1, 1, 0):
+        (tmp_path / "status").write_text(str(status))
+        over.append((job.over(), other.over()))
+    assert over == [(False, False), (False, False), (False, True)]
+
+    def say(i: int, text: str) -> None:
+        pytest.fail(text)
+
+    (tmp_path / "status").write_text("1")
+    assert list(Cluster("slurm").run({}, say, console, wait=True)) == []
+    with pytest.raises(ValueError, match=r"squeue does not answer \(Unable to contact slurm controller\): try again"):
+        list(Cluster("slurm").run({0: Job("", config())}, say, console, wait=True))
 
 
 @pytest.mark.parametrize(

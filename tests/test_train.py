@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 import nobackprop
-from nobackprop import checkpoints
+from nobackprop import checkpoints, records
 from nobackprop.callbacks import ResumePoint
 from nobackprop.data import Digits
 from nobackprop.hardware import choose_matmul
-from nobackprop.losses import SoftmaxCrossEntropy
+from nobackprop.losses import SoftmaxCrossEntropy, SquaredError
 from nobackprop.network import Network, Weights, mlp
 from nobackprop.pixels import Pixels
 from nobackprop.preparation import prepare
@@ -117,6 +118,7 @@ def test_the_224_net_fits_224_images(config: Config, tmp_path: Path) -> None:
         (["+optimizer.foo=1"], "optimizer: unknown key foo; choose from: lr, betas,"),
         (["+trainer.max_epochs=3"], "unknown key 'trainer.max_epochs'; choose from: accelerator, strategy, devices,"),
         (["rule._target_=nobackprop.rules.none.None"], "rule: no such _target_, 'nobackprop.rules.none.None'"),
+        (["rule._target_=nobackprop.rules.bp"], "rule: _target_ 'nobackprop.rules.bp' must name a class or a function"),
         (["rule.beta=0"], "rule.beta is 0: it scales the error sent down, so it must be above 0"),
         (["rule=mdfa", "rule.floor=-1"], "rule.floor is -1: mDFA needs non-negative weights, so 0 or more"),
         (["rule=bp", "arch.activation=sign"], "activation 'sign' has no derivative and this rule needs one"),
@@ -180,6 +182,24 @@ def test_a_record_says_what_was_run(config: Config) -> None:
     assert record.machine.threads == 1
     assert torch.__version__.startswith(record.versions["torch"])
     assert str(Path.cwd()) not in record.model_dump_json()  # a record may be published
+
+
+def test_the_commit_is_looked_up_before_training(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that comes meanwhile holds other code than was imported."""
+    commits = iter(["imported"])
+    monkeypatch.setattr(records, "source_state", cache(lambda: (next(commits), False)))
+
+    def fit(*_: Any) -> list[Record]:
+        assert records.source_state.cache_info().currsize == 1  # pyright: ignore
+        raise InterruptedError
+
+    monkeypatch.setattr("nobackprop.train._fit", fit)
+    with pytest.raises(InterruptedError):
+        train(config())
+
+
+def test_a_stack_may_have_many_seeds(config: Config) -> None:
+    assert len(train(config("stack=true", "seeds=100", "max_steps=1", "arch.hidden=[2]"))) == 100
 
 
 def test_matrix_products_stay_as_accurate_as_float32() -> None:
@@ -404,6 +424,20 @@ def test_a_rule_that_is_no_rule_or_not_imported_is_not_made(tmp_path: Path, name
     with pytest.raises(
         ValueError, match=rf"best\.pt was trained by rule {name}, which is not in nobackprop\.rules: import"
     ):
+        nobackprop.load(tmp_path)
+
+
+class Doubled(SquaredError):
+    """A loss of one's own."""
+
+
+def test_a_net_trained_with_a_loss_of_ones_own_is_loaded_where_that_is_imported(tmp_path: Path) -> None:
+    net = mlp((1,), 2, hidden=[], activation="tanh")
+    path = tmp_path / "best.pt"
+    save(path, net, BP(), {}, Doubled(2), Pixels(), (0, 1))
+    assert nobackprop.load(tmp_path).loss == Doubled(2)
+    torch.save(torch.load(path, weights_only=True) | {"loss": "Elsewhere"}, path)
+    with pytest.raises(ValueError, match=r"best\.pt was trained with loss Elsewhere, which is not here: import it"):
         nobackprop.load(tmp_path)
 
 

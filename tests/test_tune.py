@@ -115,7 +115,7 @@ def test_validation_decides_and_a_trial_that_diverged_counts_as_zero() -> None:
         record(None, best_epoch=None, diverged_epoch=1),
         record(0.8, test={"accuracy": 1.0}),
     ]
-    assert [tune.accuracy(trial) for trial in trials] == [0.6, 0.8, 0.0, 0.0, 0.8]
+    assert [trial.validation for trial in trials] == [0.6, 0.8, 0.0, 0.0, 0.8]
     found = tune.Found(reproduce.Cell({}, []), [({"optimizer.lr": i}, trial) for i, trial in enumerate(trials)])
     assert found.best == ({"optimizer.lr": 1}, trials[1])
     assert found.accuracy == 0.8
@@ -140,18 +140,18 @@ def test_what_is_found_is_written_and_used_and_nothing_runs_twice(
     trials = {path: Record.read(path) for path in runs.glob("*/seed1000/record.json")}
     assert len(trials) == 3
     times = {path: path.stat().st_mtime_ns for path in trials}
-    best = max(trials.values(), key=tune.accuracy)
+    best = max(trials.values(), key=lambda trial: trial.validation)
     shown = capsys.readouterr().out
-    assert f"{tune.accuracy(best):.2%}" in shown
+    assert f"{best.validation:.2%}" in shown
     text = (conf / "tuned" / "lra_e" / "mnist_3_bp.yaml").read_text()
-    assert f"{tune.accuracy(best):.2%}, of 3 trials: seed 1000" in text
+    assert f"{best.validation:.2%}, of 3 trials: seed 1000" in text
     assert "--trials 3 --epochs 1 --only setting=tuned dataset=mnist hidden_layers=3 rule=bp --set dataset=" in text
     settings = Settings.of(cell.config([*QUICK, "max_epochs=1"]))
     assert settings.identity() == best.config
     assert settings.init.backward == settings.init.forward
 
     for path, trial in trials.items():  # the figures of the test images play no part
-        trial.model_copy(update={"test": {"accuracy": 1 - tune.accuracy(trial)}}).write(path)
+        trial.model_copy(update={"test": {"accuracy": 1 - trial.validation}}).write(path)
         times[path] = path.stat().st_mtime_ns
     monkeypatch.setattr(tune, "ProcessPoolExecutor", lambda jobs, mp_context: ThreadPoolExecutor(jobs))  # starts sooner
     with pytest.raises(SystemExit, match="0"):

@@ -22,10 +22,11 @@ import nobackprop.train
 import nobackprop.workers
 from nobackprop import cli
 from nobackprop.callbacks import Screen
+from nobackprop.hardware import cores
 from nobackprop.preparation import prepare
 from nobackprop.records import Record
 from nobackprop.train import train
-from nobackprop.workers import cores, side_by_side, workers
+from nobackprop.workers import side_by_side, workers
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks safely")
 SMALL = ["logger=none", "arch.hidden=[12]", "batch_size=8"]

@@ -24,7 +24,8 @@ class Activation:
         if self.derivative is None:
             raise ValueError(
                 f"activation {self.name!r} has no derivative and this rule needs one: choose a rule that does without "
-                f"(lra_e), or one of the activations {', '.join(a for a in ACTIVATIONS if ACTIVATIONS[a].derivative)}"
+                "(lra_e, pepita, equilibrium_propagation), or one of the activations "
+                f"{', '.join(a for a in ACTIVATIONS if ACTIVATIONS[a].derivative)}"
             )
         return self.derivative(z, h)
 

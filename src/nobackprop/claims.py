@@ -14,9 +14,10 @@ m the margin:
 Each contrast is tested by a one-sided t-test on its n numbers. The claim needs all of them (an intersection-union
 test), so its p is the largest. Against the claim speaks any contrast whose mean lies *below* its bound: that p is the
 smallest of the opposite tests, times their number (Bonferroni). Each is adjusted over all tests of the file (Holm);
-those whose runs are missing count too, with p = 1, so no verdict hangs on which others were run. The verdict is `holds` or `fails` where the adjusted p is at most alpha, and otherwise `undecided at n
-seeds`; `not run` where records are missing. Seeds that one of the cells lacks are left out; a seed that diverged before
-it could be tested counts at chance level, one over the number of classes.
+those whose runs are missing count too, with p = 1, so no verdict hangs on which others were run. The verdict is `holds`
+or `fails` where the adjusted p is at most alpha, and otherwise `undecided at n seeds`; `not run` where records are
+missing. Seeds that one of the cells lacks are left out; a seed that diverged before it could be tested counts at chance
+level, one over the number of classes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -194,13 +195,14 @@ def _samples(trial: Trial, accuracies: Callable[[Labels], Accuracies | str]) -> 
 
 
 def p_above(x: Sequence[float], bound: float) -> float:
-    """The p-value of a one-sided t-test that the mean lies above a bound; 1 for fewer than two numbers."""
-    if len(x) < 2:
+    """The p-value of a one-sided t-test that the mean lies above a bound.
+
+    1 for fewer than two numbers, and for equal ones, such as those of nets that learned nothing: they show no spread to
+    measure the distance by.
+    """
+    if len(x) < 2 or (deviation := stdev(x)) == 0:
         return 1.0
-    distance, error = mean(x) - bound, stdev(x) / sqrt(len(x))
-    if error == 0:
-        return 0.0 if distance > 0 else 1.0
-    return float(stats.t.sf(distance / error, len(x) - 1))
+    return float(stats.t.sf((mean(x) - bound) / deviation * sqrt(len(x)), len(x) - 1))
 
 
 def interval(x: Sequence[float], level: float = 0.95) -> tuple[float, float]:

@@ -35,7 +35,9 @@ def run(cfg: DictConfig) -> None:
     if cfg.dry_run:
         from nobackprop import sweeps
 
-        sweeps.run([sweeps.Job("this run", cfg)], sweeps.Basic(), console, dry_run=True)
+        (outcome,) = sweeps.run([sweeps.Job("this run", cfg)], sweeps.Basic(), console, dry_run=True)
+        if outcome.state == "failed":
+            sys.exit(1)
         return
     recorded = train(cfg, console)
     console.print(summary(recorded))
@@ -45,7 +47,8 @@ def run(cfg: DictConfig) -> None:
 
 def announce_tuned(choices: Any, console: Any) -> None:
     """Says which tuned file is in use. Raises ValueError for one that does not exist: to Hydra it is optional."""
-    files = sorted(path.stem for path in (CONF / "tuned").glob("*.yaml"))
+    folder = CONF / "tuned"
+    files = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
     if choices.tuned in files:
         if choices.tuned != "none":
             text = f"with the settings in conf/tuned/{choices.tuned}.yaml; tuned=none keeps the defaults"

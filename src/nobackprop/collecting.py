@@ -48,7 +48,7 @@ def collect(sources: Iterable[Path], into: Path | None = None) -> Collected:
     of the same run and seed is named and does not replace it. Several may gather into one file at once: they wait for
     each other. Raises FileNotFoundError for a source that does not exist, and ValueError, naming the line, for a
     damaged line in a file of lines; only the last line of `into` may be cut off (a crash while it was written), and is
-    then removed.
+    then removed, or completed where nothing but its end is missing.
     """
     sources = list(sources)
     for source in sources:
@@ -63,10 +63,16 @@ def collect(sources: Iterable[Path], into: Path | None = None) -> Collected:
     into.parent.mkdir(parents=True, exist_ok=True)
     with into.open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
-        whole = into.read_bytes().rfind(b"\n") + 1
-        if whole < into.stat().st_size:  # a crash while it was written; the run's folder still has that record
-            found.unreadable.append(f"{into}: the last line was cut off and is removed")
-            file.truncate(whole)
+        content = into.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if last := content[whole:]:
+            try:
+                Record.parse(last, str(into))
+                file.write(b"\n")  # an editor left it out
+                file.flush()
+            except ValueError:  # a crash while it was written; the run's folder still has that record
+                found.unreadable.append(f"{into}: the last line was cut off and is removed")
+                file.truncate(whole)
         _gather([into], found)
         new = _gather([source for source in sources if source.resolve() != into.resolve()], found)
         new.sort(key=lambda r: (r.name, r.signature, r.seed))

@@ -1,6 +1,7 @@
 """What goes on inside a net as it trains: angles to the gradient, saturation, norms. Off unless asked for.
 
-It stands outside the rules and knows none of them but backpropagation, the measure of the others.
+It stands outside the rules and knows two of them: backpropagation, the measure of the others, and feedback alignment,
+whose kin say what errors go down through.
 """
 
 from typing import Any
@@ -14,6 +15,7 @@ from nobackprop.learner import Learner
 from nobackprop.network import Network, Weights
 from nobackprop.rule import Batch, Rule
 from nobackprop.rules.bp import BP
+from nobackprop.rules.fa import FA
 from nobackprop.streams import normal
 
 SATURATED = 0.05  # a unit is saturated where its activation's derivative is smaller
@@ -76,17 +78,18 @@ def diagnose(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, fl
     | `saturation/h{l}` | share of units, over all images, where abs(df) < 0.05 | hidden, f has a derivative |
     | `opposed/W{l}` | share of images whose own update of W and b opposes their own gradient | one output unit |
 
-    Angles are in degrees; one with a zero vector is left out. Shapes tell what the rule's own weights (`B2`, `E3`, ...)
-    stand in for. If all of a letter are shaped like W, that is the W of their layer; if all are (units, outputs), it is
-    the product of the weights above their layer, where those layers are dense. An update opposes a gradient where their
-    inner product is negative.
+    Angles are in degrees; one with a zero vector is left out. Feedback alignment and its kin say what they have in the
+    place of W; of other rules the shapes of their own weights (`B2`, `E3`, ...) tell what these stand in for. If all of
+    a letter are shaped like W, that is the W of their layer; if all are (units, outputs), it is the product of the
+    weights above their layer, where those layers are dense. An update opposes a gradient where their inner product is
+    negative.
     """
     update, logits = rule.all_grads(net, w, batch)
     if not logits.isfinite().all():
         return {}
     found = {f"norm/W{l}": w[f"W{l}"].norm() for l in range(1, net.L + 1)}
     found |= {f"norm/update_{name}": g.norm() for name, g in update.items() if name.startswith("W")}
-    found |= _feedback_angles(net, w)
+    found |= _feedback_angles(net, rule, w, batch)
     if net.activation.derivative is not None:
         gradient, _ = BP().grads(net, w, batch)
         found |= {f"angle/update_{name}": angle(g, gradient[name]) for name, g in update.items() if name[0] == "W"}
@@ -104,7 +107,9 @@ def angle(u: Tensor, v: Tensor) -> Tensor:
     return torch.rad2deg(2 * torch.atan2((u - v).norm(), (u + v).norm()))
 
 
-def _feedback_angles(net: Network, w: Weights) -> dict[str, Tensor]:
+def _feedback_angles(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, Tensor]:
+    if isinstance(rule, FA):
+        return {f"angle/feedback_W{l}": angle(rule.down(l, w, batch), w[f"W{l}"]) for l in range(2, net.L + 1)}
     layers = range(1, net.L + 1)
     above = {net.L: torch.eye(net.units(net.L)).to(w["W1"])}  # the product of the weights above, (units, outputs)
     for l in range(net.L, 1, -1):

@@ -1,7 +1,8 @@
-"""What torch is told about this machine before it trains."""
+"""What this machine grants, and what torch is told about it before it trains."""
 
 import ctypes
 import importlib.util
+import os
 import shutil
 import sys
 
@@ -10,6 +11,15 @@ import torch
 from nobackprop.streams import stream
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+
+
+def cores() -> int:
+    """The cores granted to this process: by affinity, a container's quota, SLURM, or LOKY_MAX_CPU_COUNT."""
+    from joblib import cpu_count  # here, since a run of one seed does not ask
+
+    if "SLURM_JOB_ID" in os.environ:
+        return min(cpu_count(), int(os.environ.get("SLURM_CPUS_PER_TASK", 1)))
+    return cpu_count()
 
 
 def prepare(device: torch.device) -> None:

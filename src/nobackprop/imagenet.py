@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from nobackprop.data import Images, Shape, Source, open_image
+from nobackprop.hardware import cores
 from nobackprop.records import write_atomically
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -205,7 +206,7 @@ class ImageNet(Source):
             numbers = range(-(-n // BLOCK))
             if not self.verify and len(numbers) > SAMPLE:
                 numbers = SystemRandom().sample(numbers, SAMPLE)
-            with ThreadPoolExecutor(_cores()) as pool:
+            with ThreadPoolExecutor(cores()) as pool:
                 hashes = pool.map(partial(self._hash, split, BLOCK), numbers)
                 bad = sorted(i for i, found in zip(numbers, hashes, strict=True) if found != blocks[split, i][1])
             if bad:
@@ -294,7 +295,7 @@ class ImageNet(Source):
             warnings.catch_warnings(),
             bar,
             journal.open("ab", buffering=0) as lines,
-            ThreadPoolExecutor(_cores()) as pool,  # decoding, scaling, hashing and writing let other threads run
+            ThreadPoolExecutor(cores()) as pool,  # decoding, scaling, hashing and writing let other threads run
         ):
             warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata
             for _ in pool.map(make, jobs):  # the first block that fails ends it, with those that have begun
@@ -360,11 +361,6 @@ def _fingerprint(counts: dict[str, list[int]], blocks: Blocks) -> str:
 def _some(names: Iterable[str]) -> str:
     shown = sorted(names)
     return str(shown) if len(shown) <= 5 else f"{str(shown[:5])[:-1]}, ... {len(shown)} in all]"
-
-
-def _cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -112,6 +112,13 @@ class Record(_Strict):
     diverged_epoch: PositiveInt | None
     test: dict[str, float] | None  # None where the run diverged before any epoch was over
 
+    @property
+    def validation(self) -> float:
+        """The best validation accuracy; 0 where the run diverged."""
+        if self.diverged_epoch is not None or self.best_epoch is None:
+            return 0.0
+        return self.epochs[self.best_epoch - 1]["val/accuracy"] or 0.0
+
     def write(self, path: Path) -> None:
         """Writes the record as one line, atomically: a reader, or a power cut, finds all of it or nothing."""
         write_atomically(path, (self.model_dump_json() + "\n").encode())

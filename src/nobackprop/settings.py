@@ -145,7 +145,7 @@ class Settings(_Strict):
         return Path(self.paths.runs) / f"{self.name}-{self.signature}"
 
     def identity(self) -> dict[str, Any]:
-        """All that can change a seed's result, and nothing else: no seeds, loggers, paths, devices or compiler.
+        """All that can change a seed's result, not what cannot: no seeds, loggers, paths, devices or compiler.
 
         The last two, and threads, change float32 rounding; a record states them beside its config.
         """
@@ -182,6 +182,8 @@ def build(node: Component, key: str, *args: Any, **kwargs: Any) -> Any:
         target = get_object(node["_target_"])
     except (KeyError, ValueError, ImportError, AttributeError) as e:
         raise ValueError(f"{key}: no such _target_, {node.get('_target_')!r}: {e}") from None
+    if not callable(target):
+        raise ValueError(f"{key}: _target_ {node['_target_']!r} must name a class or a function")
     known = {name: p for name, p in signature(target).parameters.items() if name not in ("params", "optimizer")}
     for name in node:
         if name.startswith("_"):

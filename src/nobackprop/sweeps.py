@@ -23,12 +23,12 @@ from statistics import mean
 from threading import Thread
 from typing import Any, Literal, Protocol
 
-import joblib
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from nobackprop import checkpoints
+from nobackprop.hardware import cores
 from nobackprop.preparation import prepare
 from nobackprop.records import Record, mean_and_deviation, source_state, tested, write_atomically
 from nobackprop.settings import Settings, build
@@ -55,9 +55,8 @@ class Outcome:
 
     @property
     def objective(self) -> float | None:
-        """The mean over the seeds of the best validation accuracy; None where there is none."""
-        best = [r.epochs[r.best_epoch - 1]["val/accuracy"] or 0 for r in self.records if r.best_epoch]
-        return mean(best) if best else None
+        """The mean over the seeds of the best validation accuracy, 0 for one that diverged; None without records."""
+        return mean(r.validation for r in self.records) if self.records else None
 
 
 class Launcher(Protocol):
@@ -277,8 +276,7 @@ class Basic:
 class Joblib:
     """A process for each job, `workers` at a time: by default, and at most, what the granted cores have threads for.
 
-    joblib counts the cores; it knows of affinities and of a container's share. Its own pool is not used, since one
-    process that dies takes all others of the pool with it.
+    joblib's own pool is not used, since one process that dies takes all others of the pool with it.
     """
 
     workers: int | None = None
@@ -288,7 +286,7 @@ class Joblib:
             raise ValueError(f"workers is {self.workers}: 1 or more, or null for as many as there are cores")
 
     def at_once(self, jobs: Sequence[Job]) -> int:
-        most = max(1, joblib.cpu_count() // max(job.config.threads for job in jobs))
+        most = max(1, cores() // max(job.config.threads for job in jobs))
         return min(self.workers or most, most, len(jobs))
 
     def run(self, jobs: Mapping[int, Job], say: Say, console: Console, wait: bool) -> Iterator[tuple[int, Outcome]]:
@@ -375,10 +373,12 @@ class Cluster:
     options: dict[str, Any] = field(default_factory=dict)  # any other of sbatch's
 
     def at_once(self, jobs: Sequence[Job]) -> int:
-        most = self.parallel if self.executor == "slurm" else min(self.parallel, joblib.cpu_count())
+        most = self.parallel if self.executor == "slurm" else min(self.parallel, cores())
         return max(1, min(most, len(jobs)))
 
     def run(self, jobs: Mapping[int, Job], say: Say, console: Console, wait: bool) -> Iterator[tuple[int, Outcome]]:
+        if not jobs:
+            return
         queued = _queued_jobs() if self.executor == "slurm" else set()
         submitted = {i: _submitted_as(job) for i, job in jobs.items()}
         for i, name in submitted.items():
@@ -461,7 +461,7 @@ class Submitted:
     """A cluster's job that is waited for. It is over when there is a result, or when it is gone without one."""
 
     POLL_S = 10.0
-    queued: tuple[float, set[str]] = (0.0, set())  # of all, since one look at the queue tells of all
+    queued: tuple[float, set[str] | None] = (0.0, set())  # one look tells of all jobs; None: the look failed
 
     def __init__(self, handle: Any, slurm: bool) -> None:
         self.handle, self.slurm = handle, slurm
@@ -475,8 +475,12 @@ class Submitted:
         # Without accounting, which not every cluster has, SLURM does not tell how a job ended, but which there are.
         now = time.monotonic()
         if now - Submitted.queued[0] > self.POLL_S:
-            Submitted.queued = now, _queued_jobs()
-        if self.handle.job_id in Submitted.queued[1]:
+            try:
+                Submitted.queued = now, _queued_jobs()
+            except ValueError:  # the controller is busy or away for a while; the job is not
+                Submitted.queued = now, None
+        names = Submitted.queued[1]
+        if names is None or self.handle.job_id in names:
             self.seen = now
         return now - self.seen > 2 * self.POLL_S
 
@@ -491,12 +495,15 @@ class Submitted:
 
 
 def _queued_jobs() -> set[str]:
-    """The user's SLURM jobs that run or wait, as 12 or 12_3."""
+    """The user's SLURM jobs that run or wait, as 12 or 12_3. Raises ValueError where SLURM does not tell."""
     command = ["squeue", "--noheader", "--array", "--format=%i", f"--user={os.getuid()}"]
     try:
         shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     except FileNotFoundError:
         raise ValueError("launcher=slurm: there is no SLURM here, no command squeue; try launcher=joblib") from None
+    except subprocess.SubprocessError as e:
+        told = (getattr(e, "stderr", None) or str(e)).strip()
+        raise ValueError(f"launcher=slurm: squeue does not answer ({told}): try again later") from None
     return set(shown.split())
 
 

@@ -32,6 +32,7 @@ from nobackprop.parallel import DataParallel, SameWeights, connect, start, to_st
 from nobackprop.pixels import Pixels
 from nobackprop.preparation import Run, prepare, trainer
 from nobackprop.records import Record
+from nobackprop.settings import digest
 from nobackprop.stopping import Stopped, StopSignals
 from nobackprop.trained import save
 from nobackprop.workers import side_by_side, workers
@@ -120,6 +121,7 @@ def train(cfg: DictConfig, console: Console | None = None, wait: bool = True) ->
 
 def _start_computing(run: Run) -> None:
     """What a process needs once before it trains."""
+    records.source_state()  # of the code that was imported: a commit may come while it trains
     torch.set_num_threads(run.settings.threads)
     hardware.prepare(run.device)
     connect(run.strategy)
@@ -250,8 +252,7 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, screen: 
         patience=s.patience,
         compile=s.compile if s.compile is not None else _repaid(run, steps),
     )
-    name = f"seeds{'-'.join(map(str, seeds))}_{dataset.fingerprint}"
-    folder = run.folder / "checkpoints" / name
+    folder = run.folder / "checkpoints" / f"{digest({'seeds': seeds})}_{dataset.fingerprint}"
     loggers = []
     with StopSignals() as signals:
         try:

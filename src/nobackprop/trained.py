@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nobackprop import losses, rules
+from nobackprop import rules
 from nobackprop.data import Images
 from nobackprop.losses import Loss
 from nobackprop.metrics import Scores
@@ -96,22 +97,22 @@ def save(
     write_atomically(path, buffer.getvalue())
 
 
-class _UnknownRule(ValueError):
-    """A sound file of a rule that nobody imported."""
+class _Unknown(ValueError):
+    """A sound file of a rule or loss that nobody imported."""
 
 
 def _full_name(rule: type[Rule]) -> str:
     return f"{rule.__module__}.{rule.__qualname__}"
 
 
-def _known_rules() -> dict[str, type[Rule]]:
-    """The classes of rules in this package, and those imported from elsewhere, by name; nothing else is imported."""
+def _known(base: Any) -> list[Any]:
+    """The rules or losses of this package, and those imported from elsewhere; nothing else is imported."""
     for module in iter_modules(rules.__path__, f"{rules.__name__}."):
         import_module(module.name)
-    found, below = {}, [Rule]
+    found, below = [], [base]
     while below:
-        found |= {_full_name(rule): rule for rule in below}
-        below = [rule for base in below for rule in base.__subclasses__()]
+        found += below
+        below = [kind for above in below for kind in above.__subclasses__()]
     return found
 
 
@@ -119,7 +120,7 @@ def load(run_folder: str | Path) -> Trained:
     """The trained net of a seed's folder, such as `runs/lra_e_mlp_mnist-0123456789ab/seed0`, or of a run with one seed.
 
     Nothing in the folder is run or unpickled. Raises FileNotFoundError, with the folders there are, where there is no
-    trained net, and ValueError where the file is damaged or its rule is neither here nor imported.
+    trained net, and ValueError where the file is damaged or its rule or loss is neither here nor imported.
     """
     path = Path(run_folder) / "best.pt"
     seeds = sorted(Path(run_folder).glob("seed*/best.pt"))
@@ -132,20 +133,21 @@ def load(run_folder: str | Path) -> Trained:
         raise FileNotFoundError(f"{run_folder} holds no trained net (best.pt): {hint}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        kinds = {c.__name__: c for c in (losses.SoftmaxCrossEntropy, losses.SigmoidCrossEntropy, losses.SquaredError)}
         classes = tuple(content["classes"])
         name, fields = content["rule"]["class"], content["rule"]["fields"]
-        if (known := _known_rules().get(name)) is None:
-            raise _UnknownRule(f"{path} was trained by rule {name}, which is not in nobackprop.rules: import it first")
+        if (rule := {_full_name(kind): kind for kind in _known(Rule)}.get(name)) is None:
+            raise _Unknown(f"{path} was trained by rule {name}, which is not in nobackprop.rules: import it first")
+        if (loss := {kind.__name__: kind for kind in _known(Loss)}.get(content["loss"])) is None:
+            raise _Unknown(f"{path} was trained with loss {content['loss']}, which is not here: import it first")
         return Trained(
             net=Network.from_description(content["net"]),
-            rule=known(**fields),
+            rule=rule(**fields),
             weights=content["weights"],
-            loss=kinds[content["loss"]](len(classes)),
+            loss=loss(len(classes)),
             pixels=Pixels(content["pixels"]["mean"], content["pixels"]["std"]),
             classes=classes,
         )
-    except _UnknownRule:
+    except _Unknown:
         raise
     except Exception as e:
         raise ValueError(f"{path} is damaged ({type(e).__name__}: {e}): train this seed again") from e

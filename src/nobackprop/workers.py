@@ -19,6 +19,7 @@ from multiprocessing.context import ForkProcess
 from typing import Any, TypeVar, cast
 
 from nobackprop.callbacks import Screen
+from nobackprop.hardware import cores
 from nobackprop.stopping import StopSignals
 
 PATIENCE_S = 60.0  # for a checkpoint, when workers are asked to end
@@ -35,15 +36,6 @@ def workers(jobs: int, threads: int, most: int | None = None) -> int:
     if jobs == 1 or threads > 1 or sys.platform != "linux" or multiprocessing.current_process().daemon:
         return 1
     return min(jobs, most or jobs, cores())
-
-
-def cores() -> int:
-    """The cores granted to this process: by affinity, a container's quota, SLURM, or LOKY_MAX_CPU_COUNT."""
-    from joblib import cpu_count  # here, since a run of one seed does not ask
-
-    if "SLURM_JOB_ID" in os.environ:
-        return min(cpu_count(), int(os.environ.get("SLURM_CPUS_PER_TASK", 1)))
-    return cpu_count()
 
 
 def side_by_side(

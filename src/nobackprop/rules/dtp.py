@@ -54,7 +54,7 @@ class DTP(Rule):
 
     def _decoder_gradient(self, net: Network, w: Weights, l: int, n: Tensor) -> Tensor:
         """The gradient of Q[l]: it takes u to v as W, transposed, would, so in `hebbian` the two change places."""
-        u = net.activation.f(net.layers[l - 1].forward(w[f"W{l}"], w.get(f"b{l}"), n))
+        u = net.activation.f(net.preactivation(l, w, n))
         v, r = self._decode(net, w, l, u, n)
         return net.hebbian(l, 2 * (r - n) * net.df(v, r), u)[f"W{l}"]
 

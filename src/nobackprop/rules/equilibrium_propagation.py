@@ -56,7 +56,7 @@ class EquilibriumPropagation(Rule):
 
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
         def error(h: Tensor) -> Tensor:
-            return batch.error(_input(net, w, net.L, h))
+            return batch.error(net.preactivation(net.L, w, h))
 
         free = self._free(net, w, batch.x)
         g = {}
@@ -70,10 +70,10 @@ class EquilibriumPropagation(Rule):
             for l in range(1, net.L):
                 each |= {name: t / (-2 * beta) for name, t in net.hebbian(l, h[l - 1], h[l]).items()}
             g = {name: t + g.get(name, 0) for name, t in each.items()}
-        return g, _input(net, w, net.L, free[-1])
+        return g, net.preactivation(net.L, w, free[-1])
 
     def logits(self, net: Network, w: Weights, x: Tensor) -> Tensor:
-        return _input(net, w, net.L, self._free(net, w, x)[-1])
+        return net.preactivation(net.L, w, self._free(net, w, x)[-1])
 
     def _free(self, net: Network, w: Weights, x: Tensor) -> list[Tensor]:
         _, h = net.forward(w, x)
@@ -85,18 +85,13 @@ class EquilibriumPropagation(Rule):
         """The states h[0..L-1] after so many steps under a push of the last; h[0] is the input and stays."""
         if net.L == 1:
             return h
-        first = _input(net, w, 1, h[0])  # stays too
+        first = net.preactivation(1, w, h[0])  # stays too
 
         def target(h: list[Tensor], l: int) -> Tensor:
-            below = first if l == 1 else _input(net, w, l, h[l - 1])
+            below = first if l == 1 else net.preactivation(l, w, h[l - 1])
             above = push(h[l]) if l == net.L - 1 else net.feedback(l + 1, w[f"W{l + 1}"], h[l + 1], like=h[l])
             return net.activation.f(below + above)
 
         for _ in range(steps):
             h = [h[0], *(h[l] + self.epsilon * (target(h, l) - h[l]) for l in range(1, net.L))]
         return h
-
-
-def _input(net: Network, w: Weights, l: int, h: Tensor) -> Tensor:
-    """What layer l gets from the states h of the layer below."""
-    return net.layers[l - 1].forward(w[f"W{l}"], w.get(f"b{l}"), h)

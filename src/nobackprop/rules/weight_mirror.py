@@ -19,9 +19,9 @@ class WeightMirror(FA):
 
         delta[l-1] = sigma noise,   delta[l] = f(W[l] delta[l-1]),   dB[l] = decay B[l] - delta[l] delta[l-1]^T
 
-    The last product is sigma^2 W[l] on average where f is linear with slope 1, so that B tends to (sigma^2 / decay) W.
-    `B2 ... BL` have the shapes of `W2 ... WL` (the paper's B is their transpose); in a convolutional layer the product
-    is the mean over positions.
+    and without f at the output. The last product is sigma^2 W[l] on average where f is linear with slope 1, so that B
+    tends to (sigma^2 / decay) W. `B2 ... BL` have the shapes of `W2 ... WL` (the paper's B is their transpose); in a
+    convolutional layer the product is the mean over positions.
 
     Departs from the paper: one mirror step, with as many samples as the batch, comes before each other step, not a
     period of its own; biases do not take part.
