@@ -1,6 +1,7 @@
 """Forward-forward descends each layer's own loss; its answer is the goodness with each label."""
 
 from dataclasses import replace
+from math import cos, pi, sin
 
 import pytest
 import torch
@@ -9,15 +10,23 @@ from conftest import Problem
 from torch import Tensor
 
 from nobackprop.activations import activation
+from nobackprop.layers import Conv
 from nobackprop.network import Network, mlp
 from nobackprop.rules.forward_forward import ForwardForward, _other
 
 
-def _with_label(x: Tensor, label: int, classes: int) -> Tensor:
-    image = x.clone().flatten()
-    image[:classes] = 0
-    image[label] = 1
-    return image.view_as(x)
+def _with_label(net: Network, x: Tensor, label: int, classes: int) -> Tensor:
+    image = x.clone()
+    if not isinstance(net.layers[0], Conv):
+        image.view(-1)[:classes] = 0
+        image.view(-1)[label] = 1
+        return image
+    direction, length = pi * label / classes, 8 if label % 2 else 4
+    for i in range(x.shape[1]):
+        for j in range(x.shape[2]):
+            wave = (1 + cos(2 * pi * (j * cos(direction) + i * sin(direction)) / length)) / 2
+            image[:, i, j] = 0.65 * x[:, i, j] + 0.35 * wave
+    return image
 
 
 def _run(net: Network, w: dict[str, Tensor], h: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -43,8 +52,8 @@ def test_the_update_is_the_gradient_of_each_layers_own_loss(problem: Problem, na
         ]
     else:
         wrong = (1 - labels).tolist()
-    positive = torch.stack([_with_label(x, k, classes) for x, k in zip(batch.x, labels.tolist(), strict=True)])
-    negative = torch.stack([_with_label(x, k, classes) for x, k in zip(batch.x, wrong, strict=True)])
+    positive = torch.stack([_with_label(net, x, k, classes) for x, k in zip(batch.x, labels.tolist(), strict=True)])
+    negative = torch.stack([_with_label(net, x, k, classes) for x, k in zip(batch.x, wrong, strict=True)])
     w = {name: t.requires_grad_() for name, t in problem.weights(rule).items()}
     loss = torch.zeros((), dtype=torch.float64)
     for l, ((_, good), (_, bad)) in enumerate(
@@ -61,7 +70,7 @@ def test_logits_are_the_goodness_of_all_layers_but_the_first_with_each_label(pro
     w, classes = problem.weights(rule), problem.batch.loss.classes
     G = torch.stack(
         [
-            torch.stack([g for _, g in _run(net, w, torch.stack([_with_label(one, k, classes) for one in x]))]).T
+            torch.stack([g for _, g in _run(net, w, torch.stack([_with_label(net, one, k, classes) for one in x]))]).T
             for k in range(classes)
         ],
         1,

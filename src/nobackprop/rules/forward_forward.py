@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nobackprop.layers import Shape
+from nobackprop.layers import Conv, Shape
 from nobackprop.network import Network, Weights
 from nobackprop.rule import Batch, Grads, Rule
 
 TINY = 1e-8  # keeps a layer without any activity from dividing by zero
+WAVE = 0.35  # the label's share of an image that goes into a convolution
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,10 @@ class ForwardForward(Rule):
 
     Departs from the paper: `theta` is a unit's share, times the units of a layer, so that one suits all widths. The
     net's last layer, with a unit a class, learns as the others do. In a convolutional layer G and the length are over
-    all channels and positions.
+    all channels and positions. Kernels that pass over an image would hardly meet a label in its corner: below a
+    convolution the label is a wave over all pixels, in another direction for each class, and 35 % of the image, much as
+    in Scodellaro, Kulkarni, Alves & Schröter, "Training convolutional neural networks with the forward-forward
+    algorithm", arXiv 2312.14924 (2023).
     """
 
     theta: float = 0.3
@@ -40,7 +44,7 @@ class ForwardForward(Rule):
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
         right = batch.y if batch.y.shape[1] > 1 else torch.cat([1 - batch.y, batch.y], 1)  # (N, classes)
         wrong = _other(right, batch.noise.get("wrong_label", torch.zeros_like(right)))  # of two classes, the other one
-        h = torch.cat([_labelled(batch.x, right), _labelled(batch.x, wrong)])  # (2 N, *in_shape)
+        h = torch.cat([_labelled(net, batch.x, right), _labelled(net, batch.x, wrong)])  # (2 N, *in_shape)
         sign = torch.cat([-torch.ones_like(right[:, 0]), torch.ones_like(right[:, 0])])  # (2 N,)
         g = {}
         for l in range(1, net.L + 1):
@@ -57,7 +61,9 @@ class ForwardForward(Rule):
 
     def logits(self, net: Network, w: Weights, x: Tensor) -> Tensor:
         labels = torch.eye(_classes(net), dtype=x.dtype, device=x.device)
-        G = torch.stack([_total(net, w, _labelled(x, label.expand(len(x), -1))) for label in labels], 1)  # (N, classes)
+        G = torch.stack(
+            [_total(net, w, _labelled(net, x, label.expand(len(x), -1))) for label in labels], 1
+        )  # (N, classes)
         return G if net.units(net.L) > 1 else G[:, 1:] - G[:, :1]
 
 
@@ -78,9 +84,20 @@ def _other(label: Tensor, numbers: Tensor) -> Tensor:
     return (others == others.amax(1, keepdim=True)).to(label.dtype)
 
 
-def _labelled(x: Tensor, label: Tensor) -> Tensor:
-    """Images x (N, *in_shape) with the first pixels replaced by one-hot labels (N, classes)."""
+def _labelled(net: Network, x: Tensor, label: Tensor) -> Tensor:
+    """Images x (N, *in_shape) with one-hot labels (N, classes) in their first pixels, or as waves over all of them."""
+    if isinstance(net.layers[0], Conv):
+        waves = label @ _waves(label.shape[1], x).flatten(1)  # (N, H W)
+        return (1 - WAVE) * x + WAVE * waves.view(-1, 1, *x.shape[2:])
     return torch.cat([label, x.flatten(1)[:, label.shape[1] :]], 1).view_as(x)
+
+
+def _waves(classes: int, like: Tensor) -> Tensor:
+    """A wave from 0 to 1 for each class, (classes, H, W): directions over half a turn, 4 and 8 pixels long in turn."""
+    label, row, column = (torch.arange(n, dtype=like.dtype, device=like.device) for n in (classes, *like.shape[2:]))
+    direction = (torch.pi / classes * label).view(-1, 1, 1)
+    way = direction.cos() * column + direction.sin() * row.view(-1, 1)
+    return (1 + torch.cos(2 * torch.pi / (4 + 4 * (label % 2)).view(-1, 1, 1) * way)) / 2
 
 
 def _goodness(h: Tensor) -> Tensor:
