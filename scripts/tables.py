@@ -211,9 +211,9 @@ def verdict_table(found: Findings) -> str:
         assert r.interval is not None
         low, high = (f"{100 * bound:+.2f}" for bound in r.interval)
         difference = f"{100 * r.mean:+.2f} ({low} to {high})" if r.seeds > 1 else f"{100 * r.mean:+.2f}"
-        p = r.p_fails if r.verdict == "fails" else r.p_holds
-        body.append([r.trial.claim.name, r.trial.reading, place(r), difference, p_value(p), f"**{r.verdict}**"])
-    header = ["claim", "settings", "where", "difference in points (95 % interval)", "p", "verdict"]
+        both = p_value(r.p_holds), p_value(r.p_fails)
+        body.append([r.trial.claim.name, r.trial.reading, place(r), difference, *both, f"**{r.verdict}**"])
+    header = ["claim", "settings", "where", "difference in points (95 % interval)", "p, holds", "p, fails", "verdict"]
     lines = [markdown(header, body, 3), ""] if body else []
     lines += [f"- {line}" for line in departures(found)] if body else []
     reasons = Counter(r.missing for r in found.verdicts if r.mean is None)
@@ -224,8 +224,8 @@ def how(claims: Claims) -> str:
     """How verdicts come about."""
     return (
         f"Tests are paired over seeds; alpha is {claims.alpha:g}, the margin {claims.margin:g} points of accuracy. The "
-        "difference is that of the comparison hardest to show, its interval not adjusted. p is that of *fails* where a "
-        "claim fails and of *holds* otherwise, each adjusted over all tests of the paper, run or not (Holm). "
+        "difference is that of the comparison hardest to show, its interval not adjusted. The two p are those of the "
+        "test for the claim and of the one against it, each adjusted over all tests of the paper, run or not (Holm). "
         "src/nobackprop/claims.py defines the tests, conf/claims fixes them."
     )
 
