@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nobackprop.pixels import Pixels
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -52,6 +54,11 @@ class Dataset:
     def validation(self) -> Images:
         """The images that the validation images of a task are among."""
         return self.test if self.validate_on_test else self.train
+
+    @cached_property
+    def normalized(self) -> Pixels:
+        """Pixels at mean 0 and deviation 1 over all training images, those of other classes and of validation too."""
+        return Pixels.normalized(self.train.pixels)
 
     @cached_property
     def fingerprint(self) -> str:

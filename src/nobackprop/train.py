@@ -232,7 +232,7 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, screen: 
     seeds = [t.seed for t in tasks]
     per_epoch = batches_per_epoch(tasks[0], s.batch_size)
     steps = min(s.max_epochs * per_epoch, s.max_steps or s.max_epochs * per_epoch)
-    pixels = Pixels.normalized(dataset.train.pixels) if s.dataset.normalize else Pixels()
+    pixels = dataset.normalized if s.dataset.normalize else Pixels()
     relabels = [t.relabel for t in tasks]
     learner = Learner(
         run.net,
