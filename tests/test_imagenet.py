@@ -135,7 +135,7 @@ def test_a_finished_cache_needs_no_tree_and_decodes_nothing(tree: Path, monkeypa
     first = source(tree).load()
     train, test, fingerprint = first.train.pixels.clone(), first.test.pixels.clone(), first.fingerprint
     monkeypatch.setattr(ImageNet, "_decoded", lambda *_: pytest.fail("decoded again"))
-    monkeypatch.setattr(module, "_cores", lambda: 1)
+    monkeypatch.setattr(module, "cores", lambda: 1)
     loaded(source(tree))
     tree.rename(tree.parent / "gone")
     again = loaded(source(tree))
@@ -182,7 +182,7 @@ def test_odd_metadata_passes_in_silence(tree: Path) -> None:
 
 
 def test_a_corrupt_file_is_named_and_the_build_goes_on(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_cores", lambda: 1)
+    monkeypatch.setattr(module, "cores", lambda: 1)
     whole = source(tree, cache=tree.parent / "whole").load()
     (bad,) = (tree / "train/n03").glob("2.*")
     good = bad.read_bytes()
@@ -215,7 +215,7 @@ CHILD = """
 import sys, time
 from nobackprop import imagenet
 imagenet.BLOCK = 4
-imagenet._cores = lambda: 2
+imagenet.cores = lambda: 2
 decode = imagenet.ImageNet._decoded
 def slow(self, path):
     time.sleep(0.02)
