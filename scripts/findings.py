@@ -88,6 +88,7 @@ class Table(_Strict):
     rows: list[str] = Field(min_length=1)
     apart: list[str]
     against: str | None = None
+    epochs: PositiveInt | None = None
     by_rule: bool = False
 
 
@@ -123,7 +124,6 @@ class Found:
     rule: str
     overrides: Sequence[str]
     records: Sequence[Record] = ()
-    all_seeds: Sequence[Record] = ()  # with that number of epochs, also those that others of its row lack
     epochs: int | None = None
     planned_epochs: int | None = None  # the paper's
     planned_seeds: int | None = None  # the paper's, where they are known
@@ -173,9 +173,13 @@ class Found:
         return sorted(int(name.removeprefix(ANGLE)) for name in names if name.startswith(ANGLE))
 
     @property
-    def for_claims(self) -> dict[int, float]:
-        """As `accuracies`, of all seeds, with one that diverged before it could be tested at chance level."""
-        return {r.seed: r.test["accuracy"] if r.test else 1 / len(r.data.classes) for r in self.all_seeds}
+    def for_claims(self) -> dict[int, dict[int, float]]:
+        """As `accuracies`, by number of epochs, with a seed that diverged before it could be tested at chance level."""
+        found: dict[int, dict[int, float]] = defaultdict(dict)
+        for r in self.records:
+            accuracy = r.test["accuracy"] if r.test else 1 / len(r.data.classes)
+            found[r.config["max_epochs"]].setdefault(r.seed, accuracy)
+        return found
 
     @property
     def marks(self) -> list[str]:
@@ -339,14 +343,14 @@ def findings(paper: str, records: Iterable[Record], results: Path = ROOT / "resu
         _check_labels(place, labels, grid)
     found = [_find(cell, layout, runs, not_run, known) for cell in grid]
     tables = {table.name: _rows(table, found) for table in layout.tables}
-    every = {_place(cell.labels): cell for rows in tables.values() for row in rows for cell in row.cells.values()}
+    every = {_place(cell.labels): cell for cell in found}
 
-    def accuracies(labels: Labels) -> dict[int, float] | str:
+    def accuracies(labels: Labels) -> dict[int, dict[int, float]] | str:
         cell = every.get(_place(labels))
         if cell is None:
-            unknown = [c for axis, c in labels.items() if all(cell.labels.get(axis) != c for cell in every.values())]
+            unknown = [c for axis, c in labels.items() if all(cell.labels.get(axis) != c for cell in found)]
             return f"not in the grid: {', '.join(unknown) or described(labels)}"
-        return cell.for_claims if cell.all_seeds else cell.reason
+        return cell.for_claims or cell.reason
 
     verdicts = claims.judge(fixed, accuracies) if fixed else []
     return Findings(paper, layout, known, tables, verdicts, fixed, costs(results / "benchmark.csv"))
@@ -443,7 +447,7 @@ def _rows(table: Table, found: Sequence[Found]) -> list[Row]:
     """A table's rows, every cell with the records that are comparable within it.
 
     Within a row all rules have the same seeds: those of every rule with runs. All rows of a combination of `apart` have
-    the same number of epochs: that at which the most cells can be shown, and of several such numbers the largest.
+    the same number of epochs: the table's, or that at which the most cells can be shown, and of several the largest.
     """
     groups: dict[tuple[str | None, ...], dict[tuple[str, ...], list[Found]]] = defaultdict(lambda: defaultdict(list))
     for cell in found:
@@ -455,7 +459,7 @@ def _rows(table: Table, found: Sequence[Found]) -> list[Row]:
         counts: dict[int, int] = {}
         for epochs in {r.config["max_epochs"] for row in group.values() for cell in row for r in cell.records}:
             counts[epochs] = sum(len(_at(epochs, row)) for row in group.values() if _seeds(_at(epochs, row)))
-        epochs = max(counts, key=lambda epochs: (counts[epochs], epochs), default=None)
+        epochs = table.epochs or max(counts, key=lambda epochs: (counts[epochs], epochs), default=None)
         for labels, row in group.items():
             shown = _at(epochs, row)
             cells = {cell.rule: _showing(cell, epochs, shown.get(cell.rule, ()), _seeds(shown)) for cell in row}
@@ -478,12 +482,11 @@ def _showing(cell: Found, epochs: int | None, records: Sequence[Record], seeds: 
     first: dict[int, Record] = {}
     for record in records:
         first.setdefault(record.seed, record)
-    cell = replace(cell, all_seeds=list(first.values()))
     shown = [first[seed] for seed in seeds if seed in first]
     if shown:
         return replace(cell, records=shown, epochs=epochs)
     recorded = sorted({r.config["max_epochs"] for r in cell.records})
     if not recorded:
         return cell
-    reason = f"run with {', '.join(map(str, recorded))} epochs alone, the others with {epochs}"
+    reason = f"run with {', '.join(map(str, recorded))} epochs, not with {epochs}"
     return replace(cell, records=(), stand_in=None, reason="no seed in common" if epochs in recorded else reason)

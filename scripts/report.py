@@ -122,7 +122,7 @@ def cell(text: str, number: bool = False, **attributes: str | None) -> str:
 
 
 def anchor(paper: str, found: Found) -> str:
-    return "-".join(["runs", paper, *found.labels.values()])
+    return "-".join(["runs", paper, *found.labels.values(), str(found.epochs)])
 
 
 def winner(row: Row) -> Found | None:
@@ -187,12 +187,12 @@ def verdict(result: Result) -> list[str]:
     cells = [cell(escape(text)) for text in (claim.name, result.trial.reading, place(result))]
     cells.append(cell(element("span", escape(result.verdict), _class=f"verdict {kind}")))
     if result.mean is None or result.interval is None:
-        return [*cells, *3 * [cell("", True)]]
+        return [*cells, *4 * [cell("", True)]]
     low, high = (f"{100 * bound:+.2f}" for bound in result.interval)
     between = element("small", f"{low} to {high}") if result.seeds > 1 else ""
     difference = cell(f"{100 * result.mean:+.2f}{between}", True, data_value=f"{result.mean:.8f}")
     both = [cell(escape(p_value(p)), True, data_value=f"{p:.8f}") for p in (result.p_holds, result.p_fails)]
-    return [*cells, difference, *both]
+    return [*cells, cell(str(result.epochs), True), difference, *both]
 
 
 def verdicts(found: Findings) -> str:
@@ -207,8 +207,8 @@ def verdicts(found: Findings) -> str:
     missing = Counter(result.missing for result in found.verdicts if result.mean is None)
     notes = departures(found) if run else []
     notes += [f"{number} tests are not run: {reason}" for reason, number in missing.items()]
-    header = ["claim", "settings", "where", "verdict", "difference", "p, holds", "p, fails"]
-    shown = sortable(header, map(verdict, run), 2) if run else ""
+    header = ["claim", "settings", "where", "verdict", "epochs", "difference", "p, holds", "p, fails"]
+    shown = sortable(header, map(verdict, run), 4) if run else ""
     listed = element("ul", "".join(element("li", escape(note)) for note in notes)) if notes else ""
     return "\n".join([element("ul", claims), element("p", escape(how(found.claims)), _class="soft"), shown, listed])
 

@@ -212,8 +212,10 @@ def verdict_table(found: Findings) -> str:
         low, high = (f"{100 * bound:+.2f}" for bound in r.interval)
         difference = f"{100 * r.mean:+.2f} ({low} to {high})" if r.seeds > 1 else f"{100 * r.mean:+.2f}"
         both = p_value(r.p_holds), p_value(r.p_fails)
-        body.append([r.trial.claim.name, r.trial.reading, place(r), difference, *both, f"**{r.verdict}**"])
-    header = ["claim", "settings", "where", "difference in points (95 % interval)", "p, holds", "p, fails", "verdict"]
+        told = r.trial.claim.name, r.trial.reading, place(r), str(r.epochs)
+        body.append([*told, difference, *both, f"**{r.verdict}**"])
+    difference = "difference in points (95 % interval)"
+    header = ["claim", "settings", "where", "epochs", difference, "p, holds", "p, fails", "verdict"]
     lines = [markdown(header, body, 3), ""] if body else []
     lines += [f"- {line}" for line in departures(found)] if body else []
     reasons = Counter(r.missing for r in found.verdicts if r.mean is None)
@@ -291,6 +293,7 @@ def verdicts_of(found: Findings) -> pd.DataFrame:
             "reading": r.trial.reading,
             **{"where": place(r)},
             "test": r.trial.claim.test,
+            "epochs": r.epochs,
             "seeds": r.seeds,
             "difference": percent(r.mean, 4),
             "low_95": percent(r.interval[0], 4) if r.interval else "",
@@ -301,7 +304,7 @@ def verdicts_of(found: Findings) -> pd.DataFrame:
             "not_run": r.missing,
         }
         for r in found.verdicts
-    )
+    ).astype({"epochs": "Int64"})
 
 
 def latex(found: Findings) -> str:

@@ -1,6 +1,6 @@
 """Claims: the statistics against known values, and the verdicts that follow."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,12 @@ def one(test: str, **fields: Any) -> Claims:
     return Claims.model_validate(content)
 
 
+def after_10(accuracies: Sequence[float]) -> dict[int, dict[int, float]]:
+    return {10: dict(enumerate(accuracies))}
+
+
 def verdict(file: Claims, cells: dict[str, list[float]]) -> str:
-    (result,) = judge(file, lambda labels: dict(enumerate(cells[labels["rule"] + labels.get("classes", "")])))
+    (result,) = judge(file, lambda labels: after_10(cells[labels["rule"] + labels.get("classes", "")]))
     return result.verdict
 
 
@@ -83,7 +87,7 @@ def test_verdicts(test: str, difference: float, expected: str) -> None:
 
 
 def test_tost_is_the_larger_of_two_one_sided_p_values() -> None:
-    (result,) = judge(one("matches"), lambda labels: dict(enumerate(A if labels["rule"] == "a" else B)))
+    (result,) = judge(one("matches"), lambda labels: after_10(A if labels["rule"] == "a" else B))
     differences = np.array(A) - np.array(B)
     sides: list[Any] = [
         stats.ttest_1samp(differences, bound, alternative=side)[1]
@@ -107,30 +111,44 @@ def test_being_best_means_better_than_each_and_one_that_is_better_refutes_it() -
     assert verdict(file, {"a": a, "b": list(b), "c": list(b)}) == "holds"
     assert verdict(file, {"a": a, "b": list(b), "c": [*a[:4], a[4] + 0.001]}) == "undecided at 5 seeds"
     assert verdict(file, {"a": a, "b": list(b), "c": list(b + 0.04)}) == "fails"
-    (result,) = judge(file, lambda labels: dict(enumerate({"a": a, "b": list(b), "c": list(b + 0.03)}[labels["rule"]])))
+    (result,) = judge(file, lambda labels: after_10({"a": a, "b": list(b), "c": list(b + 0.03)}[labels["rule"]]))
     assert result.mean == pytest.approx(-0.01)  # what decides is shown
 
 
 def test_seeds_are_paired_and_those_not_in_all_cells_are_left_out() -> None:
     cells = {"a": {7: 0.9, 1: 0.8, 2: 0.7}, "b": {2: 0.6, 7: 0.8, 5: 0.0}}
-    (result,) = judge(one("better"), lambda labels: cells[labels["rule"]])
+    (result,) = judge(one("better"), lambda labels: {10: cells[labels["rule"]]})
     assert (result.seeds, result.mean) == (2, pytest.approx(0.1))
-    (result,) = judge(one("better"), lambda labels: {"a": {0: 0.9}, "b": {1: 0.9}}[labels["rule"]])
-    assert (result.verdict, result.missing) == ("not run", "no seed was run in all of its cells")
+    (result,) = judge(one("better"), lambda labels: {10: {"a": {0: 0.9}, "b": {1: 0.9}}[labels["rule"]]})
+    missing = "no seed was run in all of its cells with the same number of epochs"
+    assert (result.verdict, result.missing) == ("not run", missing)
+
+
+def test_the_longest_training_counts_that_all_cells_have_with_several_seeds() -> None:
+    a, b = {10: {0: 0.5, 1: 0.5}, 100: {0: 0.9, 1: 0.8}}, {10: {0: 0.6, 1: 0.6}, 100: {0: 0.8, 1: 0.7}}
+
+    def of(a: Any, b: Any) -> tuple[int | None, int, Any]:
+        (result,) = judge(one("better"), lambda labels: a if labels["rule"] == "a" else b)
+        return result.epochs, result.seeds, result.mean
+
+    assert of(a, b) == (100, 2, pytest.approx(0.1))
+    assert of(a, {10: b[10]}) == (10, 2, pytest.approx(-0.1))
+    assert of(a, b | {100: {1: 0.7}}) == (10, 2, pytest.approx(-0.1))
+    assert of({100: a[100]}, b | {100: {1: 0.7}}) == (100, 1, pytest.approx(0.1))
+    assert of({100: a[100]}, {10: b[10]}) == (None, 0, None)
 
 
 def test_one_seed_decides_nothing_and_its_worst_difference_is_shown() -> None:
     assert verdict(one("better"), {"a": [0.9], "b": [0.1]}) == "undecided at 1 seed"
-    (result,) = judge(
-        one("better", than=[{"rule": "b"}, {"rule": "c"}]), lambda labels: {0: {"c": 0.95}.get(labels["rule"], 0.9)}
-    )
+    file = one("better", than=[{"rule": "b"}, {"rule": "c"}])
+    (result,) = judge(file, lambda labels: after_10([{"c": 0.95}.get(labels["rule"], 0.9)]))
     assert result.mean == pytest.approx(-0.05)
 
 
 @pytest.mark.parametrize("difference", [-0.02, 0.02])
 def test_a_difference_is_shown_as_a_minus_b_whichever_side_is_harder(difference: float) -> None:
     a = list(np.array(B) + difference + NOISE)
-    (result,) = judge(one("matches"), lambda labels: dict(enumerate(a if labels["rule"] == "a" else B)))
+    (result,) = judge(one("matches"), lambda labels: after_10(a if labels["rule"] == "a" else B))
     assert result.mean == pytest.approx(difference)
     assert result.interval is not None
     assert result.interval[0] < difference < result.interval[1]
@@ -142,7 +160,7 @@ def test_holm_counts_every_test_of_a_paper() -> None:
     single = p_above([x - y for x, y in zip(a, b, strict=True)], 0)
 
     def of(run: str) -> Callable[[Labels], Any]:
-        return lambda at: dict(enumerate(a if at["rule"] == "a" else b)) if at["dataset"] in run else "not at hand"
+        return lambda at: after_10(a if at["rule"] == "a" else b) if at["dataset"] in run else "not at hand"
 
     assert [r.verdict for r in judge(one("better", each={"dataset": ["k", "l"]}), of("kl"))] == ["holds", "holds"]
     file = one("better", each={"dataset": ["k", "l", "m", "n"]})

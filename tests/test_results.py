@@ -149,13 +149,18 @@ def test_rules_are_compared_at_the_same_epochs_and_seeds(results: Path) -> None:
     row = first_row([*longer, *both, *[record("lra_e", LRA | {"rule": "bp"}, 4, 0.8, epochs=50)]], results)
     assert (row.epochs, list(row.cells["bp"].accuracies), list(row.cells["lra_e"].accuracies)) == ("50", [4], [4])
     alone = record("lra_e", LRA | {"rule": "fa"}, 0, 0.5, epochs=7)
-    assert first_row([*both, alone], results).cells["fa"].reason == "run with 7 epochs alone, the others with 3"
+    assert first_row([*both, alone], results).cells["fa"].reason == "run with 7 epochs, not with 3"
     apart = [record("lra_e", LRA | {"rule": "bp"}, seed, 0.8, epochs=50) for seed in (7, 8)]
     assert first_row([*longer, *both, *apart], results).epochs == "3"  # at 50 they have no seed in common
     deeper = [lra(s, 0.5, rule=r, hidden_layers="5") for r in ("bp", "lra_e") for s in (0, 1)]
     shallow = [lra(s, 0.5, rule=r) for r in ("bp", "lra_e") for s in (0, 1)]
     assert first_row([*deeper, *both], results).epochs == "3"
     assert first_row([*deeper, *both, *shallow], results).epochs == "2"  # all rows of a group alike
+    planned = [record("lra_e", LRA, 5, 0.9, epochs=100)]
+    found = findings("lra_e", [*both, *planned], results)
+    row = shown(found, "mnist_long", setting="variance", update="mean", hidden_layers="3")
+    assert (row.epochs, list(row.cells["lra_e"].accuracies)) == ("100", [5])
+    assert row.cells["bp"].reason == "run with 3 epochs, not with 100"
     other = record("lra_e", LRA | {"rule": "fa"}, 9, 0.5, epochs=3)
     assert first_row([*both, other], results).cells["fa"].reason == "no seed in common"
 
@@ -176,7 +181,7 @@ def test_a_record_of_before_a_key_was_added_counts_where_the_key_has_its_default
 def test_a_seed_that_diverged_is_left_out_of_the_mean_and_counts_at_chance_for_claims(results: Path) -> None:
     found = first_row([lra(0, 0.9), lra(1, None)], results).cells["lra_e"]
     assert (found.mean, found.diverged) == (0.9, 1)
-    assert found.for_claims == {0: 0.9, 1: 0.5}  # two classes in these records
+    assert found.for_claims == {2: {0: 0.9, 1: 0.5}}  # two classes in these records
     assert any("diverged" in mark for mark in found.marks)
 
 
@@ -223,7 +228,8 @@ def test_verdicts_follow_from_the_records(results: Path) -> None:
     assert verdicts[best, "mnist", "3"] == ("holds", "")
     assert verdicts[best, "mnist", "5"] == ("not run", "not run yet")
     shown = tables.verdict_table(found)
-    assert "| stable over depth | as quoted | mnist | +0.02 (-0.02 to +0.07) | < 0.001 | 1.000 | **holds** |" in shown
+    line = "| stable over depth | as quoted | mnist | 2 | +0.02 (-0.02 to +0.07) | < 0.001 | 1.000 | **holds** |"
+    assert line in shown
     assert "- These runs depart from the paper: fewer epochs than planned" in shown
 
 

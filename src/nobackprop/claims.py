@@ -16,8 +16,9 @@ test), so its p is the largest. Against the claim speaks any contrast whose mean
 smallest of the opposite tests, times their number (Bonferroni). Each is adjusted over all tests of the file (Holm);
 those whose runs are missing count too, with p = 1, so no verdict hangs on which others were run. The verdict is `holds`
 or `fails` where the adjusted p is at most alpha, and otherwise `undecided at n seeds`; `not run` where records are
-missing. Seeds that one of the cells lacks are left out; a seed that diverged before it could be tested counts at chance
-level, one over the number of classes.
+missing. Counted is the longest training that all cells of a test have with two seeds in common (or with one, where that
+is all there is). Seeds that one of the cells lacks are left out; a seed that diverged before it could be tested counts
+at chance level, one over the number of classes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +36,7 @@ from scipy import stats
 Labels = dict[
     str, Annotated[str, BeforeValidator(str)]
 ]  # a choice on each axis of a grid, as in {rule: bp, classes: 2}
-Accuracies = Mapping[int, float]  # by seed, as fractions
+Accuracies = Mapping[int, Mapping[int, float]]  # by number of epochs and seed, as fractions
 
 
 class _Strict(BaseModel):
@@ -136,6 +137,7 @@ class Result:
     """A trial's outcome. p-values are adjusted; mean and interval are of the contrast hardest to show, as a - b."""
 
     trial: Trial
+    epochs: int | None
     seeds: int
     mean: float | None
     interval: tuple[float, float] | None
@@ -153,31 +155,39 @@ def judge(claims: Claims, accuracies: Callable[[Labels], Accuracies | str]) -> l
     for i, (trial, samples) in enumerate(zip(every, found, strict=True)):
         if isinstance(samples, str):
             continue
-        values = [(x, contrast.bound) for x, contrast in zip(samples, trial.contrasts, strict=True)]
+        values = [(x, contrast.bound) for x, contrast in zip(samples.numbers, trial.contrasts, strict=True)]
         for_it[i] = max(p_above(x, bound) for x, bound in values)
         against[i] = min(1.0, len(values) * min(p_above([-v for v in x], -bound) for x, bound in values))
     results = []
     for trial, samples, p_holds, p_fails in zip(every, found, holm(for_it), holm(against), strict=True):
         if isinstance(samples, str):
-            results.append(Result(trial, 0, None, None, None, None, "not run", samples))
+            results.append(Result(trial, None, 0, None, None, None, None, "not run", samples))
             continue
-        n = len(samples[0])
+        n = len(samples.numbers[0])
         undecided = f"undecided at {n} seed{'s' if n > 1 else ''}"
         verdict = "holds" if p_holds <= claims.alpha else "fails" if p_fails <= claims.alpha else undecided
-        x = _hardest(trial, samples)
-        results.append(Result(trial, n, mean(x), interval(x), p_holds, p_fails, verdict))
+        x = _hardest(trial, samples.numbers)
+        results.append(Result(trial, samples.epochs, n, mean(x), interval(x), p_holds, p_fails, verdict))
     return results
 
 
-def _hardest(trial: Trial, samples: Sequence[Sequence[float]]) -> list[float]:
+def _hardest(trial: Trial, numbers: Sequence[Sequence[float]]) -> list[float]:
     """The numbers of the contrast that is hardest to show, as a - b; of equally hard ones, of the lowest."""
-    pairs = zip(trial.contrasts, samples, strict=True)
+    pairs = zip(trial.contrasts, numbers, strict=True)
     contrast, x = max(pairs, key=lambda pair: (p_above(pair[1], pair[0].bound), pair[0].bound - mean(pair[1])))
     return [-number if contrast.reversed else number for number in x]
 
 
-def _samples(trial: Trial, accuracies: Callable[[Labels], Accuracies | str]) -> list[list[float]] | str:
-    """Each contrast's number for each seed that all cells have; or why there is none."""
+@dataclass(frozen=True)
+class Samples:
+    """What a trial is decided on: each contrast's number for each seed, after that many epochs."""
+
+    epochs: int
+    numbers: Sequence[Sequence[float]]
+
+
+def _samples(trial: Trial, accuracies: Callable[[Labels], Accuracies | str]) -> Samples | str:
+    """Of the longest training with several seeds in common; or why there is none."""
     found = {}
     for contrast in trial.contrasts:
         for _, labels in contrast.terms:
@@ -185,13 +195,21 @@ def _samples(trial: Trial, accuracies: Callable[[Labels], Accuracies | str]) -> 
             if isinstance(cell, str):
                 return cell
             found[tuple(sorted(labels.items()))] = cell
-    seeds = sorted(set.intersection(*(set(cell) for cell in found.values())))
-    if not seeds:
-        return "no seed was run in all of its cells"
-    return [
-        [sum(sign * found[tuple(sorted(labels.items()))][seed] for sign, labels in contrast.terms) for seed in seeds]
+    in_common = {
+        epochs: sorted(set.intersection(*(set(cell[epochs]) for cell in found.values())))
+        for epochs in set.intersection(*(set(cell) for cell in found.values()))
+    }
+    epochs = max(in_common, key=lambda epochs: (min(len(in_common[epochs]), 2), epochs), default=0)
+    if not in_common.get(epochs):
+        return "no seed was run in all of its cells with the same number of epochs"
+    numbers = [
+        [
+            sum(sign * found[tuple(sorted(labels.items()))][epochs][seed] for sign, labels in contrast.terms)
+            for seed in in_common[epochs]
+        ]
         for contrast in trial.contrasts
     ]
+    return Samples(epochs, numbers)
 
 
 def p_above(x: Sequence[float], bound: float) -> float:
