@@ -315,9 +315,8 @@ def images(rounds: int) -> list[dict[str, Any]]:
         tasks = [task(dataset, 0)]
 
         def read(mapped: bool) -> Callable[[], None]:
-            train = dataset.train if mapped else type(dataset.train)(dataset.train.pixels.clone(), dataset.train.labels)
-            source = type(dataset)(dataset.name, train, dataset.test, dataset.num_classes)
-            batches = TrainBatches(source, tasks, BATCH, lambda: 0, "cpu")
+            train = dataset.train if mapped else replace(dataset.train, pixels=dataset.train.pixels.clone())
+            batches = TrainBatches(replace(dataset, train=train), tasks, BATCH, lambda: 0, "cpu")
 
             def epoch() -> None:
                 for _ in batches:
@@ -328,22 +327,10 @@ def images(rounds: int) -> list[dict[str, Any]]:
         number = len(tasks[0].train) // BATCH * BATCH
         runs = {"in memory": read(False), "read ahead from the file": read(True)}
         measured = in_turn({name: partial(seconds, run) for name, run in runs.items()}, rounds)
-    rows = [
-        {
-            "measure": f"images at {SIZE}x{SIZE}",
-            "what": "making the cache from JPEGs of 500x375",
-            "value": IMAGES / median(made),
-        }
-    ]
-    rows += [
-        {
-            "measure": f"images at {SIZE}x{SIZE}",
-            "what": f"mini-batches of {BATCH}, {name}",
-            "value": number / median(each),
-        }
-        for name, each in measured.items()
-    ]
-    return [row | {"unit": "images/s"} for row in rows]
+    rates = {"making the cache from JPEGs of 500x375": IMAGES / median(made)}
+    rates |= {f"mini-batches of {BATCH}, {name}": number / median(each) for name, each in measured.items()}
+    measure = f"images at {SIZE}x{SIZE}"
+    return [{"measure": measure, "what": what, "value": rate, "unit": "images/s"} for what, rate in rates.items()]
 
 
 def startup(rounds: int) -> list[dict[str, Any]]:

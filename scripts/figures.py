@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from findings import ANGLE, Findings, Found, Row, Table, described, shown_rules
 from matplotlib import ticker
 from matplotlib.figure import Figure as Canvas
@@ -142,38 +143,25 @@ def _panels(
     return canvas
 
 
-def _metric(cell: Found, name: str) -> np.ndarray:
-    """(seeds, epochs) of a metric; NaN where a seed has ended or diverged."""
-    longest = max(len(r.epochs) for r in cell.records)
-    values = np.full((len(cell.records), longest), np.nan)
-    for i, record in enumerate(cell.records):
-        for j, epoch in enumerate(record.epochs):
-            value = epoch.get(name)
-            values[i, j] = np.nan if value is None else value
-    return values
-
-
-def _mean(values: np.ndarray) -> np.ndarray:
-    """Over the seeds that have a value; NaN where none has."""
-    count = (~np.isnan(values)).sum(0)
-    return np.where(count > 0, np.nansum(values, 0) / np.maximum(count, 1), np.nan)
+def _metric(cell: Found, name: str) -> pd.DataFrame:
+    """A metric by epoch, a column a seed; NaN where a seed has ended or diverged."""
+    return pd.DataFrame({r.seed: {e["epoch"]: e.get(name) for e in r.epochs} for r in cell.records}, dtype=float)
 
 
 def _curve(ax: Any, cell: Found, colour: str, label: str) -> None:
     """The mean over seeds, and a band from the lowest seed to the highest."""
     values = 100 * _metric(cell, "val/accuracy")
-    epochs = np.arange(1, values.shape[1] + 1)
-    ax.plot(epochs, _mean(values), color=colour, label=label, gid=f"rule:{label}")
-    if len(values) > 1:
-        low, high = np.fmin.reduce(values), np.fmax.reduce(values)
-        ax.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0, gid=f"rule:{label}")
+    ax.plot(values.index, values.mean(axis=1), color=colour, label=label, gid=f"rule:{label}")
+    if values.shape[1] > 1:
+        low, high = values.min(axis=1), values.max(axis=1)
+        ax.fill_between(values.index, low, high, color=colour, alpha=0.18, linewidth=0, gid=f"rule:{label}")
 
 
 def _time(ax: Any, cell: Found, colour: str, label: str) -> None:
     """Against a seed's wall time, taken to be the same for each of its epochs."""
     values = 100 * _metric(cell, "val/accuracy")
     spent = np.mean([r.wall_s / r.stacked / max(len(r.epochs), 1) for r in cell.records])
-    ax.plot(spent * np.arange(1, values.shape[1] + 1), _mean(values), color=colour, label=label, gid=f"rule:{label}")
+    ax.plot(spent * values.index, values.mean(axis=1), color=colour, label=label, gid=f"rule:{label}")
 
 
 def _against(table: Table, rows: Sequence[Row], colour: dict[str, str]) -> Canvas:
@@ -250,8 +238,8 @@ def _angles(measured: Sequence[tuple[Row, str, Found]]) -> Canvas:
     shades = mpl.colormaps["viridis"](np.linspace(0.9, 0.0, deepest))
     for ax, (row, rule, cell) in zip(axes, measured, strict=True):
         for l in cell.layers:
-            angles = _mean(_metric(cell, f"{ANGLE}{l}"))
-            ax.plot(np.arange(1, len(angles) + 1), angles, color=shades[l - 1], label=f"layer {l}", linewidth=1.1)
+            angles = _metric(cell, f"{ANGLE}{l}").mean(axis=1)
+            ax.plot(angles.index, angles, color=shades[l - 1], label=f"layer {l}", linewidth=1.1)
         ax.axhline(90, color="#888888", linestyle=":", linewidth=1)
         ax.set_ylim(0, 100)
         ax.set_yticks([0, 30, 60, 90])

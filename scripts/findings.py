@@ -15,15 +15,13 @@ from statistics import mean, stdev
 from typing import Annotated, Any, Literal
 
 import pandas as pd
-import yaml
+from grid import Cell, cells
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
-from reproduce import Cell, cells
 
-from nobackprop import claims
-from nobackprop.claims import Labels, Result, checked, interval
+from nobackprop.claims import Claims, Labels, Result, interval, judge, read
 from nobackprop.cli import CONF
 from nobackprop.records import Record
 from nobackprop.settings import Settings, digest
@@ -98,11 +96,6 @@ class Layout(_Strict):
     title: str
     stand_ins: dict[str, str] = {}
     tables: list[Table] = Field(min_length=1)
-
-
-def read(model: Any, path: Path) -> Any:
-    """A YAML file as a model. Raises ValueError, naming file and key, where it is not valid."""
-    return checked(model, yaml.safe_load(path.read_text()), path)
 
 
 def published(folder: Path) -> dict[str, Published]:
@@ -238,7 +231,7 @@ class Findings:
     published: Published | None
     tables: Mapping[str, Sequence[Row]]
     verdicts: Sequence[Result]
-    claims: claims.Claims | None
+    claims: Claims | None
     costs: Mapping[str, Cost]
 
 
@@ -336,7 +329,7 @@ def findings(paper: str, records: Iterable[Record], results: Path = ROOT / "resu
     known = published(results / "published").get(paper)
     not_run = read(dict[str, list[NotRun]], results / "not_run.yaml").get(paper, [])
     file = CONF / "claims" / f"{paper}.yaml"
-    fixed = claims.read(file) if file.exists() else None
+    fixed = read(Claims, file) if file.exists() else None
     runs = Runs(records)
     grid = list(cells(paper))
     for place, labels in _named(layout, known, not_run):
@@ -352,7 +345,7 @@ def findings(paper: str, records: Iterable[Record], results: Path = ROOT / "resu
             return f"not in the grid: {', '.join(unknown) or described(labels)}"
         return cell.for_claims or cell.reason
 
-    verdicts = claims.judge(fixed, accuracies) if fixed else []
+    verdicts = judge(fixed, accuracies) if fixed else []
     return Findings(paper, layout, known, tables, verdicts, fixed, costs(results / "benchmark.csv"))
 
 

@@ -186,8 +186,8 @@ def verdict(result: Result) -> list[str]:
     kind = result.verdict.split()[0]
     cells = [cell(escape(text)) for text in (claim.name, result.trial.reading, place(result))]
     cells.append(cell(element("span", escape(result.verdict), _class=f"verdict {kind}")))
-    if result.mean is None or result.interval is None:
-        return [*cells, *4 * [cell("", True)]]
+    assert result.mean is not None
+    assert result.interval is not None
     low, high = (f"{100 * bound:+.2f}" for bound in result.interval)
     between = element("small", f"{low} to {high}") if result.seeds > 1 else ""
     difference = cell(f"{100 * result.mean:+.2f}{between}", True, data_value=f"{result.mean:.8f}")

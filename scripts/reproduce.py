@@ -11,81 +11,12 @@ of all cells; exit status 1 if any failed.
 """
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from hydra import compose, initialize_config_dir
+from grid import Cell, cells, select
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-
-from nobackprop.cli import CONF
-
-TUNED = "+tuned@_global_="  # after an experiment, whose settings it replaces; plain tuned=... comes before it
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One experiment of a grid: its choice on each axis, and what they mean as overrides."""
-
-    labels: Mapping[str, str]
-    overrides: Sequence[str]
-
-    def __str__(self) -> str:
-        return " ".join(f"{axis}={choice}" for axis, choice in self.labels.items())
-
-    @property
-    def tuned(self) -> Path | None:
-        """The file of tuned settings that this cell takes, if it takes one."""
-        names = [text.removeprefix(TUNED) for text in self.overrides if text.startswith(TUNED)]
-        return CONF / "tuned" / f"{names[-1]}.yaml" if names else None
-
-    def config(self, further: Sequence[str] = ()) -> DictConfig:
-        """The composed config; of several overrides of one key the last one counts.
-
-        Raises FileNotFoundError where it takes tuned settings that were not searched yet.
-        """
-        if self.tuned is not None and not self.tuned.exists():
-            raise FileNotFoundError(f"{self.tuned} is not there yet: scripts/tune.py makes it")
-        by_key = {text.split("=", 1)[0]: text for text in (*self.overrides, *further)}
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return compose("train", list(by_key.values()))
-
-
-def cells(paper: str) -> Iterator[Cell]:
-    """Every cell of a paper's grid; `{axis}` in an override is the cell's choice on that axis.
-
-    Raises ValueError, with the papers there are, for another one.
-    """
-    papers = sorted(path.stem for path in (CONF / "grid").glob("*.yaml"))
-    if paper not in papers:
-        raise ValueError(f"no grid for paper {paper!r}: choose one of {', '.join(papers)}")
-    grids: Any = OmegaConf.to_container(OmegaConf.load(CONF / "grid" / f"{paper}.yaml"))
-    for grid in grids:
-        for choices in product(*(axis.items() for axis in grid.values())):
-            labels = {axis: str(label) for axis, (label, _) in zip(grid, choices, strict=True)}
-            yield Cell(labels, [text.format(**labels) for _, overrides in choices for text in overrides])
-
-
-def select(every: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
-    """The cells with one of the choices given for each axis, as in `classes=2,3`. Raises ValueError where none fits."""
-    wanted = {axis: choices.split(",") for axis, _, choices in (text.partition("=") for text in only)}
-    known: dict[str, set[str]] = {}
-    for cell in every:
-        for axis, label in cell.labels.items():
-            known.setdefault(axis, set()).add(label)
-    for axis, choices in wanted.items():
-        if axis not in known:
-            raise ValueError(f"--only {axis}=...: no such axis; choose from {', '.join(known)}")
-        if unknown := set(choices) - known[axis]:
-            raise ValueError(f"--only {axis}={','.join(sorted(unknown))}: choose from {', '.join(sorted(known[axis]))}")
-    fitting = [c for c in every if all(c.labels.get(axis) in choices for axis, choices in wanted.items())]
-    if not fitting:
-        raise ValueError(f"no cell fits --only {' '.join(only)}: these choices do not occur together")
-    return fitting
 
 
 def run(chosen: Sequence[Cell], further: Sequence[str], console: Console, dry: bool) -> bool:

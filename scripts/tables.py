@@ -190,8 +190,7 @@ def place(result: Result) -> str:
 
 
 def p_value(p: float | None) -> str:
-    if p is None:
-        return ""
+    assert p is not None
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 

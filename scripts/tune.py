@@ -20,9 +20,9 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Annotated, Any
 
+from grid import TUNED, Cell, cells, select
 from omegaconf import OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
-from reproduce import TUNED, Cell, cells, select
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table

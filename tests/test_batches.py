@@ -382,7 +382,7 @@ def test_nothing_to_evaluate(toy: Dataset) -> None:
         EvalBatches(toy.test, [torch.arange(3), torch.arange(0)], [torch.arange(5)] * 2, "cpu")
 
 
-# Real images
+# On a GPU
 
 
 @pytest.mark.gpu

@@ -124,17 +124,20 @@ def test_seeds_are_paired_and_those_not_in_all_cells_are_left_out() -> None:
     assert (result.verdict, result.missing) == ("not run", missing)
 
 
-def test_the_longest_training_counts_that_all_cells_have_with_several_seeds() -> None:
-    a, b = {10: {0: 0.5, 1: 0.5}, 100: {0: 0.9, 1: 0.8}}, {10: {0: 0.6, 1: 0.6}, 100: {0: 0.8, 1: 0.7}}
+def test_the_longest_training_counts_that_all_cells_have_with_three_seeds() -> None:
+    a, b = (
+        {epochs: dict.fromkeys(range(seeds), accuracy) for epochs, seeds, accuracy in runs}
+        for runs in ([(10, 5, 0.5), (100, 3, 0.9)], [(10, 5, 0.6), (100, 3, 0.8)])
+    )
 
     def of(a: Any, b: Any) -> tuple[int | None, int, Any]:
         (result,) = judge(one("better"), lambda labels: a if labels["rule"] == "a" else b)
         return result.epochs, result.seeds, result.mean
 
-    assert of(a, b) == (100, 2, pytest.approx(0.1))
-    assert of(a, {10: b[10]}) == (10, 2, pytest.approx(-0.1))
-    assert of(a, b | {100: {1: 0.7}}) == (10, 2, pytest.approx(-0.1))
-    assert of({100: a[100]}, b | {100: {1: 0.7}}) == (100, 1, pytest.approx(0.1))
+    assert of(a, b) == (100, 3, pytest.approx(0.1))
+    assert of(a, {10: b[10]}) == (10, 5, pytest.approx(-0.1))
+    assert of(a, b | {100: {0: 0.8, 1: 0.8}}) == (10, 5, pytest.approx(-0.1))
+    assert of({100: a[100]}, b | {100: {1: 0.8}}) == (100, 1, pytest.approx(0.1))
     assert of({100: a[100]}, {10: b[10]}) == (None, 0, None)
 
 
@@ -179,7 +182,7 @@ def test_the_claims_of_a_paper_name_cells_of_its_grid(paper: str) -> None:
     for part in grid:
         for axis, named in part.items():
             choices.setdefault(axis, set()).update(str(choice) for choice in named)
-    file = claims.read(CONF / "claims" / f"{paper}.yaml")
+    file = claims.read(Claims, CONF / "claims" / f"{paper}.yaml")
     every = trials(file)
     assert len(every) > 10
     for trial in every:
@@ -207,4 +210,4 @@ def test_a_file_that_is_not_valid_is_refused(tmp_path: Path, change: dict[str, A
     path = tmp_path / "x.yaml"
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match=r"x\.yaml: " + message):
-        claims.read(path)
+        claims.read(Claims, path)

@@ -122,16 +122,6 @@ def test_another_record_of_the_same_run_and_seed_is_reported_and_does_not_replac
     assert "differ in wall_s, test (test accuracies 50.00% and 75.00%)" in problem
 
 
-def test_records_of_before_are_read(tmp_path: Path) -> None:
-    """Before lines had columns, and before a record named the product's precision."""
-    old = made(0).model_dump()
-    del old["machine"]["matmul"]
-    (tmp_path / "a.jsonl").write_text(json.dumps(old) + "\n")
-    write(tmp_path / "runs", made(0))
-    found = collect([tmp_path / "runs"], tmp_path / "a.jsonl")
-    assert (found.added, found.conflicts, len(found.records)) == (0, [], 1)
-
-
 def test_a_line_cut_off_by_a_crash_is_removed_and_its_record_gathered_again(tmp_path: Path) -> None:
     into = tmp_path / "a.jsonl"
     write(tmp_path / "runs", made(0))

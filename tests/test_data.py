@@ -388,7 +388,7 @@ def test_check_says_what_is_wrong() -> None:
             check(bad, Declared(), "test", count)
 
 
-# Tasks
+# Real images
 
 
 @pytest.mark.data

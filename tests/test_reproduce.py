@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import grid
 import pytest
 import reproduce
 from conftest import CONF, options
@@ -18,7 +19,7 @@ QUICK = ["dataset=digits", "arch.hidden=[6]", "max_epochs=1", "logger=none"]
 
 @pytest.mark.parametrize("paper", PAPERS)
 def test_every_cell_is_another_valid_config(paper: str) -> None:
-    every = list(reproduce.cells(paper))
+    every = list(grid.cells(paper))
     assert len({str(cell) for cell in every}) == len(every)
     searched = [cell for cell in every if cell.tuned is None or cell.tuned.exists()]
     settings = [Settings.of(cell.config()) for cell in searched]
@@ -38,12 +39,12 @@ def test_every_cell_is_another_valid_config(paper: str) -> None:
 def test_one_cell_of_each_setting_makes_a_net(paper: str) -> None:
     """All else in a grid is a rule, a rate, an initializer or a number of classes, which other tests cover."""
     seen = set()
-    for cell in reproduce.cells(paper):
+    for cell in grid.cells(paper):
         key = (cell.overrides[0], cell.labels.get("rule"))
         if "imagenet" not in str(cell) and key not in seen:
             seen.add(key)
-            own = [text for text in cell.overrides if not text.startswith(reproduce.TUNED)]
-            prepare(reproduce.Cell(cell.labels, own).config())
+            own = [text for text in cell.overrides if not text.startswith(grid.TUNED)]
+            prepare(grid.Cell(cell.labels, own).config())
     assert seen
 
 
@@ -58,14 +59,14 @@ def test_an_experiment_says_what_it_reproduces_and_how_to_run_it(path: Path) -> 
 def test_a_part_runs_then_is_skipped_and_a_failure_does_not_end_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    chosen = reproduce.select(
-        list(reproduce.cells("lra_e")),
+    chosen = grid.select(
+        list(grid.cells("lra_e")),
         ["setting=variance", "update=mean", "dataset=mnist", "hidden_layers=3", "rule=bp,fa"],
     )
     assert [cell.labels["rule"] for cell in chosen] == ["bp", "fa"]
     further = [*QUICK, "seeds=2", f"paths.runs={tmp_path}", "dataset.validation=100"]
     console = Console(width=200)
-    broken = reproduce.Cell({"rule": "none"}, ["rule=mdfa", "init=orthogonal"])
+    broken = grid.Cell({"rule": "none"}, ["rule=mdfa", "init=orthogonal"])
     assert not reproduce.run([chosen[0], broken, chosen[1]], further, console, dry=False)
     shown = capsys.readouterr().out
     assert "2/3 rule=none: failed: rule MDFA needs non-negative weights" in shown
@@ -84,8 +85,8 @@ def test_a_part_runs_then_is_skipped_and_a_failure_does_not_end_it(
 def test_cells_whose_settings_are_not_searched_yet_are_named_and_passed_over(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    cell = reproduce.Cell({"rule": "bp"}, ["rule=bp"])
-    tuned = reproduce.Cell({"rule": "fa"}, ["rule=fa", f"{reproduce.TUNED}none/there"])
+    cell = grid.Cell({"rule": "bp"}, ["rule=bp"])
+    tuned = grid.Cell({"rule": "fa"}, ["rule=fa", f"{grid.TUNED}none/there"])
     further = [*QUICK, f"paths.runs={tmp_path}"]
     assert reproduce.run([tuned, cell], further, Console(width=200), dry=True)
     shown = capsys.readouterr().out
@@ -105,6 +106,6 @@ def test_cells_whose_settings_are_not_searched_yet_are_named_and_passed_over(
 )
 def test_a_choice_that_is_not_there_is_named(only: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("...", r"\.\.\.")):
-        reproduce.select(list(reproduce.cells("lra_e")), only)
+        grid.select(list(grid.cells("lra_e")), only)
     with pytest.raises(ValueError, match=f"no grid for paper 'none': choose one of {', '.join(PAPERS)}"):
-        list(reproduce.cells("none"))
+        list(grid.cells("none"))

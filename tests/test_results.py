@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import findings as module
+import grid
 import pytest
 import report
-import reproduce
 import tables
 import yaml
 from conftest import CONF
 from findings import ROOT, Composer, Findings, Row, findings
-from reproduce import Cell, cells
+from grid import Cell, cells
 from test_records import RECORD
 
 from nobackprop.records import Record
@@ -83,7 +83,7 @@ def first_row(records: Iterable[Record], results: Path) -> Row:
 
 @pytest.mark.parametrize("paper", module.papers())
 def test_configs_are_composed_as_hydra_does(paper: str) -> None:
-    every = [Cell(c.labels, [o for o in c.overrides if not o.startswith(reproduce.TUNED)]) for c in cells(paper)]
+    every = [Cell(c.labels, [o for o in c.overrides if not o.startswith(grid.TUNED)]) for c in cells(paper)]
     for i in range(0, len(every), max(1, len(every) // 5)):
         assert COMPOSER.identity(every[i].overrides) == Settings.of(every[i].config()).identity()
     further = ["dataset=cifar10_jpeg", "l2=0.1", "arch.activation=relu"]
@@ -95,7 +95,7 @@ def test_a_cell_of_searched_settings_is_found_and_one_not_searched_says_so(
     results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(CONF, tmp_path / "conf")
-    for place in (module, reproduce):
+    for place in (module, grid):
         monkeypatch.setattr(place, "CONF", tmp_path / "conf")
     monkeypatch.setattr(module, "Composer", Composer)
     shutil.rmtree(tmp_path / "conf" / "tuned" / "compare", ignore_errors=True)

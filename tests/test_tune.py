@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grid
 import pytest
-import reproduce
 import tune
 from conftest import CONF, options
 from omegaconf import OmegaConf
@@ -25,8 +25,8 @@ def record(accuracy: float | None, **fields: Any) -> Record:
     return Record(**RECORD | {"epochs": [{"epoch": 1, "step": 10, "val/accuracy": accuracy}], "test": None} | fields)
 
 
-def cells(name: str) -> list[reproduce.Cell]:
-    return [cell for cell in reproduce.cells(name) if cell.tuned is not None]
+def cells(name: str) -> list[grid.Cell]:
+    return [cell for cell in grid.cells(name) if cell.tuned is not None]
 
 
 @pytest.mark.parametrize("name", SEARCHES)
@@ -39,7 +39,7 @@ def test_every_trial_of_a_search_is_a_valid_config(name: str) -> None:
         points = search.points(cell)
         assert len({str(point) for point in points}) == search.trials
         assert all("optimizer.lr" in point for point in points)
-        trial = Settings.of(reproduce.Cell({}, search.overrides(cell, points[0], [])).config())
+        trial = Settings.of(grid.Cell({}, search.overrides(cell, points[0], [])).config())
         assert trial.optimizer["lr"] == points[0]["optimizer.lr"]
         assert (trial.seeds, trial.max_epochs) == ([search.seed], search.epochs)
 
@@ -47,8 +47,8 @@ def test_every_trial_of_a_search_is_a_valid_config(name: str) -> None:
 @pytest.mark.parametrize("name", SEARCHES)
 def test_no_experiment_uses_the_seed_of_the_trials(name: str) -> None:
     seed = tune.Search.read(name).seed
-    for experiment in {cell.overrides[0] for cell in reproduce.cells(name)}:
-        assert seed not in Settings.of(reproduce.Cell({}, [experiment]).config()).seeds
+    for experiment in {cell.overrides[0] for cell in grid.cells(name)}:
+        assert seed not in Settings.of(grid.Cell({}, [experiment]).config()).seeds
 
 
 @pytest.mark.parametrize("name", SEARCHES)
@@ -62,7 +62,7 @@ def test_settings_that_are_compared_were_searched_with_one_budget(name: str) -> 
 def test_points_are_the_same_each_time_for_every_rule_and_go_on() -> None:
     space = {"rule.beta": {"low": 0.01, "high": 1.0, "when": {"rule": ["lra_e"]}}} | SEARCH["space"]
     few, more = (tune.Search.of(SEARCH | {"space": space, "trials": n}, "test") for n in (8, 20))
-    bp, lra_e = (reproduce.Cell({"rule": rule}, []) for rule in ("bp", "lra_e"))
+    bp, lra_e = (grid.Cell({"rule": rule}, []) for rule in ("bp", "lra_e"))
     assert few.points(lra_e) == few.points(lra_e) == more.points(lra_e)[:8]
     assert [{"optimizer.lr": point["optimizer.lr"]} for point in few.points(lra_e)] == few.points(bp)
     assert all(0.01 <= float(point["rule.beta"]) <= 1 for point in more.points(lra_e))
@@ -74,7 +74,7 @@ def test_points_are_the_same_each_time_for_every_rule_and_go_on() -> None:
 
 def test_a_choice_takes_every_value() -> None:
     search = tune.Search.of(SEARCH | {"space": {"update": {"values": ["mean", "sum", "unit_norm"]}}}, "test")
-    assert {point["update"] for point in search.points(reproduce.Cell({}, []))} == {"mean", "sum", "unit_norm"}
+    assert {point["update"] for point in search.points(grid.Cell({}, []))} == {"mean", "sum", "unit_norm"}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_validation_decides_and_a_trial_that_diverged_counts_as_zero() -> None:
         record(0.8, test={"accuracy": 1.0}),
     ]
     assert [trial.validation for trial in trials] == [0.6, 0.8, 0.0, 0.0, 0.8]
-    found = tune.Found(reproduce.Cell({}, []), [({"optimizer.lr": i}, trial) for i, trial in enumerate(trials)])
+    found = tune.Found(grid.Cell({}, []), [({"optimizer.lr": i}, trial) for i, trial in enumerate(trials)])
     assert found.best == ({"optimizer.lr": 1}, trials[1])
     assert found.accuracy == 0.8
 
@@ -127,9 +127,9 @@ def test_what_is_found_is_written_and_used_and_nothing_runs_twice(
     conf = tmp_path / "conf"
     shutil.copytree(CONF, conf)
     shutil.rmtree(conf / "tuned" / "lra_e", ignore_errors=True)
-    monkeypatch.setattr(reproduce, "CONF", conf)
+    monkeypatch.setattr(grid, "CONF", conf)
     only = ["setting=tuned", "dataset=mnist", "hidden_layers=3", "rule=bp"]
-    (cell,) = reproduce.select(list(reproduce.cells("lra_e")), only)
+    (cell,) = grid.select(list(grid.cells("lra_e")), only)
     with pytest.raises(FileNotFoundError, match=r"mnist_3_bp\.yaml is not there yet: scripts/tune.py makes it"):
         cell.config()
     runs = tmp_path / "runs"

@@ -16,9 +16,9 @@ test), so its p is the largest. Against the claim speaks any contrast whose mean
 smallest of the opposite tests, times their number (Bonferroni). Each is adjusted over all tests of the file (Holm);
 those whose runs are missing count too, with p = 1, so no verdict hangs on which others were run. The verdict is `holds`
 or `fails` where the adjusted p is at most alpha, and otherwise `undecided at n seeds`; `not run` where records are
-missing. Counted is the longest training that all cells of a test have with two seeds in common (or with one, where that
-is all there is). Seeds that one of the cells lacks are left out; a seed that diverged before it could be tested counts
-at chance level, one over the number of classes.
+missing. The runs of a test all have the same number of epochs: the largest at which its cells have three seeds in
+common, or else that with the most seeds. Seeds that one of the cells lacks are left out; a seed that diverged before it
+could be tested counts at chance level, one over the number of classes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -73,15 +73,10 @@ class Claims(_Strict):
     claims: list[Claim] = Field(min_length=1)
 
 
-def read(path: Path) -> Claims:
-    """The claims of a file. Raises ValueError, naming file and key, where it is not valid."""
-    return checked(Claims, yaml.safe_load(path.read_text()), path)
-
-
-def checked(model: Any, content: Any, path: Path) -> Any:
-    """`content`, read at `path`, as a type or model. Raises ValueError with the first fault as a sentence."""
+def read(model: Any, path: Path) -> Any:
+    """A YAML file as a type or model, such as Claims. Raises ValueError, naming file and key, where it is not valid."""
     try:
-        return TypeAdapter(model).validate_python(content)
+        return TypeAdapter(model).validate_python(yaml.safe_load(path.read_text()))
     except ValidationError as e:
         error = e.errors()[0]
         where = ".".join(str(part) for part in error["loc"]) or "the file"
@@ -199,7 +194,7 @@ def _samples(trial: Trial, accuracies: Callable[[Labels], Accuracies | str]) -> 
         epochs: sorted(set.intersection(*(set(cell[epochs]) for cell in found.values())))
         for epochs in set.intersection(*(set(cell) for cell in found.values()))
     }
-    epochs = max(in_common, key=lambda epochs: (min(len(in_common[epochs]), 2), epochs), default=0)
+    epochs = max(in_common, key=lambda epochs: (min(len(in_common[epochs]), 3), epochs), default=0)
     if not in_common.get(epochs):
         return "no seed was run in all of its cells with the same number of epochs"
     numbers = [
@@ -218,16 +213,17 @@ def p_above(x: Sequence[float], bound: float) -> float:
     1 for fewer than two numbers, and for equal ones, such as those of nets that learned nothing: they show no spread to
     measure the distance by.
     """
-    if len(x) < 2 or (deviation := stdev(x)) == 0:
+    if len(x) < 2 or stdev(x) == 0:
         return 1.0
-    return float(stats.t.sf((mean(x) - bound) / deviation * sqrt(len(x)), len(x) - 1))
+    test: Any = stats.ttest_1samp(x, bound, alternative="greater")
+    return float(test.pvalue)
 
 
-def interval(x: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """The interval of Student's t for the mean; without end for fewer than two numbers."""
+def interval(x: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of Student's t for the mean; without end for fewer than two numbers."""
     if len(x) < 2:
         return -inf, inf
-    half = float(stats.t.ppf((1 + level) / 2, len(x) - 1)) * stdev(x) / sqrt(len(x))
+    half = float(stats.t.ppf(0.975, len(x) - 1)) * stdev(x) / sqrt(len(x))
     return mean(x) - half, mean(x) + half
 
 

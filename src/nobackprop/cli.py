@@ -53,7 +53,7 @@ def announce_tuned(choices: Any, console: Any) -> None:
         if choices.tuned != "none":
             text = f"with the settings in conf/tuned/{choices.tuned}.yaml; tuned=none keeps the defaults"
             console.print(text, highlight=False)
-    elif choices.tuned != f"{choices.rule}_{choices.arch}_{choices.dataset}":
+    elif choices.tuned != f"{choices.rule}_{choices.arch}_{choices.dataset}_{choices.optimizer}":
         raise ValueError(f"no such tuned settings, {choices.tuned!r}: choose one of {', '.join(files)}")
 
 

@@ -1,7 +1,7 @@
 """What goes on inside a net as it trains: angles to the gradient, saturation, norms. Off unless asked for.
 
-It stands outside the rules and knows two of them: backpropagation, the measure of the others, and feedback alignment,
-whose kin say what errors go down through.
+It stands outside the rules and knows three of them: backpropagation, the measure of the others, feedback alignment,
+whose kin say what errors go down through, and DFA, whose kin send them from the output to each layer.
 """
 
 from typing import Any
@@ -15,6 +15,7 @@ from nobackprop.learner import Learner
 from nobackprop.network import Network, Weights
 from nobackprop.rule import Batch, Rule
 from nobackprop.rules.bp import BP
+from nobackprop.rules.dfa import DFA
 from nobackprop.rules.fa import FA
 from nobackprop.streams import normal
 
@@ -79,10 +80,9 @@ def diagnose(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, fl
     | `opposed/W{l}` | share of images whose own update of W and b opposes their own gradient | one output unit |
 
     Angles are in degrees; one with a zero vector is left out. Feedback alignment and its kin say what they have in the
-    place of W; of other rules the shapes of their own weights (`B2`, `E3`, ...) tell what these stand in for. If all of
-    a letter are shaped like W, that is the W of their layer; if all are (units, outputs), it is the product of the
-    weights above their layer, where those layers are dense. An update opposes a gradient where their inner product is
-    negative.
+    place of W. Of DFA and its kin B stands in for the product of the weights above its layer, where those layers are
+    dense; of other rules weights of their own (`E3`, ...) that are all shaped like W stand in for the W of their layer.
+    An update opposes a gradient where their inner product is negative.
     """
     update, logits = rule.all_grads(net, w, batch)
     if not logits.isfinite().all():
@@ -110,19 +110,19 @@ def angle(u: Tensor, v: Tensor) -> Tensor:
 def _feedback_angles(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, Tensor]:
     if isinstance(rule, FA):
         return {f"angle/feedback_W{l}": angle(rule.down(l, w, batch), w[f"W{l}"]) for l in range(2, net.L + 1)}
-    layers = range(1, net.L + 1)
-    above = {net.L: torch.eye(net.units(net.L)).to(w["W1"])}  # the product of the weights above, (units, outputs)
-    for l in range(net.L, 1, -1):
-        if w[f"W{l}"].ndim > 2:
-            break  # a convolution
-        above[l - 1] = w[f"W{l}"].mT @ above[l]
     found = {}
+    if isinstance(rule, DFA):
+        above = torch.eye(net.units(net.L)).to(w["W1"])  # the product of the weights above, (units, outputs)
+        for l in range(net.L - 1, 0, -1):
+            if w[f"W{l + 1}"].ndim > 2:
+                break  # a convolution
+            above = w[f"W{l + 1}"].mT @ above
+            found[f"angle/feedback_W{l}"] = angle(w[f"B{l}"], above)
+        return found
     for letter in sorted({name.rstrip("0123456789") for name in w} - {"W", "b"}):
-        own = {l: w[f"{letter}{l}"] for l in layers if f"{letter}{l}" in w}
+        own = {l: w[f"{letter}{l}"] for l in range(1, net.L + 1) if f"{letter}{l}" in w}
         if all(t.shape == net.weight_shape(l) for l, t in own.items()):
             found |= {f"angle/feedback_W{l}": angle(t, w[f"W{l}"]) for l, t in own.items()}
-        elif all(t.shape == (net.units(l), net.units(net.L)) for l, t in own.items()):
-            found |= {f"angle/feedback_W{l}": angle(t, above[l]) for l, t in own.items() if l in above}
     return found
 
 

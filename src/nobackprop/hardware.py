@@ -46,14 +46,14 @@ def choose_matmul(device: torch.device, tolerance: float = 2e-6) -> None:
         torch.set_float32_matmul_precision("highest")
 
 
-def keep_freed_memory(threshold: int = 2**30) -> None:
+def keep_freed_memory() -> None:
     """Has glibc keep freed memory for the next tensor: by default it gives feature maps back to the system.
 
     Each page of a tensor would then be mapped and cleared anew at every step.
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mallopt(M_TRIM_THRESHOLD, threshold)
-        mallopt(M_MMAP_THRESHOLD, threshold)
+        mallopt(M_TRIM_THRESHOLD, 2**30)
+        mallopt(M_MMAP_THRESHOLD, 2**30)
 
 
 def can_compile(device: torch.device) -> bool:

@@ -2,11 +2,9 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from fcntl import LOCK_EX, flock
 from functools import cached_property, partial
 from hashlib import sha256
 from math import prod
@@ -18,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
@@ -30,6 +29,7 @@ BLOCK = 256  # images that are made together and share a checksum
 SAMPLE = 8  # blocks of each split that are verified at every load
 FORMAT = 1  # of the cache; count on when pixels are made in another way
 
+FOLDERS = {"train": "train", "test": "val"}  # of each split, under root
 Blocks = dict[tuple[str, int], tuple[str, str]]  # of a split's i-th block: hashes of what it is made of, of its pixels
 
 
@@ -64,8 +64,6 @@ class ImageNet(Source):
     root: str | Path
     cache: str | Path
     size: int = 224
-    train: str = "train"
-    test: str = "val"
     literal: bool = False
     verify: bool = False
 
@@ -98,7 +96,7 @@ class ImageNet(Source):
     def classes(self) -> tuple[str, ...]:
         """Their names. Raises FileNotFoundError without a folder of training images and without a finished cache."""
         index = self._index()
-        return tuple(index.classes if index else self._folders(self.train))
+        return tuple(index.classes if index else self._folders(FOLDERS["train"]))
 
     @property
     def num_classes(self) -> int:
@@ -177,7 +175,7 @@ class ImageNet(Source):
 
     def _check_files(self, index: Index, blocks: Blocks) -> None:
         """Raises ValueError if there are other files than the cache was made from."""
-        for split, folder in (("train", self.train), ("test", self.test)):
+        for split, folder in FOLDERS.items():
             if not Path(self.where, folder).is_dir():
                 continue
             tree = self._tree(folder)
@@ -238,20 +236,20 @@ class ImageNet(Source):
         return _hash("\n".join([f"{FORMAT} {self.size} {self._channels}", *paths]).encode())
 
     def _build(self) -> None:
-        trees = {"train": self._tree(self.train), "test": self._tree(self.test)}
+        trees = {split: self._tree(folder) for split, folder in FOLDERS.items()}
         if trees["train"].keys() != trees["test"].keys():
             raise ValueError(
-                f"{self.name}: the classes in {Path(self.where, self.test)} are not those in {self.train}: without "
+                f"{self.name}: the classes in {Path(self.where, 'val')} are not those in train: without "
                 f"{_some(trees['train'].keys() - trees['test'].keys())}, with "
                 f"{_some(trees['test'].keys() - trees['train'].keys())}. {self.remedy}"
             )
         for split, tree in trees.items():
             for name, files in tree.items():
                 if not files:
-                    folder = Path(self.where, getattr(self, split), name)
+                    folder = Path(self.where, FOLDERS[split], name)
                     raise FileNotFoundError(f"{self.name}: no .jpg, .jpeg or .png file in {folder}. {self.remedy}")
         self._cache.mkdir(parents=True, exist_ok=True)
-        with _alone(self._cache / "lock"):
+        with FileLock(self._cache / "lock"):
             if self._index() is None:  # else: another process made it meanwhile
                 self._make(trees)
 
@@ -280,7 +278,7 @@ class ImageNet(Source):
             if made != recipe or found != self._hash(split, len(paths), i):
                 pixels = np.empty((len(paths), *self.shape), np.uint8)
                 for row, path in zip(pixels, paths, strict=True):
-                    row[:] = self._decoded(Path(self.where, getattr(self, split), path))
+                    row[:] = self._decoded(Path(self.where, FOLDERS[split], path))
                 with self._pixels(split).open("r+b") as file:
                     file.seek(i * BLOCK * prod(self.shape))
                     file.write(pixels.data)
@@ -361,11 +359,3 @@ def _fingerprint(counts: dict[str, list[int]], blocks: Blocks) -> str:
 def _some(names: Iterable[str]) -> str:
     shown = sorted(names)
     return str(shown) if len(shown) <= 5 else f"{str(shown[:5])[:-1]}, ... {len(shown)} in all]"
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Waits until no other process is in here with the same file; the system lets go when a process is killed."""
-    with path.open("w") as file:
-        flock(file, LOCK_EX)
-        yield

@@ -5,7 +5,7 @@ layer is linear (the loss applies softmax or sigmoid), so h ends at L-1. Weights
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import isqrt, prod
 from typing import Any
@@ -32,11 +32,14 @@ class Network:
     activation: Activation
     bias: bool = True
     recompute: bool = False
-    L: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "L", len(self.layers))
         _ = self.shapes
+
+    @property
+    def L(self) -> int:
+        """How many layers there are."""
+        return len(self.layers)
 
     @cached_property
     def shapes(self) -> tuple[Shape, ...]:

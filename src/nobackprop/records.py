@@ -49,9 +49,9 @@ class Machine(_Strict):
     cores: PositiveInt
     device: str
     threads: PositiveInt
-    matmul: str = "highest"  # torch's float32_matmul_precision
-    compiled: bool = False
-    devices: PositiveInt = 1  # each trained on its part of every mini-batch
+    matmul: str  # torch's float32_matmul_precision
+    compiled: bool
+    devices: PositiveInt  # each trained on its part of every mini-batch
 
 
 def _rows(epochs: Any) -> Any:

@@ -209,7 +209,6 @@ def _check_type(key: str, value: Any, annotation: Any) -> None:
 def _sentence(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        model = {"dataset": DatasetSettings, "init": InitSettings, "trainer": TrainerSettings, "paths": Paths}
-        fields = model.get(where.split(".")[0], Settings).model_fields
-        return f"unknown key {where!r}; choose from: {', '.join(fields)}"
+        model: Any = Settings if len(error["loc"]) == 1 else Settings.model_fields[error["loc"][0]].annotation
+        return f"unknown key {where!r}; choose from: {', '.join(model.model_fields)}"
     return f"{where}: {error['msg'].removeprefix('Value error, ')}, got {error['input']!r}"

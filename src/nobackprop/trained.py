@@ -49,7 +49,7 @@ class Trained:
         """The most likely class of each image, (N,), among the classes it was trained on."""
         return torch.tensor(self.classes)[self.loss.predict(self.logits(images))]
 
-    def evaluate(self, images: Images, batch_size: int = 1000) -> dict[str, float]:
+    def evaluate(self, images: Images) -> dict[str, float]:
         """Loss, accuracy and (with more than five classes) top-5 accuracy on the images of its classes.
 
         Raises ValueError where the shape differs, or none of the images is of a class it knows.
@@ -61,7 +61,7 @@ class Trained:
         if not len(known):
             raise ValueError(f"none of these images is of a class that the net knows: {list(self.classes)}")
         scores = Scores(self.loss, seeds=1)
-        for part in known.split(batch_size):
+        for part in known.split(1000):
             scores.update(self.logits(images.pixels[part]).unsqueeze(0), labels[part].unsqueeze(0))
         return {name: value.item() for name, value in scores.compute().items()}
 
@@ -87,9 +87,9 @@ def save(
     buffer = io.BytesIO()
     content = {
         "net": net.describe(),
-        "rule": {"class": _full_name(type(rule)), "fields": asdict(rule)},
+        "rule": _described(rule),
         "weights": {name: t.clone() for name, t in weights.items()},
-        "loss": type(loss).__name__,
+        "loss": _described(loss),
         "pixels": {"mean": pixels.mean, "std": pixels.std},
         "classes": list(classes),
     }
@@ -97,30 +97,39 @@ def save(
     write_atomically(path, buffer.getvalue())
 
 
-class _Unknown(ValueError):
-    """A sound file of a rule or loss that nobody imported."""
+def _described(component: Rule | Loss) -> dict[str, Any]:
+    return {"class": _full_name(type(component)), "fields": asdict(component)}
 
 
-def _full_name(rule: type[Rule]) -> str:
-    return f"{rule.__module__}.{rule.__qualname__}"
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _known(base: Any) -> list[Any]:
-    """The rules or losses of this package, and those imported from elsewhere; nothing else is imported."""
+def _made(base: Any, description: Mapping[str, Any], path: Path) -> Any:
+    """A rule or loss as `_described` describes it, of this package or imported from elsewhere; nothing else is made.
+
+    Raises ValueError where it is neither, or takes other hyper-parameters now.
+    """
     for module in iter_modules(rules.__path__, f"{rules.__name__}."):
         import_module(module.name)
     found, below = [], [base]
     while below:
         found += below
         below = [kind for above in below for kind in above.__subclasses__()]
-    return found
+    name = description["class"]
+    if (kind := {_full_name(kind): kind for kind in found}.get(name)) is None:
+        raise ValueError(f"{path} was trained with {name}, which is not in nobackprop: import it first")
+    try:
+        return kind(**description["fields"])
+    except TypeError as e:
+        raise ValueError(f"{path} was trained with another version of {name}: {e}") from e
 
 
 def load(run_folder: str | Path) -> Trained:
     """The trained net of a seed's folder, such as `runs/lra_e_mlp_mnist-0123456789ab/seed0`, or of a run with one seed.
 
     Nothing in the folder is run or unpickled. Raises FileNotFoundError, with the folders there are, where there is no
-    trained net, and ValueError where the file is damaged or its rule or loss is neither here nor imported.
+    trained net, and ValueError where the file is damaged, or its rule or loss is not to be had.
     """
     path = Path(run_folder) / "best.pt"
     seeds = sorted(Path(run_folder).glob("seed*/best.pt"))
@@ -133,21 +142,15 @@ def load(run_folder: str | Path) -> Trained:
         raise FileNotFoundError(f"{run_folder} holds no trained net (best.pt): {hint}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        classes = tuple(content["classes"])
-        name, fields = content["rule"]["class"], content["rule"]["fields"]
-        if (rule := {_full_name(kind): kind for kind in _known(Rule)}.get(name)) is None:
-            raise _Unknown(f"{path} was trained by rule {name}, which is not in nobackprop.rules: import it first")
-        if (loss := {kind.__name__: kind for kind in _known(Loss)}.get(content["loss"])) is None:
-            raise _Unknown(f"{path} was trained with loss {content['loss']}, which is not here: import it first")
-        return Trained(
-            net=Network.from_description(content["net"]),
-            rule=rule(**fields),
-            weights=content["weights"],
-            loss=loss(len(classes)),
-            pixels=Pixels(content["pixels"]["mean"], content["pixels"]["std"]),
-            classes=classes,
-        )
-    except _Unknown:
-        raise
-    except Exception as e:
+        names = ("net", "rule", "weights", "loss", "pixels", "classes")
+        net, rule, weights, loss, pixels, classes = (content[name] for name in names)
+    except Exception as e:  # torch.load raises what the damage leads to
         raise ValueError(f"{path} is damaged ({type(e).__name__}: {e}): train this seed again") from e
+    return Trained(
+        net=Network.from_description(net),
+        rule=_made(Rule, rule, path),
+        weights=weights,
+        loss=_made(Loss, loss, path),
+        pixels=Pixels(pixels["mean"], pixels["std"]),
+        classes=tuple(classes),
+    )

@@ -6,12 +6,12 @@ from torch import Tensor
 
 from nobackprop.layers import Shape
 from nobackprop.network import Network, Weights
-from nobackprop.rule import Batch, Draw
-from nobackprop.rules.fa import FA
+from nobackprop.rule import Batch
+from nobackprop.rules.usf import USF
 
 
 @dataclass(frozen=True)
-class BRSF(FA):
+class BRSF(USF):
     """brSF, sign symmetry: feedback alignment with the signs of W and magnitudes drawn anew at every step.
 
     Liao, Leibo & Poggio, "How important is weight symmetry in backpropagation?", AAAI 2016 (arXiv 1510.05067), its
@@ -21,17 +21,8 @@ class BRSF(FA):
     batch normalization; for the scale see `USF`.
     """
 
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.scale <= 0:
-            raise ValueError(f"rule.scale is {self.scale}: it scales the feedback weights, so it must be above 0")
-
     def down(self, l: int, w: Weights, batch: Batch) -> Tensor:
-        return self.scale * batch.noise[f"B{l}"].abs() * w[f"W{l}"].sign()
+        return batch.noise[f"B{l}"].abs() * super().down(l, w, batch)
 
     def noise(self, net: Network, samples: int) -> dict[str, Shape]:
         return {f"B{l}": net.weight_shape(l) for l in range(2, net.L + 1)}
-
-    def feedback(self, net: Network, draw: Draw) -> dict[str, Tensor]:
-        return {}

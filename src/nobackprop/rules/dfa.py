@@ -13,7 +13,7 @@ class DFA(Rule):
     """Direct feedback alignment: the output's error reaches every hidden layer at once through a fixed random B.
 
     Nokland, "Direct feedback alignment provides learning in deep neural networks", NeurIPS 2016:
-    `d[l] = (B[l] e) * f'(z[l])` (its eq. 6, with e the error at the output).
+    `d[l] = (B[l] e) * f'(z[l])`, with e the error at the output.
 
     `B1 ... B(L-1)` are (units of layer l, outputs); a convolutional layer's units are all its channels and positions.
     """

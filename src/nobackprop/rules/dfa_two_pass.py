@@ -11,7 +11,7 @@ from nobackprop.rules.dfa import DFA
 class DFATwoPass(DFA):
     """DFA that goes forward twice: once for the error, once more for each layer's gradient as the layer is reached.
 
-    The gradients are DFA's (Nokland 2016, eq. 6). An error that depends on no layer above can be used on the way up, so
+    The gradients are DFA's (Nokland 2016). An error that depends on no layer above can be used on the way up, so
     no activations are stored, for one more forward pass.
     """
 

@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from nobackprop.network import Network, Weights
-from nobackprop.rule import Batch, Draw, Grads, Rule
+from nobackprop.rule import Batch, Grads
+from nobackprop.rules.dfa import DFA
 
 
 @dataclass(frozen=True)
-class DRTP(Rule):
+class DRTP(DFA):
     """Direct random target projection: each hidden layer learns from the label alone, while the net goes forward.
 
     Frenkel, Lefebvre & Bol, "Learning without feedback: Fixed random learning signals allow for feedforward training
@@ -36,6 +35,3 @@ class DRTP(Rule):
             g |= net.hebbian(l, below, d)
         z = net.preactivation(net.L, w, h)
         return g | net.hebbian(net.L, h, batch.error(z)), z
-
-    def feedback(self, net: Network, draw: Draw) -> dict[str, Tensor]:
-        return {f"B{l}": draw(f"B{l}", (net.units(l), net.units(net.L))) for l in range(1, net.L)}

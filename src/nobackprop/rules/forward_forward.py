@@ -43,7 +43,7 @@ class ForwardForward(Rule):
 
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
         right = batch.y if batch.y.shape[1] > 1 else torch.cat([1 - batch.y, batch.y], 1)  # (N, classes)
-        wrong = _other(right, batch.noise.get("wrong_label", torch.zeros_like(right)))  # of two classes, the other one
+        wrong = 1 - right if right.shape[1] == 2 else _other(right, batch.noise["wrong_label"])
         h = torch.cat([_labelled(net, batch.x, right), _labelled(net, batch.x, wrong)])  # (2 N, *in_shape)
         sign = torch.cat([-torch.ones_like(right[:, 0]), torch.ones_like(right[:, 0])])  # (2 N,)
         g = {}

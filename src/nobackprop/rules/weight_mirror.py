@@ -1,12 +1,11 @@
 """Weight mirrors."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
 from nobackprop.layers import Shape
 from nobackprop.network import Network, Weights
-from nobackprop.rule import Batch, Grads
+from nobackprop.rule import Batch, Grads, Phase
 from nobackprop.rules.fa import FA
 
 
@@ -21,7 +20,7 @@ class WeightMirror(FA):
 
     and without f at the output. The last product is sigma^2 W[l] on average where f is linear with slope 1, so that B
     tends to (sigma^2 / decay) W. `B2 ... BL` have the shapes of `W2 ... WL` (the paper's B is their transpose); in a
-    convolutional layer the product is the mean over positions.
+    convolutional layer the product is the mean over positions, where padding takes its part from those at the edge.
 
     Departs from the paper: one mirror step, with as many samples as the batch, comes before each other step, not a
     period of its own; biases do not take part.
@@ -47,7 +46,7 @@ class WeightMirror(FA):
             g[f"B{l}"] = self.decay * w[f"B{l}"] - seen
         return g, batch.y  # in the place of logits, which nobody asks of a first phase
 
-    def phases(self) -> tuple[Callable[[Network, Weights, Batch], Grads], ...]:
+    def phases(self) -> tuple[Phase, ...]:
         return self.mirror, self.grads
 
     def noise(self, net: Network, samples: int) -> dict[str, Shape]:
