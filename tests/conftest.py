@@ -1,7 +1,9 @@
-"""What several test files use: config files as objects, every rule, small problems, and a learner to step by hand."""
+"""What several test files use: small runs, config files as objects, every rule, small problems, a learner to step."""
 
+import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -15,12 +17,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
+from nobackprop.activations import activation
 from nobackprop.batches import EvalBatches, Task, TrainBatches
 from nobackprop.data import Dataset, Images
 from nobackprop.initializers import Normal, initial_weights
 from nobackprop.losses import Loss, SigmoidCrossEntropy, SoftmaxCrossEntropy
 from nobackprop.network import Network, allconv, mlp
 from nobackprop.pixels import Pixels
+from nobackprop.records import Record
 from nobackprop.rule import Batch, Rule
 from nobackprop.streams import normal
 
@@ -33,11 +37,75 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's backgro
 torch.set_num_threads(1)  # as a run does: two busy threads on a small net are slower than one
 
 CONF = Path(__file__).parents[1] / "conf"
+SMALL = ("logger=none", "arch.hidden=[12]", "batch_size=8", "max_epochs=2")
+Config = Callable[..., DictConfig]
 
 
 def options(group: str) -> list[str]:
     """The names of the config files of a group."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def run_config(*overrides: str) -> DictConfig:
+    """The config of a run, as the command composes it."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", list(overrides))
+
+
+def small(runs: Path, *overrides: str) -> DictConfig:
+    """A run on digits of 161 mini-batches an epoch, so two chunks: the first ends in mid-epoch."""
+    dense = not any(o.startswith("arch=allconv") for o in overrides)
+    return run_config(*(o for o in SMALL if dense or not o.startswith("arch.")), f"paths.runs={runs}", *overrides)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """`config("rule=bp", ...)` is a small run in the folder `runs`, with those overrides."""
+    return partial(small, tmp_path / "runs")
+
+
+def folder(cfg: DictConfig) -> Path:
+    from nobackprop.preparation import prepare  # here, since Lightning takes seconds to import
+
+    return prepare(cfg).folder
+
+
+def same_results(one: Path, other: Path, seeds: str = "*/seed*") -> int:
+    """Asserts that two folders of runs hold the same records, but for time and machine, and weights; how many."""
+    changing = {"finished", "wall_s", "command", "dirty", "commit"}
+    paths = sorted(path.relative_to(one) for path in one.glob(f"{seeds}/record.json"))
+    assert paths == sorted(path.relative_to(other) for path in other.glob(f"{seeds}/record.json"))
+    for path in paths:
+        a, b = (Record.read(root / path).model_dump(exclude=changing) for root in (one, other))
+        assert a == b, path
+        v, w = (torch.load((root / path).with_name("best.pt"), weights_only=True)["weights"] for root in (one, other))
+        assert v.keys() == w.keys()
+        assert all(torch.equal(v[name], w[name]) for name in v), path
+    return len(paths)
+
+
+def until(
+    condition: Callable[[], object],
+    unless: Callable[[], object] = lambda: None,
+    pause: float = 0.01,
+    seconds: float = 240,
+) -> None:
+    """Waits until something is so; fails where the other thing comes first, or neither."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        instead = unless()
+        assert not instead, instead
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(pause)
+
+
+def holders(path: Path) -> set[int]:
+    """The processes, other than this one, that hold a lock on a file."""
+    if not path.exists():
+        return set()
+    inode = f":{path.stat().st_ino} "
+    locks = [line.split() for line in Path("/proc/locks").read_text().splitlines() if inode in line]
+    return {int(fields[4]) for fields in locks if fields[1] == "FLOCK"} - {os.getpid()}
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +143,10 @@ class Problem:
 
     net: Network
     batch: Batch
+
+    def activated(self, name: str) -> "Problem":
+        """The same with another activation."""
+        return replace(self, net=replace(self.net, activation=activation(name)))
 
     def weights(self, rule: Rule, seed: int = 0) -> dict[str, Tensor]:
         """Random weights in float64, signed as the rule wants them; biases are random too."""
@@ -204,6 +276,12 @@ def random_images(n: int, shape: tuple[int, int, int], classes: int, seed: int =
     return Images(
         torch.randint(256, (n, *shape), generator=g, dtype=torch.uint8), torch.randint(classes, (n,), generator=g)
     )
+
+
+def assert_same_images(a: Images, b: Images) -> None:
+    assert torch.equal(a.pixels, b.pixels)
+    assert torch.equal(a.labels, b.labels)
+    assert (a.pixels.dtype, a.labels.dtype) == (b.pixels.dtype, b.labels.dtype) == (torch.uint8, torch.int64)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import until
 from torch import Tensor
 
 from nobackprop import batches as module
@@ -309,9 +310,7 @@ def test_reading_stays_a_little_ahead(large: Dataset, monkeypatch: pytest.Monkey
     iterator = iter(batches(large, [task(large, 0)]))
     for used in range(1, 8):
         next(iterator)
-        deadline = time.monotonic() + 20
-        while len(read) < used + module.READ_AHEAD and time.monotonic() < deadline:
-            time.sleep(0.001)
+        until(lambda used=used: len(read) >= used + module.READ_AHEAD, seconds=20)
         time.sleep(0.005)
         assert len(read) == used + module.READ_AHEAD
     assert len(threads) == 1

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 import torch
 import torchvision.datasets
-from conftest import random_images
+from conftest import assert_same_images, random_images
 from PIL import Image
 from pyarrow import parquet
 from torch import Tensor
@@ -66,20 +66,14 @@ def write_mnist(root: Path, name: str = "MNIST", train: int = 7, test: int = 3) 
     return splits
 
 
-def assert_same(a: Images, b: Images) -> None:
-    assert torch.equal(a.pixels, b.pixels)
-    assert torch.equal(a.labels, b.labels)
-    assert (a.pixels.dtype, a.labels.dtype) == (torch.uint8, torch.int64)
-
-
 @pytest.mark.parametrize("name", FOLDERS)
 def test_idx_files_are_read_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     small(monkeypatch, name, 7, 3)
     train, test = write_mnist(tmp_path, name)
     source = Torchvision(name, tmp_path)
     dataset = source.load()
-    assert_same(dataset.train, train)
-    assert_same(dataset.test, test)
+    assert_same_images(dataset.train, train)
+    assert_same_images(dataset.test, test)
     assert (dataset.name, dataset.num_classes, source.shape) == (name, 10, (1, 28, 28))
     assert source.load() is dataset
     assert Torchvision(name, tmp_path).load() is dataset
@@ -142,7 +136,7 @@ def test_missing_files_are_downloaded(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torchvision.datasets.MNIST, "download", lambda self: made.append(write_mnist(Path(self.root))))
     dataset = Torchvision("MNIST", tmp_path).load()
     assert len(made) == 1
-    assert_same(dataset.test, made[0][1])
+    assert_same_images(dataset.test, made[0][1])
 
 
 def test_label_out_of_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,8 +191,8 @@ def write_cifar(root: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> tuple
 def test_cifar_is_read_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     train, test = write_cifar(tmp_path, monkeypatch, name)
     dataset = Torchvision(name, tmp_path).load()
-    assert_same(dataset.train, train)
-    assert_same(dataset.test, test)
+    assert_same_images(dataset.train, train)
+    assert_same_images(dataset.test, test)
     assert dataset.num_classes == (10 if name == "CIFAR10" else 100)
 
 
@@ -258,8 +252,8 @@ def write_tiny(root: Path, image: str = "img", label: str = "label", channels: i
 def test_parquet_is_read_in_order(tmp_path: Path, image: str, label: str, channels: int) -> None:
     train, test = write_tiny(tmp_path, image, label, channels)
     dataset = parquet_source(tmp_path, shape=(channels, 5, 4)).load()
-    assert_same(dataset.train, train)
-    assert_same(dataset.test, test)
+    assert_same_images(dataset.train, train)
+    assert_same_images(dataset.test, test)
 
 
 def test_parquet_columns_can_be_named(tmp_path: Path) -> None:
@@ -268,7 +262,9 @@ def test_parquet_columns_can_be_named(tmp_path: Path) -> None:
         parquet_source(tmp_path).load()
     with pytest.raises(ValueError, match=r"has the columns .*; needed: label or fine_label\."):
         parquet_source(tmp_path, image_column="picture").load()
-    assert_same(parquet_source(tmp_path, image_column="picture", label_column="coarse_label").load().train, train)
+    assert_same_images(
+        parquet_source(tmp_path, image_column="picture", label_column="coarse_label").load().train, train
+    )
 
 
 def test_parquet_reads_jpeg_grey_and_palette_as_rgb(tmp_path: Path) -> None:

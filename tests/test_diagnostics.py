@@ -13,7 +13,6 @@ from conftest import Problem, fitted
 from torch import Tensor
 
 from nobackprop import diagnostics
-from nobackprop.activations import ACTIVATIONS
 from nobackprop.batches import task
 from nobackprop.data import Dataset, Images
 from nobackprop.diagnostics import Diagnostics, angle, diagnose
@@ -30,8 +29,6 @@ from nobackprop.rules.frsf import FRSF
 from nobackprop.rules.lra_e import LRAE
 from nobackprop.rules.mdfa import MDFA
 from nobackprop.streams import normal
-
-WITH_DERIVATIVE = [name for name, a in ACTIVATIONS.items() if a.derivative is not None]
 
 
 def of(prefix: str, found: dict[str, float]) -> dict[str, float]:
@@ -191,20 +188,6 @@ def test_feedback_is_what_errors_go_down_through(problem: Problem) -> None:
     assert all(value < 70 for value in found.values())  # the signs are those of W; through B it would be 90
     w |= {f"B{l}": w[f"W{l}"].abs() for l in range(2, L + 1)}
     assert all(v < 1e-5 for v in of("angle/feedback_W", diagnose(net, FRSF(), w, problem.batch)).values())
-
-
-@pytest.mark.parametrize("name", WITH_DERIVATIVE)
-def test_no_sample_opposes_its_gradient_under_mdfa_and_some_do_under_dfa(name: str) -> None:
-    rates: dict[type[Rule], list[float]] = {MDFA: [], DFA: []}
-    for rule in (MDFA(), DFA()):
-        for seed in range(4):
-            net = mlp((5,), 1, hidden=[8, 3, 6], activation=name)
-            found = of("opposed/", diagnose(net, rule, *binary(net, rule, seed=seed)))
-            assert found.keys() == {"W1", "W2", "W3", "W4"}
-            assert found["W4"] == 0
-            rates[type(rule)] += found.values()
-    assert max(rates[MDFA]) == 0
-    assert 0.1 < max(rates[DFA]) <= 1
 
 
 @pytest.mark.parametrize("chunk", [1, 2_000, 10_000_000])
@@ -416,23 +399,6 @@ def test_a_seed_beside_others_has_the_numbers_it_has_alone(fit: Fit, rule: Rule)
         (alone,) = fit(rule, [seed], 64).progress
         for entry, other in zip(stack.progress[s].epochs, alone.epochs, strict=True):
             assert entry == pytest.approx(other, rel=1e-3, abs=1e-3)
-
-
-def test_noise_is_a_seeds_own_whatever_is_trained_beside_it(fit: Fit) -> None:
-    stack = fit(NoisyPhases(), [0, 1], 64)
-    (alone,) = fit(NoisyPhases(), [1], 64).progress
-    assert stack.progress[1].epochs[-1] == pytest.approx(alone.epochs[-1], rel=1e-3, abs=1e-3)
-    t = dict(stack.w)
-    assert not torch.equal(t["W1"][0], t["W1"][1])
-
-
-def test_a_conv_net_under_mdfa_reports_how_often_the_theorem_fails(fit: Fit) -> None:
-    (progress,) = fit(MDFA(), [0], 64, net=CONV, epochs=3).progress
-    for entry in progress.epochs:
-        rates = of("opposed/", entry)
-        assert rates.keys() == {"W1", "W2", "W3"}
-        assert all(0 <= rate <= 1 for rate in rates.values())
-        assert rates["W3"] == 0
 
 
 def test_a_seed_that_has_stopped_is_measured_no_more(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:

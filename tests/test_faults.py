@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import same_results, small
 from rich.console import Console
-from test_sweeps import same_results, small
 
 KILLS = 20
 EPOCHS = 16

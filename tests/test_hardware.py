@@ -27,3 +27,11 @@ def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hardware.can_compile(torch.device("cpu"))
     monkeypatch.setattr(hardware.shutil, "which", {}.get)
     assert not hardware.can_compile(torch.device("cpu"))
+
+
+def test_matrix_products_stay_as_accurate_as_float32() -> None:
+    hardware.choose_matmul(torch.device("cpu"))
+    a, b = torch.rand(300, 300), torch.rand(300, 300)
+    torch.testing.assert_close(a @ b, (a.double() @ b.double()).float(), rtol=1e-5, atol=0)
+    hardware.choose_matmul(torch.device("cpu"), tolerance=0)
+    assert torch.get_float32_matmul_precision() == "highest"

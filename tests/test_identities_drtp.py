@@ -7,7 +7,6 @@ import torch
 from conftest import Problem
 from torch import Tensor
 
-from nobackprop.activations import activation
 from nobackprop.losses import Loss
 from nobackprop.rules.bp import BP
 from nobackprop.rules.dfa import DFA
@@ -28,7 +27,7 @@ class MinusTarget(Loss):
 
 @pytest.mark.parametrize("name", ["tanh", "relu"])
 def test_drtp_is_dfa_with_the_target_in_the_place_of_the_error(problem: Problem, name: str) -> None:
-    net = replace(problem.net, activation=activation(name))
+    net = problem.activated(name).net
     w = problem.weights(DRTP())
     grads, logits = DRTP().grads(net, w, problem.batch)
     hidden = DFA().grads(net, w, replace(problem.batch, loss=MinusTarget(problem.batch.loss.classes)))[0]
@@ -40,7 +39,7 @@ def test_drtp_is_dfa_with_the_target_in_the_place_of_the_error(problem: Problem,
 
 @pytest.mark.parametrize("name", ["tanh", "relu"])
 def test_two_pass_dfa_is_dfa(problem: Problem, name: str) -> None:
-    net = replace(problem.net, activation=activation(name))
+    net = problem.activated(name).net
     w = problem.weights(DFA())
     grads, logits = DFATwoPass().grads(net, w, problem.batch)
     expected, expected_logits = DFA().grads(net, w, problem.batch)

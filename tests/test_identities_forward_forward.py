@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from conftest import Problem
 from torch import Tensor
 
-from nobackprop.activations import activation
 from nobackprop.layers import Conv
 from nobackprop.network import Network, mlp
 from nobackprop.rules.forward_forward import ForwardForward, _other
@@ -42,7 +41,7 @@ def _run(net: Network, w: dict[str, Tensor], h: Tensor) -> list[tuple[Tensor, Te
 @pytest.mark.parametrize("name", ["tanh", "sigmoid"])
 @pytest.mark.parametrize("theta", [0.1, 1.0])
 def test_the_update_is_the_gradient_of_each_layers_own_loss(problem: Problem, name: str, theta: float) -> None:
-    net, rule = replace(problem.net, activation=activation(name)), ForwardForward(theta)
+    net, rule = problem.activated(name).net, ForwardForward(theta)
     batch, classes = problem.noisy(rule), problem.batch.loss.classes
     labels = batch.y.argmax(1) if classes > 2 else batch.y[:, 0].long()
     if classes > 2:
@@ -91,7 +90,7 @@ def test_a_wrong_label_is_any_of_the_others_alike() -> None:
 
 
 def test_a_dead_layer_gives_no_nan(problem: Problem) -> None:
-    net = replace(problem.net, activation=activation("relu"))
+    net = problem.activated("relu").net
     w = {name: -t.abs() for name, t in problem.weights(ForwardForward()).items()}
     batch = replace(problem.noisy(ForwardForward()), x=problem.batch.x.abs())
     grads, logits = ForwardForward().grads(net, w, batch)
@@ -103,8 +102,3 @@ def test_more_classes_than_pixels_are_refused() -> None:
     net = mlp((1, 1, 3), 4, hidden=[5], activation="relu")
     with pytest.raises(ValueError, match=r"4 classes need as many, and images of shape \(1, 1, 3\) have 3"):
         ForwardForward().noise(net, 2)
-
-
-def test_a_threshold_below_all_goodness_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"rule\.theta is 0: no goodness is below 0, so it must be above"):
-        ForwardForward(theta=0)

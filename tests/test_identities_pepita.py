@@ -1,12 +1,9 @@
 """PEPITA's errors are what the error in the input changes; a matching F makes them backpropagation's."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from conftest import Problem
 
-from nobackprop.activations import activation
 from nobackprop.initializers import Uniform, initial_weights
 from nobackprop.losses import SoftmaxCrossEntropy
 from nobackprop.network import mlp
@@ -37,7 +34,7 @@ def test_the_first_layer_of_a_linear_net_gets_bps_error_where_w1_f_is_minus_w2_t
 
 @pytest.mark.parametrize("name", ["tanh", "sign"])
 def test_pepita_is_the_closed_form(problem: Problem, name: str) -> None:
-    net, batch = replace(problem.net, activation=activation(name)), problem.batch
+    net, batch = problem.activated(name).net, problem.batch
     w = problem.weights(PEPITA(scale=1.0))
     z, h = net.forward(w, batch.x)
     shift = torch.einsum("no,io->ni", batch.error(z[net.L]), w["F"]).view_as(batch.x)
@@ -56,8 +53,3 @@ def test_f_is_drawn_as_in_the_papers_program() -> None:
     bound = 0.05 * (6 / 784) ** 0.5  # 0.05 times He's uniform of 784 inputs
     assert F.shape == (784, 10)
     assert 0.99 * bound < F.abs().max() < 1.001 * bound
-
-
-def test_a_scale_that_teaches_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"rule\.scale is 0: without the error in the input nothing is learned"):
-        PEPITA(scale=0)

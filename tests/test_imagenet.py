@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -14,8 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONF
-from hydra import compose, initialize_config_dir
+from conftest import assert_same_images, run_config, until
 from PIL import Image
 
 from nobackprop import data
@@ -87,11 +85,6 @@ def expected(path: Path, size: int) -> torch.Tensor:
     return torch.tensor(list(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
 
 
-def assert_same(a: Images, b: Images) -> None:
-    assert torch.equal(a.pixels, b.pixels)
-    assert torch.equal(a.labels, b.labels)
-
-
 # What is made
 
 
@@ -127,7 +120,7 @@ def test_order_is_by_name_whatever_the_file_system_says(tree: Path, monkeypatch:
 
     monkeypatch.setattr(module.os, "scandir", Reversed)
     other = source(tree, cache=tree.parent / "other").load()
-    assert_same(dataset.train, other.train)
+    assert_same_images(dataset.train, other.train)
     assert dataset.fingerprint == other.fingerprint
 
 
@@ -197,7 +190,7 @@ def test_a_corrupt_file_is_named_and_the_build_goes_on(tree: Path, monkeypatch: 
     monkeypatch.setattr(ImageNet, "_decoded", lambda self, path: decoded.append(path) or decode(self, path))
     bad.write_bytes(good)
     repaired = source(tree).load()
-    assert_same(repaired.train, whole.train)
+    assert_same_images(repaired.train, whole.train)
     assert len(decoded) <= 42 - 16  # four blocks were made before it
     assert bad in decoded
     assert content(tree.parent / "cache") == content(tree.parent / "whole")
@@ -208,7 +201,7 @@ def test_a_corrupt_file_is_named_and_the_build_goes_on(tree: Path, monkeypatch: 
     removed = loaded(source(tree))
     assert len(decoded) == 29 - 16  # what comes behind it in the same split has moved
     assert removed.train.pixels.shape[0] == 29
-    assert_same(removed.train, source(tree, cache=tree.parent / "third").load().train)
+    assert_same_images(removed.train, source(tree, cache=tree.parent / "third").load().train)
 
 
 CHILD = """
@@ -228,11 +221,11 @@ imagenet.ImageNet("six", sys.argv[1], sys.argv[2], 12).load()
 def started(tree: Path, cache: Path, blocks: int) -> subprocess.Popen[bytes]:
     """A process that is making the cache, slowly, and has made some blocks."""
     child = subprocess.Popen([sys.executable, "-c", CHILD, tree, cache])
-    journal, deadline = cache / "blocks.txt", time.monotonic() + 120
-    while not journal.exists() or journal.read_bytes().count(b"\n") < blocks:
-        assert child.poll() is None, "ended too early"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    journal = cache / "blocks.txt"
+    until(
+        lambda: journal.exists() and journal.read_bytes().count(b"\n") >= blocks,
+        unless=lambda: child.poll() is not None and "ended too early",
+    )
     return child
 
 
@@ -421,9 +414,7 @@ def test_an_epoch_at_224(tree: Path, dataset: str, net: list[str]) -> None:
     overrides = [f"dataset={dataset}", f"dataset.source.root={tree}", "dataset.validation=0.2", *net, "rule=mdfa"]
     runs = [f"paths.data={tree.parent}", f"paths.runs={tree.parent}/runs", "logger=none"]
     small = ["batch_size=4", "max_epochs=1", "init.forward=U1", "init.backward=U1", "optimizer.lr=1e-4"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", [*overrides, *runs, *small])
-    (record,) = train(cfg)
+    (record,) = train(run_config(*overrides, *runs, *small))
     literal = dataset == "imagenet_literal"
     counts = (record.data.train, record.data.validation, record.data.test)
     assert counts == ((30, 12, 12) if literal else (24, 6, 12))

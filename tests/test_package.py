@@ -5,14 +5,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONF, options
+from conftest import CONF, options, until
 
 ROOT = CONF.parent
 
@@ -85,10 +84,7 @@ def test_ctrl_c_ends_the_command_with_130_and_the_same_command_goes_on(tmp_path:
     overrides = ["max_epochs=100000", "logger=none", "arch.hidden=[8]", "checkpoint_minutes=0"]
     command = [sys.executable, "-m", "nobackprop.cli", "--multirun", "rule=bp,dfa", *overrides]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 200
-        while not list(tmp_path.glob("runs/*/checkpoints/*/*.ckpt")):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until(lambda: list(tmp_path.glob("runs/*/checkpoints/*/*.ckpt")))
         process.send_signal(signal.SIGINT)
         shown = process.communicate(timeout=100)[0]
     assert process.returncode == 130

@@ -5,8 +5,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONF, Problem
+from conftest import SMALL, small, until
 from filelock import FileLock, Timeout
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -29,18 +27,17 @@ from nobackprop.network import Network
 from nobackprop.parallel import SameWeights, start
 from nobackprop.preparation import prepare
 from nobackprop.records import Record, write_atomically
-from nobackprop.rule import Batch, Rule
+from nobackprop.rule import Batch
 from nobackprop.rules.bp import BP
 from nobackprop.train import train
 
-SMALL = ["logger=none", "arch.hidden=[12]", "batch_size=64", "max_epochs=2", "optimizer=sgd", "optimizer.lr=0.05"]
+OWN = ["batch_size=64", "optimizer=sgd", "optimizer.lr=0.05"]
 DDP = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
 
 
 def config(folder: Path, *overrides: str) -> DictConfig:
     """A small run on digits: 20 mini-batches an epoch."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", [*SMALL, f"paths.runs={folder}", *overrides])
+    return small(folder, *OWN, *overrides)
 
 
 @dataclass(frozen=True)
@@ -154,26 +151,6 @@ def test_resumed_processes_end_like_those_left_alone(together: Path) -> None:
     assert all(torch.equal(w, expected[key]) for key, w in weights(only(together / "resumed")).items())
 
 
-def test_a_batchs_gradient_is_the_mean_of_its_parts(rule: Rule, problem: Problem) -> None:
-    """What lets any rule train in parallel."""
-    net, batch, w = problem.net, problem.batch, problem.weights(rule)
-    generator = torch.Generator().manual_seed(0)
-    noise = {
-        name: torch.randn(shape, dtype=torch.float64, generator=generator)
-        for name, shape in rule.noise(net, len(batch.x)).items()
-    }
-
-    def part(rows: slice) -> Batch:
-        own = rule.noise(net, len(batch.x[rows]))
-        mine = {name: t if own[name] == t.shape else t[rows] for name, t in noise.items()}
-        return Batch(batch.x[rows], batch.y[rows], batch.loss, mine)
-
-    for phase in rule.phases():
-        whole, first, second = (phase(net, w, part(rows))[0] for rows in (slice(0, 6), slice(0, 3), slice(3, 6)))
-        for name, g in whole.items():
-            torch.testing.assert_close((first[name] + second[name]) / 2, g)
-
-
 @pytest.mark.parametrize("options", [{}, {"flip": True, "crop": 2}], ids=["plain", "augmented"])
 def test_ranks_share_each_mini_batch(toy: Dataset, options: dict[str, Any]) -> None:
     tasks = [task(toy, seed) for seed in (0, 3)]
@@ -249,7 +226,7 @@ def test_a_clusters_tasks_must_be_the_runs_processes(tmp_path: Path, monkeypatch
 
 
 def command(*options: str, launcher: Sequence[str] = (sys.executable, "-m")) -> list[str]:
-    return [*launcher, "nobackprop.cli", *SMALL, *DDP, "paths.runs=runs", *options]
+    return [*launcher, "nobackprop.cli", *SMALL, *OWN, *DDP, "paths.runs=runs", *options]
 
 
 def run(command: list[str], folder: Path) -> str:
@@ -309,10 +286,3 @@ def test_a_stopped_command_leaves_a_checkpoint_that_it_goes_on_from(tmp_path: Pa
     assert "goes on from step" in run(command(*options), tmp_path)
     record = Record.read(only(tmp_path / "runs"))
     assert len(record.epochs) == 150
-
-
-def until(condition: Callable[[], object], seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)

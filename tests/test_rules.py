@@ -106,14 +106,6 @@ def test_without_biases_none_are_asked_for(rule: Rule, problem: Problem) -> None
     assert not any(name.startswith("b") for _, name in _grads(rule, bare, bare.weights(rule)))
 
 
-def test_weights_that_require_grad_give_plain_gradients_under_no_grad(rule: Rule, problem: Problem) -> None:
-    w = {name: t.requires_grad_() for name, t in problem.weights(rule).items()}
-    with torch.no_grad():
-        phases = _phases(rule, problem, w)
-        said = rule.logits(problem.net, w, problem.batch.x)
-    assert not any(t.requires_grad for grads, logits in phases for t in (*grads.values(), logits, said))
-
-
 def test_the_order_of_samples_does_not_matter(rule: Rule, problem: Problem) -> None:
     w = problem.weights(rule)
     order = torch.tensor([3, 0, 5, 1, 4, 2])
@@ -122,6 +114,7 @@ def test_the_order_of_samples_does_not_matter(rule: Rule, problem: Problem) -> N
 
 
 def test_the_gradient_is_the_mean_of_each_samples_own(rule: Rule, problem: Problem) -> None:
+    """Which lets any rule train in parallel: the halves of a batch give the whole batch's gradient."""
     w = problem.weights(rule)
     each = [_grads(rule, problem, w, _samples(rule, problem, torch.tensor([i]))) for i in range(len(problem.batch.x))]
     grads = _grads(rule, problem, w)

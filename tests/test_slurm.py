@@ -6,14 +6,13 @@ import shutil
 import signal
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from conftest import folder, holders, same_results, small, until
 from rich.console import Console
-from test_sweeps import folder, same_results, small
 
 from nobackprop import records, sweeps
 from nobackprop.records import Record
@@ -38,14 +37,6 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     del os.environ["SLURM_CONF"]
 
 
-def until(condition: Callable[[], object], over: threading.Event, seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert not over.is_set(), "the sweep was over before"
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.2)
-
-
 def scontrol(*args: str) -> str:
     return subprocess.run(["scontrol", *args], check=True, capture_output=True, text=True, timeout=60).stdout
 
@@ -67,7 +58,7 @@ def test_a_sweep_on_a_cluster_loses_nothing(slurm: None, tmp_path: Path, monkeyp
 
     def trained(job: Job) -> str:
         """The cluster's name of a job, once it has written a checkpoint."""
-        until(lambda: list(folder(job.config).glob("checkpoints/*/*.ckpt")), over)
+        until(lambda: list(folder(job.config).glob("checkpoints/*/*.ckpt")), over.is_set)
         return (folder(job.config) / ".job").read_text()
 
     def disturb() -> None:
@@ -78,9 +69,9 @@ def test_a_sweep_on_a_cluster_loses_nothing(slurm: None, tmp_path: Path, monkeyp
             ):  # seeing the job go, scancel would signal it again when it is back
                 subprocess.run(["scancel", "--signal=USR2", first], timeout=3)
             subprocess.run(["scancel", "--signal=KILL", "--full", trained(jobs[1])], check=True)
-            until(lambda: "Restarts=1" in scontrol("show", "job", first), over)
+            until(lambda: "Restarts=1" in scontrol("show", "job", first), over.is_set, pause=0.2)
             raw = scontrol("-o", "show", "job", first).split()[0].removeprefix("JobId=")
-            until(lambda: "JobState=PENDING" in scontrol("show", "job", first), over)
+            until(lambda: "JobState=PENDING" in scontrol("show", "job", first), over.is_set, pause=0.2)
             scontrol("update", f"JobId={raw}", "StartTime=now")  # SLURM lets a job wait two minutes
         except BaseException as e:
             troubles.append(e)
@@ -113,7 +104,7 @@ def test_submit_and_leave(slurm: None, tmp_path: Path) -> None:
         assert outcome.state == "queued"
         assert isinstance(console.file, io.StringIO)
         assert said in console.file.getvalue()
-    until(lambda: list(tmp_path.glob("*/seed0/record.json")), threading.Event())
+    until(lambda: list(tmp_path.glob("*/seed0/record.json")))
     assert [o.state for o in sweeps.run(jobs, Cluster("slurm"), console)] == ["recorded"]
 
 
@@ -126,10 +117,8 @@ def test_local_jobs_behave_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     over = threading.Event()
 
     def interrupt() -> None:
-        until(lambda: list(folder(jobs[0].config).glob("checkpoints/*/*.ckpt")), over)
-        lock = folder(jobs[0].config) / "seed0" / ".lock"
-        inode = f":{lock.stat().st_ino} "
-        (pid,) = {int(li.split()[4]) for li in Path("/proc/locks").read_text().splitlines() if inode in li}
+        until(lambda: list(folder(jobs[0].config).glob("checkpoints/*/*.ckpt")), over.is_set)
+        (pid,) = holders(folder(jobs[0].config) / "seed0" / ".lock")
         os.kill(pid, signal.SIGUSR2)
 
     thread = threading.Thread(target=interrupt)

@@ -15,33 +15,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from conftest import CONF
-from hydra import compose, initialize_config_dir
+from conftest import Config, folder, holders, run_config, same_results, small, until
 from omegaconf import DictConfig
 from rich.console import Console
 
 from nobackprop import records, sweeps
 from nobackprop.callbacks import ResumePoint
-from nobackprop.preparation import prepare
-from nobackprop.records import Record
 from nobackprop.stopping import Stopped
 from nobackprop.sweeps import Basic, Cluster, Job, Joblib, Outcome, Submitted
 from nobackprop.train import Busy, train
-
-SMALL = ["logger=none", "arch.hidden=[12]", "batch_size=8", "max_epochs=2", "optimizer=sgd", "optimizer.momentum=0.9"]
-Config = Callable[..., DictConfig]
-
-
-def small(runs: Path, *overrides: str) -> DictConfig:
-    """A run on digits of 161 mini-batches an epoch, so two chunks: the first ends in mid-epoch."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", [*SMALL, f"paths.runs={runs}", *overrides])
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Config:
-    return lambda *overrides: small(tmp_path / "runs", *overrides)
 
 
 @pytest.fixture
@@ -52,24 +34,6 @@ def console() -> Console:
 def shown(console: Console) -> str:
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
-
-
-def folder(cfg: DictConfig) -> Path:
-    return prepare(cfg).folder
-
-
-def same_results(one: Path, other: Path) -> int:
-    """Asserts that two folders of runs hold the same records, and the same weights to the bit; how many there are."""
-    changing = {"finished", "wall_s", "command", "dirty", "commit"}
-    paths = sorted(path.relative_to(one) for path in one.glob("*/seed*/record.json"))
-    assert paths == sorted(path.relative_to(other) for path in other.glob("*/seed*/record.json"))
-    for path in paths:
-        a, b = (Record.read(root / path).model_dump(exclude=changing) for root in (one, other))
-        assert a == b, path
-        v, w = (torch.load((root / path).with_name("best.pt"), weights_only=True)["weights"] for root in (one, other))
-        assert v.keys() == w.keys()
-        assert all(torch.equal(v[name], w[name]) for name in v), path
-    return len(paths)
 
 
 class Killed(BaseException):
@@ -241,8 +205,7 @@ def test_a_busy_job_comes_last(config: Config, console: Console) -> None:
     def other() -> None:
         with training_elsewhere(first):
             held.set()
-            while not done.exists():
-                time.sleep(0.02)
+            until(done.exists)
 
     thread = threading.Thread(target=other)
     thread.start()
@@ -345,9 +308,8 @@ def test_processes_train_the_same_and_one_that_is_killed_harms_no_other(
     endless = config("rule=fa", "max_epochs=100000", "checkpoint_minutes=0")
 
     def kill() -> None:
-        while not list(folder(endless).glob("checkpoints/*/*.ckpt")):
-            time.sleep(0.02)
-        (pid,) = {int(pid) for pid in _holders(folder(endless) / "seed0" / ".lock")}
+        until(lambda: list(folder(endless).glob("checkpoints/*/*.ckpt")))
+        (pid,) = holders(folder(endless) / "seed0" / ".lock")
         os.kill(pid, signal.SIGKILL)
 
     thread = threading.Thread(target=kill)
@@ -363,8 +325,7 @@ def test_ctrl_c_ends_the_processes_too_after_a_checkpoint(config: Config, tmp_pa
     cfg = config("rule=bp", "max_epochs=100000", "checkpoint_minutes=60")
 
     def interrupt() -> None:
-        while not _holders(folder(cfg) / "seed0" / ".lock"):
-            time.sleep(0.02)
+        until(lambda: holders(folder(cfg) / "seed0" / ".lock"))
         time.sleep(1)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -373,17 +334,8 @@ def test_ctrl_c_ends_the_processes_too_after_a_checkpoint(config: Config, tmp_pa
     with pytest.raises(Stopped):
         sweeps.run([Job("endless", cfg)], Joblib(), console)
     thread.join()
-    assert not _holders(folder(cfg) / "seed0" / ".lock")
+    assert not holders(folder(cfg) / "seed0" / ".lock")
     assert len(list(folder(cfg).glob("checkpoints/*/*.ckpt"))) == 1
-
-
-def _holders(path: Path) -> list[str]:
-    """The processes, other than this one, that hold a lock on a file."""
-    if not path.exists():
-        return []
-    inode = f":{path.stat().st_ino} "
-    locks = [line.split() for line in Path("/proc/locks").read_text().splitlines() if inode in line]
-    return [fields[4] for fields in locks if fields[1] == "FLOCK" and int(fields[4]) != os.getpid()]
 
 
 def test_no_more_processes_than_cores(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -447,7 +399,6 @@ def test_a_copy_of_the_source_knows_its_commit(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize(("given", "expected"), [("null", 1), ("2", 2)])
 def test_a_job_beside_others_keeps_its_seeds_in_one_process(given: str, expected: int) -> None:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        job = sweeps.Job("", compose("train", [f"workers={given}"]))
+    job = sweeps.Job("", run_config(f"workers={given}"))
     assert sweeps._beside_others(job).config.workers == expected
     assert job.config.workers == (None if given == "null" else 2)

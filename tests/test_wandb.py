@@ -3,34 +3,25 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CONF
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from conftest import CONF, Config, small
+from omegaconf import OmegaConf
 
 from nobackprop.callbacks import ResumePoint
 from nobackprop.preparation import prepare
 from nobackprop.settings import Settings
 from nobackprop.train import train
 
-Config = Callable[..., DictConfig]
-
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    """A small run on digits that keeps W&B runs offline."""
-    small = ["arch.hidden=[12]", "batch_size=64", "max_epochs=2", f"paths.runs={tmp_path}/runs"]
-
-    def make(*overrides: str) -> DictConfig:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return compose("train", [*small, *overrides])
-
-    return make
+    """A small run on digits, of 20 mini-batches an epoch, that keeps W&B runs offline."""
+    return partial(small, tmp_path / "runs", "logger=wandb", "batch_size=64")
 
 
 def offline_run(seed_folder: Path) -> dict[str, list[Any]]:
@@ -76,12 +67,24 @@ def test_an_interrupted_run_is_one_run(config: Config, monkeypatch: pytest.Monke
         assert own == {**epoch, "trainer/global_step": epoch["step"]}
 
 
+def test_each_seed_is_a_run_with_its_config_and_scores_that_is_finished(config: Config) -> None:
+    cfg = config("seeds=2", "max_epochs=1")
+    for record in train(cfg):
+        content = offline_run(prepare(cfg).seed_folder(record.seed))
+        assert content["exit"] == [{"exit_code": 0}]
+        given = content["run"][0]["config"]["update"]
+        assert (given["seed"], given["arch"]["hidden"]) == (record.seed, [12])
+        summary = {name: value for entry in content["summary"] for name, value in entry["update"].items()}
+        assert record.test is not None
+        assert summary["test/accuracy"] == pytest.approx(record.test["accuracy"])
+        assert summary["trainer/global_step"] == record.steps
+
+
 def test_seeds_of_a_config_are_a_group_and_a_sweep_may_be_one(config: Config) -> None:
     cfg = config("seeds=2", "max_epochs=1")
     train(cfg)
-    folder = prepare(cfg).folder
-    runs = [offline_run(folder / f"seed{seed}")["run"][0] for seed in range(2)]
-    assert [run["run_group"] for run in runs] == [folder.name] * 2
+    runs = [offline_run(prepare(cfg).seed_folder(seed))["run"][0] for seed in range(2)]
+    assert [run["run_group"] for run in runs] == [prepare(cfg).folder.name] * 2
     assert len({run["run_id"] for run in runs}) == 2
     other = config("rule=fa", "max_epochs=1", "logger.group=rules")
     train(other)

@@ -12,10 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from conftest import CONF
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from conftest import SMALL, Config, folder, same_results, small, until
 from rich.console import Console
 
 import nobackprop.train
@@ -23,23 +20,11 @@ import nobackprop.workers
 from nobackprop import cli
 from nobackprop.callbacks import Screen
 from nobackprop.hardware import cores
-from nobackprop.preparation import prepare
 from nobackprop.records import Record
 from nobackprop.train import train
 from nobackprop.workers import side_by_side, workers
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks safely")
-SMALL = ["logger=none", "arch.hidden=[12]", "batch_size=8"]
-Config = Callable[..., DictConfig]
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Config:
-    def make(folder: str, *overrides: str) -> DictConfig:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return compose("train", [*SMALL, f"paths.runs={tmp_path}/{folder}", *overrides])
-
-    return make
 
 
 @pytest.fixture
@@ -52,31 +37,16 @@ def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nobackprop.workers, "cores", lambda: 2)
 
 
-def results(folder: Path, seed: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """A seed's record, without what changes from run to run, and its weights."""
-    record = Record.read(folder / f"seed{seed}" / "record.json")
-    weights = torch.load(folder / f"seed{seed}" / "best.pt", weights_only=True)["weights"]
-    return record.model_dump(exclude={"finished", "wall_s", "command", "dirty", "commit"}), weights
-
-
-def assert_same(a: Path, b: Path, seed: int) -> None:
-    (record, weights), (other_record, other_weights) = results(a, seed), results(b, seed)
-    assert record == other_record
-    assert all(torch.equal(weights[name], other_weights[name]) for name in weights | other_weights)
-
-
 @pytest.mark.usefixtures("two_cores")
 def test_seeds_are_the_same_to_the_bit_side_by_side_and_in_turn(
-    config: Config, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    beside, alone = config("beside", "seeds=3", "max_epochs=1"), config("alone", "seeds=3", "max_epochs=1", "workers=1")
-    records = train(beside)
+    records = train(small(tmp_path / "beside", "seeds=3", "max_epochs=1"))
     monkeypatch.setattr(nobackprop.workers, "_fork", lambda *_: pytest.fail("workers=1 has no workers"))
-    train(alone)
+    train(small(tmp_path / "alone", "seeds=3", "max_epochs=1", "workers=1"))
     assert [r.seed for r in records] == [0, 1, 2]
     assert [r.machine.threads for r in records] == [1, 1, 1]
-    for seed in range(3):
-        assert_same(prepare(beside).folder, prepare(alone).folder, seed)
+    assert same_results(tmp_path / "beside", tmp_path / "alone") == 3
 
 
 def test_there_are_as_many_processes_as_asked_for_and_they_share_the_jobs(screen: Screen) -> None:
@@ -139,8 +109,7 @@ def test_the_first_error_ends_all_at_once_and_says_where_it_was(tmp_path: Path, 
         if job == 0:
             return job
         if job == 1:
-            while not list(tmp_path.iterdir()):
-                time.sleep(0.01)
+            until(lambda: list(tmp_path.iterdir()))
             raise ValueError("the second job went wrong")
         (tmp_path / str(os.getpid())).touch()
         time.sleep(60)
@@ -157,20 +126,19 @@ def test_the_first_error_ends_all_at_once_and_says_where_it_was(tmp_path: Path, 
 
 
 def test_what_was_done_before_an_error_stays(config: Config, two_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg = config("runs", "seeds=3", "max_epochs=1")
+    cfg = config("seeds=3", "max_epochs=1")
     fit = nobackprop.train._fit
 
     def second_fails(run: Any, dataset: Any, tasks: Any, *rest: Any) -> Any:
         if tasks[0].seed == 1:
-            while not (run.seed_folder(0) / "record.json").exists():
-                time.sleep(0.01)
+            until((run.seed_folder(0) / "record.json").exists)
             raise OSError("No space left on device")
         return fit(run, dataset, tasks, *rest)
 
     monkeypatch.setattr("nobackprop.train._fit", second_fails)
     with pytest.raises(OSError, match="No space left"):
         train(cfg)
-    assert Record.read(prepare(cfg).seed_folder(0) / "record.json").seed == 0
+    assert Record.read(folder(cfg) / "seed0" / "record.json").seed == 0
     monkeypatch.undo()
     assert [r.seed for r in train(cfg)] == [0, 1, 2]
 
@@ -227,20 +195,16 @@ def start(tmp_path: Path) -> tuple[subprocess.Popen[str], list[int]]:
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 240
-    while len({path.parent for path in tmp_path.glob("runs/*/checkpoints/*/*.ckpt")}) < 2:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(
+        lambda: len({path.parent for path in tmp_path.glob("runs/*/checkpoints/*/*.ckpt")}) == 2,
+        unless=lambda: process.poll() is not None and process.communicate(),
+    )
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return process, [int(pid) for pid in children]
 
 
 def wait_for_the_end_of(pids: list[int]) -> None:
-    deadline = time.monotonic() + 60
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), seconds=60)
 
 
 def test_ctrl_c_ends_all_workers_after_a_checkpoint(tmp_path: Path) -> None:
@@ -259,10 +223,9 @@ def test_a_killed_run_ends_its_workers_and_goes_on_to_the_same_records(config: C
     process.kill()
     process.communicate()
     wait_for_the_end_of(children)
-    killed, alone = config("runs", "seeds=2", "max_epochs=60"), config("alone", "seeds=2", "max_epochs=60", "workers=1")
-    assert not list(prepare(killed).folder.glob("seed*/record.json"))
-    assert len(list(prepare(killed).folder.glob("checkpoints/*/*.ckpt"))) >= 2
+    killed = config("seeds=2", "max_epochs=60")
+    assert not list(folder(killed).glob("seed*/record.json"))
+    assert len(list(folder(killed).glob("checkpoints/*/*.ckpt"))) >= 2
     train(killed)
-    train(alone)
-    for seed in range(2):
-        assert_same(prepare(killed).folder, prepare(alone).folder, seed)
+    train(small(tmp_path / "alone", "seeds=2", "max_epochs=60", "workers=1"))
+    assert same_results(tmp_path / "runs", tmp_path / "alone") == 2
