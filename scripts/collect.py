@@ -27,6 +27,8 @@ def main() -> None:
             write_table(table(found.records.values()), options.table)
     except (ValueError, FileNotFoundError) as e:
         parser.exit(2, f"collect.py: {e}\n")
+    if not found.records and not found.unreadable:
+        parser.exit(2, f"collect.py: no run records in {', '.join(map(str, options.runs))}\n")
     for problem in found.unreadable + found.conflicts:
         print(problem)
     print(f"{len(found.records)} records of {len({signature for signature, _ in found.records})} runs", end="")

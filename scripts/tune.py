@@ -21,6 +21,7 @@ from textwrap import wrap
 from typing import Annotated, Any
 
 from grid import TUNED, Cell, cells, select
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 from rich.console import Console
@@ -223,7 +224,7 @@ def main() -> None:
             found.append(each)
             if each.accuracy and each.cell.tuned is not None:
                 write(each, options.search, search, options.set, each.cell.tuned)
-    except (ValueError, FileNotFoundError, BrokenProcessPool) as error:
+    except (ValueError, FileNotFoundError, HydraException, BrokenProcessPool) as error:
         parser.exit(2, f"{Path(__file__).name}: {error}\n")
     console.print(table(found))
     parser.exit(0 if all(each.accuracy for each in found) else 1)

@@ -118,7 +118,7 @@ def test_loading_says_what_is_wrong(config: Config, tmp_path: Path) -> None:
         nobackprop.load(tmp_path)
     path = folder(cfg) / "seed0" / "best.pt"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"best.pt is damaged .* train this seed again"):
+    with pytest.raises(ValueError, match=r"best.pt is damaged .* delete it and the record"):
         nobackprop.load(path.parent)
 
 

@@ -38,6 +38,8 @@ class SweepLauncher(Launcher):
             same = {*sys.argv, "dry_run=True"}
             varied = [text for text in filter_overrides(overrides) if text not in same]
             jobs.append(sweeps.Job(" ".join(varied) or "the run", config))
+        if any(job.config.launcher != jobs[0].config.launcher for job in jobs):
+            raise ValueError("launcher: one for the whole sweep, not one a job")
         outcomes = sweeps.run(jobs, sweeps.launcher_of(jobs[0].config), console, jobs[0].config.dry_run)
         SweepLauncher.failed += sum(outcome.state == "failed" for outcome in outcomes)
         if jobs[0].config.dry_run:

@@ -54,7 +54,11 @@ class Screen:
     def finish(self, title: str) -> None:
         """Leaves a bar as a line above those that go on."""
         if (number := self.tasks.pop(title, None)) is not None:
-            self.bars.console.print(self.bars.make_tasks_table([t for t in self.bars.tasks if t.id == number]))
+            (task,) = (t for t in self.bars.tasks if t.id == number)
+            if self.bars.console.is_terminal:
+                self.bars.console.print(self.bars.make_tasks_table([task]))
+            else:  # a file has no width
+                self.print(f"{task.description} {task.fields['state']}")
             self.bars.remove_task(number)
 
 

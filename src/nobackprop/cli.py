@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def run(cfg: DictConfig) -> None:
     announce_tuned(choices, console)
     if choices.launcher != "basic":
         raise ValueError(f"launcher={choices.launcher} is for several jobs: add --multirun")
+    if "sweep" in choices:
+        raise ValueError(f"+sweep={choices.sweep} is for several jobs: add --multirun")
     if cfg.dry_run:
         from nobackprop import sweeps
 
@@ -68,7 +71,7 @@ def main() -> None:
         run()
     except HydraException as e:
         sys.exit(f"nobackprop: {e}{_choices(str(e))}")
-    except (ValueError, FileNotFoundError, ChildProcessError) as e:
+    except (ValueError, OSError) as e:  # a worker that was killed is an OSError, too
         sys.exit(f"nobackprop: {e}")
     except KeyboardInterrupt:
         sys.stderr.write("nobackprop: interrupted; the same command goes on\n")
@@ -93,7 +96,9 @@ def _choices(message: str) -> str:
     except HydraException:
         return ""  # another mistake comes first
     node = OmegaConf.select(cfg, ".".join(parents)) if parents else cfg
-    return f"\nThere is no {key!r} here; choose from: {', '.join(map(str, node or ()))}"
+    names = [str(name) for name in node or ()]
+    close = "".join(f" Did you mean {name}?" for name in get_close_matches(key, names, 1))
+    return f"\nThere is no {key!r} here.{close} Choose from: {', '.join(names)}"
 
 
 if __name__ == "__main__":

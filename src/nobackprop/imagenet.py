@@ -42,6 +42,7 @@ class Index(BaseModel):
     shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     channels: Literal["RGB", "BGR"]
     classes: list[str]
+    root: str  # the folder it was made from
     counts: dict[str, list[PositiveInt]]  # of train and test: the images of each class
     fingerprint: str
 
@@ -174,7 +175,12 @@ class ImageNet(Source):
     # Checks of a finished cache
 
     def _check_files(self, index: Index, blocks: Blocks) -> None:
-        """Raises ValueError if there are other files than the cache was made from."""
+        """Raises ValueError if there are other files than the cache was made from, or the same names elsewhere."""
+        if Path(self.where).is_dir() and str(Path(self.where).resolve()) != index.root:
+            raise ValueError(
+                f"{self.name}: {self._cache} was made from {index.root}, not from {self.where}. For other images "
+                f"choose another dataset.source.cache. If these are the same images in a new place: {self._redo}."
+            )
         for split, folder in FOLDERS.items():
             if not Path(self.where, folder).is_dir():
                 continue
@@ -306,6 +312,7 @@ class ImageNet(Source):
             shape=self.shape,
             channels=self._channels,
             classes=list(trees["train"]),
+            root=str(Path(self.where).resolve()),
             counts=counts,
             fingerprint=_fingerprint(counts, blocks),
         )

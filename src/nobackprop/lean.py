@@ -23,6 +23,7 @@ def start() -> None:
     """Imports Lightning without its unused company. Does nothing where Lightning or the compiler is there already."""
     if {"pytorch_lightning", "torchmetrics", COMPILER} & sys.modules.keys():
         return
+    import numpy  # noqa: F401 - torch imports it too, and would swallow a Ctrl-C meanwhile
     import torch
 
     sys.modules[COMPILER] = torch._dynamo = Compiler(COMPILER)  # pyright: ignore[reportAttributeAccessIssue]

@@ -16,8 +16,14 @@ class _ForeachOptimizer(Optimizer):
     """Steps all weights that have a gradient at once, through torch's `_foreach` operations."""
 
     def __init__(self, params: Iterable[Tensor], defaults: dict[str, Any]) -> None:
-        if defaults["lr"] < 0:
-            raise ValueError(f"Invalid learning rate: {defaults['lr']}")
+        for name, value in defaults.items():
+            if name == "betas" and len(value) != 2:
+                raise ValueError(f"betas is {value}: it must be two numbers")
+            for number in value if name == "betas" else (value,):
+                if number < 0:
+                    raise ValueError(f"{name} is {value}: it must not be below 0")
+                if name in ("betas", "beta1", "beta2", "decay") and number >= 1:
+                    raise ValueError(f"{name} is {value}: it is a share of the past, so below 1")
         super().__init__(params, defaults)
 
     @torch.no_grad()

@@ -146,7 +146,11 @@ def _try_step(run: Run) -> None:
     try:
         if run.schedule is not None:
             with warnings.catch_warnings(action="ignore"):  # that no optimizer step came before
-                run.schedule(optimizer).step()
+                schedule = run.schedule(optimizer)
+                for _ in range(min(run.settings.max_epochs, 1000)):
+                    schedule.step()
+        if not all(group["lr"] >= 0 for group in optimizer.param_groups):
+            raise ValueError(f"the rate becomes {optimizer.param_groups[0]['lr']}: it must not be below 0")
     except (TypeError, ValueError, ArithmeticError) as e:
         raise ValueError(f"schedule: {e}") from None
 
@@ -161,5 +165,5 @@ def trainer(settings: Settings, **options: Any) -> Trainer:
         options["strategy"] = DataParallel()
     try:
         return Trainer(**options)
-    except (ValueError, RuntimeError, MisconfigurationException) as e:
+    except (ValueError, RuntimeError, ImportError, MisconfigurationException) as e:
         raise ValueError(f"trainer: {e}") from None

@@ -3,6 +3,7 @@
 import json
 from hashlib import sha256
 from inspect import signature
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,15 +26,16 @@ from pydantic import (
 )
 from pydantic import ValidationError as PydanticError
 
+MOST_SEEDS = 100_000  # when counted; more are a slip of the pen
 Component = dict[str, Any]  # a mapping with Hydra's `_target_`
 
 
 def _seed_list(seeds: Any) -> Any:
     if isinstance(seeds, list):
         return seeds
-    if isinstance(seeds, int) and not isinstance(seeds, bool) and seeds > 0:
+    if isinstance(seeds, int) and not isinstance(seeds, bool) and 0 < seeds <= MOST_SEEDS:
         return list(range(seeds))
-    raise ValueError("write how many, 1 or more, or a list such as [0,4,7]")
+    raise ValueError(f"write how many, 1 to {MOST_SEEDS}, or a list such as [0,4,7]")
 
 
 def _fraction_or_count(value: float) -> float:
@@ -49,7 +51,7 @@ class _Strict(BaseModel):
 class DatasetSettings(_Strict):
     """conf/dataset: where images come from and which of them a seed trains on."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # a part of the run's folder
     source: Component
     classes: int | None
     classes_seed: NonNegativeInt | None
@@ -124,7 +126,9 @@ class Settings(_Strict):
     def of(cls, cfg: DictConfig) -> "Settings":
         """The settings in a composed config. Raises ValueError, naming every key at fault and what it may be."""
         try:
-            settings = cls.model_validate(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+            content = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+            _check_finite(content)
+            settings = cls.model_validate(content)
         except MissingMandatoryValue as e:
             raise ValueError(f"{e.full_key} must be given: add {e.full_key}=...") from None
         except PydanticError as e:
@@ -160,6 +164,15 @@ class Settings(_Strict):
     def signature(self) -> str:
         """A hash of `identity`: with the seed it is the key of a record."""
         return digest(self.identity())
+
+
+def _check_finite(tree: Any, *path: Any) -> None:
+    """Raises ValueError for a number that is infinite or none: no record could say what was run."""
+    if isinstance(tree, float) and not isfinite(tree):
+        raise ValueError(f"{'.'.join(map(str, path))}: write a finite number, got {tree}")
+    nodes = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, node in nodes:
+        _check_finite(node, *path, key)
 
 
 def digest(config: dict[str, Any]) -> str:

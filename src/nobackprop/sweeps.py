@@ -535,4 +535,5 @@ def snapshot(folder: Path) -> Path:
 
 def launcher_of(config: DictConfig) -> Launcher:
     """The launcher that a config names. Raises ValueError where its keys don't fit."""
-    return build(Settings.of(config).launcher, "launcher")
+    node: Any = OmegaConf.to_container(config.launcher, resolve=True)
+    return build(node, "launcher")

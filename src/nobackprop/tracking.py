@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import wandb
 from pytorch_lightning.loggers import WandbLogger
+from wandb.errors import Error
 
 
 def wandb_logger(
@@ -35,19 +36,22 @@ def wandb_logger(
     run_id = f"{folder.name.rpartition('-')[2]}-{seed}"
     for replaced in seed_folder.glob(f"wandb/offline-run-*-{run_id}"):
         shutil.rmtree(replaced)
-    run = wandb.init(
-        project=project,
-        entity=entity,
-        mode=mode,
-        id=run_id,
-        resume="allow" if mode == "online" else None,
-        group=group or folder.name,
-        tags=tags,
-        name=f"{folder.name} seed {seed}",
-        dir=seed_folder,
-        config={**config, "seed": seed},
-        settings=wandb.Settings(reinit="create_new", silent=True, console="off"),
-    )
+    try:
+        run = wandb.init(
+            project=project,
+            entity=entity,
+            mode=mode,
+            id=run_id,
+            resume="allow" if mode == "online" else None,
+            group=group or folder.name,
+            tags=tags,
+            name=f"{folder.name} seed {seed}",
+            dir=seed_folder,
+            config={**config, "seed": seed},
+            settings=wandb.Settings(reinit="create_new", silent=True, console="off"),
+        )
+    except Error as e:
+        raise ValueError(f"logger: {e} (logger.mode=offline needs no account)") from e
     run.define_metric("trainer/global_step")
     run.define_metric("*", step_metric="trainer/global_step")
     return WandbLogger(experiment=run)

@@ -54,9 +54,9 @@ class Trained:
 
         Raises ValueError where the shape differs, or none of the images is of a class it knows.
         """
-        relabel = torch.full((max(*self.classes, int(images.labels.max())) + 1,), -1)
-        relabel[list(self.classes)] = torch.arange(len(self.classes))
-        labels = relabel[images.labels]
+        labels = torch.full_like(images.labels, -1)
+        for label, number in enumerate(self.classes):
+            labels[images.labels == number] = label
         known = (labels >= 0).nonzero().squeeze(1)
         if not len(known):
             raise ValueError(f"none of these images is of a class that the net knows: {list(self.classes)}")
@@ -131,12 +131,15 @@ def load(run_folder: str | Path) -> Trained:
     Nothing in the folder is run or unpickled. Raises FileNotFoundError, with the folders there are, where there is no
     trained net, and ValueError where the file is damaged, or its rule or loss is not to be had.
     """
-    path = Path(run_folder) / "best.pt"
+    path = Path(run_folder) if Path(run_folder).is_file() else Path(run_folder) / "best.pt"
     seeds = sorted(Path(run_folder).glob("seed*/best.pt"))
     if len(seeds) == 1:
         (path,) = seeds
     if not path.exists():
-        hint = "train it first, or check the path (a seed that diverged in its first epoch has none)"
+        hint = (
+            "train it first, or check the path; a seed that diverged in its first epoch has none. Where there is a "
+            "record.json all the same, delete it and run the command again"
+        )
         if seeds:
             hint = f"choose one of its seeds: {', '.join(str(p.parent) for p in seeds)}"
         raise FileNotFoundError(f"{run_folder} holds no trained net (best.pt): {hint}")
@@ -145,7 +148,8 @@ def load(run_folder: str | Path) -> Trained:
         names = ("net", "rule", "weights", "loss", "pixels", "classes")
         net, rule, weights, loss, pixels, classes = (content[name] for name in names)
     except Exception as e:  # torch.load raises what the damage leads to
-        raise ValueError(f"{path} is damaged ({type(e).__name__}: {e}): train this seed again") from e
+        redo = "delete it and the record.json beside it, and run the command again"
+        raise ValueError(f"{path} is damaged ({type(e).__name__}): {redo}") from e
     return Trained(
         net=Network.from_description(net),
         rule=_made(Rule, rule, path),

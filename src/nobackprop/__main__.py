@@ -1,0 +1,5 @@
+"""`python -m nobackprop`: the command `nobackprop`."""
+
+from nobackprop.cli import main
+
+main()
