@@ -7,7 +7,6 @@ One row and one curve a run (a config with all its seeds). Nothing is trained: a
 
 import argparse
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 from warnings import warn
@@ -36,10 +35,18 @@ def read(folder: Path) -> dict[str, list[Record]]:
     return runs
 
 
-def label(run: str, runs: Iterable[str]) -> str:
-    """The run's name, with its signature where other runs share the name."""
-    name = run.rsplit("-", 1)[0]
-    return run if sum(other.rsplit("-", 1)[0] == name for other in runs) > 1 else name
+def labels(runs: dict[str, list[Record]]) -> dict[str, str]:
+    """What to call each run: its name, and where others share it the settings in which they differ."""
+    by_name = defaultdict(list)
+    for run in runs:
+        by_name[run.rsplit("-", 1)[0]].append(run)
+    found = {}
+    for name, same in by_name.items():
+        configs = pd.json_normalize([runs[run][0].config for run in same]).astype(str)
+        differ = configs.columns[configs.nunique() > 1]
+        for run, (_, config) in zip(same, configs.iterrows(), strict=True):
+            found[run] = " ".join([name, *(f"{key}={config[key]}" for key in differ)])
+    return found
 
 
 def table(runs: dict[str, list[Record]]) -> Table:
@@ -48,11 +55,12 @@ def table(runs: dict[str, list[Record]]) -> Table:
     for column in ("run", "seeds", "test accuracy", "wall time"):
         result.add_column(column, justify="left" if column == "run" else "right")
     accuracies = {run: tested(records) for run, records in runs.items()}
+    names = labels(runs)
     for run in sorted(runs, key=lambda run: mean(accuracies[run] or [-1]), reverse=True):
-        lost = len(runs[run]) - len(accuracies[run])
+        lost = sum(r.diverged_epoch is not None for r in runs[run])
         cell = mean_and_deviation(accuracies[run]) + (f" ({lost} diverged)" if lost else "")
         wall = sum(r.wall_s / r.stacked for r in runs[run])
-        result.add_row(label(run, runs), str(len(runs[run])), cell, f"{wall:.1f} s")
+        result.add_row(names[run], str(len(runs[run])), cell, f"{wall:.1f} s")
     return result
 
 
@@ -60,9 +68,10 @@ def figure(runs: dict[str, list[Record]], path: Path) -> None:
     """Validation accuracy against epochs: the mean over seeds, and a band from the lowest seed to the highest."""
     mpl.use("agg")
     fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    names = labels(runs)
     for run, records in runs.items():
         curves = pd.DataFrame({r.seed: {e["epoch"]: e["val/accuracy"] for e in r.epochs} for r in records})
-        (line,) = ax.plot(curves.index, curves.mean(axis=1), label=label(run, runs))
+        (line,) = ax.plot(curves.index, curves.mean(axis=1), label=names[run])
         band = curves.min(axis=1), curves.max(axis=1)
         ax.fill_between(curves.index, *band, color=line.get_color(), alpha=0.15, linewidth=0)
     ax.set(xlabel="epoch", ylabel="validation accuracy", title="mean over seeds; band: lowest to highest seed")

@@ -184,6 +184,8 @@ class Found:
             found.append(f"{self.stand_in} in place of the paper's images")
         if self.diverged:
             found.append("some seeds diverged before they could be tested and are left out of the mean")
+        if any(r.diverged_epoch is not None for r in self.records if r.test):
+            found.append("some seeds diverged and were tested with their best weights from before")
         return found
 
 

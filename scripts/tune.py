@@ -151,20 +151,37 @@ class Found:
         return self.best[1].validation
 
 
+def command_of(cell: Cell, name: str, search: Search, further: Sequence[str]) -> str:
+    """The command that searches this cell alone."""
+    command = f"python scripts/tune.py {name} --trials {search.trials} --epochs {search.epochs} --only {cell}"
+    return command + (f" --set {' '.join(further)}" if further else "")
+
+
+def check_replaces(cell: Cell, name: str, search: Search, further: Sequence[str]) -> None:
+    """Raises ValueError where a cell's settings were found by another command: a trial run would replace them."""
+    if cell.tuned is None or not cell.tuned.exists():
+        return
+    text = cell.tuned.read_text()
+    if f"#   {command_of(cell, name, search, further)}\n" not in text:
+        (before,) = [line[4:] for line in text.splitlines() if line.startswith("#   ")] or ["another search"]
+        raise ValueError(f"{cell.tuned} was found by `{before}`: delete it to search it in another way")
+
+
 def write(found: Found, name: str, search: Search, further: Sequence[str], path: Path) -> None:
     """Writes what was found as a file of conf/tuned: only what was searched, under a header that says how."""
     within = search.within(found.cell)
-    only = " ".join(f"{axis}={choice}" for axis, choice in found.cell.labels.items())
     told = (
         f"The best by validation accuracy, {found.accuracy:.2%}, of {search.trials} trials: seed {search.seed}, "
         f"{search.epochs} epochs. Searched: {'; '.join(f'{key} {dimension}' for key, dimension in within.items())}."
     )
-    command = f"python scripts/tune.py {name} --trials {search.trials} --epochs {search.epochs} --only {only}"
-    command += f" --set {' '.join(further)}" if further else ""
     settings = OmegaConf.create()
     for key, value in found.best[0].items():
         OmegaConf.update(settings, key, value)
-    header = ["# @package _global_", *(f"# {line}" for line in wrap(told, 116)), f"#   {command}"]
+    header = [
+        "# @package _global_",
+        *(f"# {line}" for line in wrap(told, 116)),
+        f"#   {command_of(found.cell, name, search, further)}",
+    ]
     records.write_atomically(path, "\n".join([*header, OmegaConf.to_yaml(settings)]).encode())
 
 
@@ -218,6 +235,8 @@ def main() -> None:
         search = Search.of(search.model_dump() | given, "the command")
         tuned = [cell for cell in cells(options.search) if cell.tuned is not None]
         chosen = select(tuned, options.only)
+        for cell in chosen:
+            check_replaces(cell, options.search, search, options.set)
         further = [*options.set, f"paths.runs={options.runs}"]
         found = []
         for each in tune(options.search, search, chosen, further, options.jobs, console):

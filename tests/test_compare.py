@@ -41,13 +41,15 @@ def test_the_table_has_mean_and_standard_deviation_best_first(write: Write, tmp_
 
 
 def test_runs_of_one_name_are_told_apart_and_diverged_seeds_counted(write: Write, tmp_path: Path) -> None:
-    write("a" * 12, 0)
-    write("a" * 12, 1, test=None)
-    write("b" * 12, 0, test=None)
+    update = {name: {"arch": {"hidden": [9]}, "update": name} for name in ("mean", "sum")}
+    write("a" * 12, 0, config=update["mean"])
+    write("a" * 12, 1, config=update["mean"], test=None, diverged_epoch=1)
+    write("b" * 12, 0, config=update["sum"], test=None, diverged_epoch=1)
     text = shown(tmp_path)
-    assert "bp_mlp_digits-aaaaaaaaaaaa" in text
-    assert "50.00% (1 diverged)" in text
-    assert "- (1 diverged)" in text
+    (mean,) = [line for line in text.splitlines() if "bp_mlp_digits update=mean " in line]
+    (total,) = [line for line in text.splitlines() if "bp_mlp_digits update=sum " in line]
+    assert "50.00% (1 diverged)" in mean
+    assert "- (1 diverged)" in total
 
 
 def test_the_figure_is_written_where_it_says(

@@ -364,6 +364,15 @@ def test_a_changed_tree_is_noticed(tree: Path) -> None:
         loaded(source(tree))
 
 
+def test_the_same_names_in_another_folder_are_not_taken_for_the_same_images(tree: Path) -> None:
+    made = source(tree).load()
+    moved = tree.rename(tree.with_name("moved"))
+    with pytest.raises(ValueError, match=rf"was made from {tree}, not from {moved}\. For other images choose another"):
+        source(moved).load()
+    (tree.parent / "cache" / "index.json").unlink()  # as it says, for the same images in a new place
+    assert source(moved).load().fingerprint == made.fingerprint
+
+
 def test_trees_that_do_not_fit(tree: Path) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"none/train holds no folder; needed: .*or a finished cache in .*cache"

@@ -181,6 +181,10 @@ def test_a_record_of_before_a_key_was_added_counts_where_the_key_has_its_default
 def test_a_seed_that_diverged_is_left_out_of_the_mean_and_counts_at_chance_for_claims(results: Path) -> None:
     found = first_row([lra(0, 0.9), lra(1, None)], results).cells["lra_e"]
     assert (found.mean, found.diverged) == (0.9, 1)
+    assert found.marks == ["some seeds diverged before they could be tested and are left out of the mean"]
+    later = lra(2, 0.8).model_copy(update={"diverged_epoch": 2})
+    (mark,) = first_row([lra(0, 0.9), later], results).cells["lra_e"].marks
+    assert mark == "some seeds diverged and were tested with their best weights from before"
     assert found.for_claims == {2: {0: 0.9, 1: 0.5}}  # two classes in these records
     assert any("diverged" in mark for mark in found.marks)
 

@@ -1,6 +1,6 @@
 """A trained net as it is loaded: it says what it said when it was tested, and what is wrong where it can't."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,20 @@ def test_a_net_trained_with_a_loss_of_ones_own_is_loaded_where_that_is_imported(
     torch.save(content | {"rule": {"class": "nobackprop.rules.bp.BP", "fields": {"rate": 1}}}, path)
     with pytest.raises(ValueError, match=r"was trained with another version of nobackprop\.rules\.bp\.BP: .*'rate'"):
         nobackprop.load(tmp_path)
+
+
+def test_labels_of_no_class_of_the_net_do_not_count(config: Config) -> None:
+    cfg = config("max_epochs=1", "dataset.classes=3")
+    train(cfg)
+    trained = nobackprop.load(folder(cfg))
+    test = Digits().load().test
+    strange = replace(test, labels=torch.where(test.labels % 2 == 0, test.labels, -1))
+    even = test.labels % 2 == 0
+    assert trained.evaluate(strange) == trained.evaluate(
+        replace(test, pixels=test.pixels[even], labels=test.labels[even])
+    )
+    with pytest.raises(ValueError, match="none of these images is of a class that the net knows"):
+        trained.evaluate(replace(test, labels=torch.full_like(test.labels, -100)))
 
 
 def test_a_net_refuses_other_images(config: Config) -> None:

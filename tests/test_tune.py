@@ -150,6 +150,13 @@ def test_what_is_found_is_written_and_used_and_nothing_runs_twice(
     assert settings.identity() == best.config
     assert settings.init.backward == settings.init.forward
 
+    monkeypatch.setattr(sys, "argv", ["tune.py", *command, "batch_size=20", "--runs", str(runs)])
+    with pytest.raises(SystemExit, match="2"):
+        tune.main()
+    assert "bp.yaml was found by `python scripts/tune.py lra_e --trials 3" in capsys.readouterr().err
+    assert len([*runs.glob("*/seed1000/record.json")]) == 3
+
+    monkeypatch.setattr(sys, "argv", ["tune.py", *command, "--runs", str(runs)])
     for path, trial in trials.items():  # the figures of the test images play no part
         trial.model_copy(update={"test": {"accuracy": 1 - trial.validation}}).write(path)
         times[path] = path.stat().st_mtime_ns
