@@ -213,3 +213,8 @@ def test_the_command_says_what_it_did(
     with pytest.raises(SystemExit, match="1"):
         script.main()
     assert "they differ in wall_s" in capsys.readouterr().out
+    (tmp_path / "none").mkdir()
+    monkeypatch.setattr(sys, "argv", ["collect.py", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match="2"):
+        script.main()
+    assert f"no run records in {tmp_path}/none" in capsys.readouterr().err

@@ -8,10 +8,13 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import CONF, options, until
+
+from nobackprop.rule import Rule
 
 ROOT = CONF.parent
 
@@ -75,6 +78,9 @@ def test_a_mistake_in_one_job_of_a_multirun_does_not_stop_the_others(tmp_path: P
     assert ended.returncode == 0
     assert "1/2 rule=dfa: is recorded already" in ended.stdout
     assert "1 of 2 would run" in ended.stdout
+    ended = nobackprop("--multirun", "batch_size=0,50", *jobs[3:], "--dry-run", cwd=tmp_path)
+    assert "1/2 batch_size=0: failed: batch_size: Input should be greater than 0, got 0" in ended.stdout
+    assert "1 of 2 would run" in ended.stdout
     ended = nobackprop("rule=mdfa", "init=orthogonal", "--dry-run", cwd=tmp_path)
     assert ended.returncode == 1
     assert "failed: rule MDFA needs non-negative weights" in ended.stdout
@@ -96,6 +102,19 @@ def test_a_launcher_without_a_multirun_is_a_mistake(tmp_path: Path) -> None:
     ended = nobackprop("launcher=joblib", cwd=tmp_path)
     assert ended.returncode == 1
     assert "\nnobackprop: launcher=joblib is for several jobs: add --multirun" in ended.stderr
+
+
+def test_what_is_for_several_jobs_and_for_one_is_told_apart(tmp_path: Path) -> None:
+    ended = nobackprop("+sweep=rates", "logger=none", cwd=tmp_path)
+    assert "+sweep=rates is for several jobs: add --multirun" in ended.stderr + ended.stdout
+    ended = nobackprop("--multirun", "launcher=basic,joblib", "logger=none", cwd=tmp_path)
+    assert "\nnobackprop: launcher: one for the whole sweep, not one a job" in f"\n{ended.stderr}"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    ended = nobackprop("paths.runs=file/runs", "logger=none", "max_epochs=1", cwd=tmp_path)
+    assert ended.stderr.startswith("nobackprop: [Errno 20] Not a directory: 'file")
 
 
 def test_tuned_settings_are_announced_and_a_mistyped_one_is_refused(tmp_path: Path) -> None:
@@ -142,10 +161,28 @@ def test_python_314_gets_a_clear_message() -> None:
     assert ended.stderr.startswith("nobackprop runs on Python 3.11, 3.12 and 3.13")
 
 
-def test_the_readmes_loop_learns(capsys: pytest.CaptureFixture[str]) -> None:
+def loops() -> tuple[str, str]:
+    """README's loop for one rule, and the step for all."""
     text = (ROOT / "README.md").read_text()
-    (loop,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "optimizer.step()" in block)
+    loop, step = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "optimizer.step()" in block)
+    return loop, step
+
+
+def test_the_readmes_loop_learns(capsys: pytest.CaptureFixture[str]) -> None:
+    loop, _ = loops()
     assert len(loop.splitlines()) < 20
     torch.manual_seed(0)
     exec(loop, {})
     assert float(re.findall(r"tensor\((.*)\)", capsys.readouterr().out)[0]) > 0.85
+
+
+def test_the_readmes_step_is_that_of_every_rule(rule: Rule) -> None:
+    loop, step = loops()
+    before = loop.partition("for step")[0].replace("LRAE()", "rule")
+    here: dict[str, Any] = {"rule": rule}
+    exec(f"{before}i = torch.arange(50)\nstart = {{name: t.clone() for name, t in w.items()}}", here)
+    exec(step, here)
+    w, moved = here["w"], {name for name, t in here["w"].items() if not torch.equal(t, here["start"][name])}
+    assert {"W1", "W2", "W3"} <= moved
+    assert all((w[name] >= 0).all() for name in rule.nonnegative(here["net"]))
+    assert here["predicted"].shape == here["labels"].shape
