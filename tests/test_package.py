@@ -53,7 +53,7 @@ def test_an_editable_install_finds_its_configs_from_anywhere(tmp_path: Path) -> 
     [
         (["rule=hebb"], r"Could not find 'rule/hebb'\s+Available options in 'rule':\s+bp\s+brsf\s+dfa"),
         (["rul=bp"], r"There is no 'rul' here; choose from: rule, dataset, arch,"),
-        (["rule.bta=1"], r"There is no 'bta' here; choose from: _target_, beta, gamma, learn_E"),
+        (["rule.bta=1"], r"There is no 'bta' here; choose from: _target_, beta, gamma, learn_E\. Did you mean beta\?"),
         (["rule=dfa", "dataset.clases=2"], r"There is no 'clases' here; choose from: classes, classes_seed,"),
     ],
     ids=["rule", "group", "key", "dataset key"],

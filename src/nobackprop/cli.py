@@ -97,8 +97,8 @@ def _choices(message: str) -> str:
         return ""  # another mistake comes first
     node = OmegaConf.select(cfg, ".".join(parents)) if parents else cfg
     names = [str(name) for name in node or ()]
-    close = "".join(f" Did you mean {name}?" for name in get_close_matches(key, names, 1))
-    return f"\nThere is no {key!r} here.{close} Choose from: {', '.join(names)}"
+    close = "".join(f". Did you mean {name}?" for name in get_close_matches(key, names, 1))
+    return f"\nThere is no {key!r} here; choose from: {', '.join(names)}{close}"
 
 
 if __name__ == "__main__":
