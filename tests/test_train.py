@@ -96,7 +96,7 @@ def test_every_config_composes(config: Config, tmp_path: Path, group: str, optio
         (["optimizer=tf_adam", "optimizer.lr=null"], "optimizer.lr: Input should be a valid number, got None"),
         (["schedule=cosine", "schedule.T_max=0"], "schedule: "),
         (["schedule=multistep", "schedule.milestones=5"], "schedule: "),
-        (["schedule=multistep", "schedule.milestones=[1]", "schedule.gamma=-1"], "schedule: the rate becomes -0.0"),
+        (["schedule=multistep", "schedule.milestones=[1,2]", "schedule.gamma=-1"], "schedule: the rate becomes -0.0"),
         (["schedule=multistep", "schedule.milestones=[1]", "schedule.gamma=abc"], "schedule: "),
         (["dataset.name=a/b"], "dataset.name: String should match pattern"),
         (["logger=wandb", "logger.mode=foo"], "logger.mode: Input should be 'online', 'offline' or 'disabled'"),

@@ -245,7 +245,8 @@ class ImageNet(Source):
         trees = {split: self._tree(folder) for split, folder in FOLDERS.items()}
         if trees["train"].keys() != trees["test"].keys():
             raise ValueError(
-                f"{self.name}: the classes in {Path(self.where, 'val')} are not those in train: without "
+                f"{self.name}: the classes in {Path(self.where, FOLDERS['test'])} are not those in {FOLDERS['train']}: "
+                f"without "
                 f"{_some(trees['train'].keys() - trees['test'].keys())}, with "
                 f"{_some(trees['test'].keys() - trees['train'].keys())}. {self.remedy}"
             )

@@ -149,8 +149,8 @@ def _try_step(run: Run) -> None:
                 schedule = run.schedule(optimizer)
                 for _ in range(min(run.settings.max_epochs, 1000)):
                     schedule.step()
-        if not all(group["lr"] >= 0 for group in optimizer.param_groups):
-            raise ValueError(f"the rate becomes {optimizer.param_groups[0]['lr']}: it must not be below 0")
+                    if (rate := optimizer.param_groups[0]["lr"]) < 0:
+                        raise ValueError(f"the rate becomes {rate}: it must not be below 0")
     except (TypeError, ValueError, ArithmeticError) as e:
         raise ValueError(f"schedule: {e}") from None
 

@@ -126,7 +126,8 @@ def _made(base: Any, description: Mapping[str, Any], path: Path) -> Any:
 
 
 def load(run_folder: str | Path) -> Trained:
-    """The trained net of a seed's folder, such as `runs/lra_e_mlp_mnist-0123456789ab/seed0`, or of a run with one seed.
+    """The trained net of a seed's folder, such as `runs/lra_e_mlp_mnist-0123456789ab/seed0`, or of a run with one seed;
+    a path to best.pt itself will do.
 
     Nothing in the folder is run or unpickled. Raises FileNotFoundError, with the folders there are, where there is no
     trained net, and ValueError where the file is damaged, or its rule or loss is not to be had.
