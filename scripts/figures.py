@@ -11,9 +11,11 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from findings import ANGLE, Findings, Found, Row, Table, described, shown_rules
+from findings import ANGLE, Findings, Found, Row, Table, described, rules_run
 from matplotlib import ticker
 from matplotlib.figure import Figure as Canvas
+
+from nobackprop.records import Record
 
 # A rule has the same colour in every figure; the first seven are Okabe & Ito's, which the colour-blind can tell apart.
 COLOURS = {
@@ -52,7 +54,10 @@ STYLE: Any = {
 
 
 def figures(found: Findings) -> dict[str, bytes]:
-    """Every figure there is something to draw for: `<table>_error`, `_rules`, `_curves`, `_time` and `_angles`."""
+    """Every figure there is something to draw for.
+
+    Their names: `<table>_error` or `_accuracy`, `_rules`, `_curves`, `_time` and `_angles`.
+    """
     made: dict[str, bytes] = {}
     colour = defaultdict(lambda: OTHER, COLOURS)
     for table in found.layout.tables:
@@ -61,7 +66,7 @@ def figures(found: Findings) -> dict[str, bytes]:
             continue
         kinds: dict[str, Callable[[], Canvas]] = {}
         if table.against and len({row.labels[table.against] for row in rows}) > 1:
-            kinds["error"] = partial(_against, table, rows, colour)
+            kinds[table.drawn] = partial(_against, table, rows, colour)
         for kind, line, x in (("curves", _curve, "epoch"), ("time", _time, "seconds of training")):
             kinds[kind] = partial(_panels, table, rows, colour, line, x, "validation accuracy, %")
         if table.by_rule:
@@ -82,12 +87,19 @@ def _svg(draw: Callable[[], Canvas]) -> bytes:
 
 
 def _axes(
-    number: int, columns: int, x: str, y: str, legend: Sequence[str], height: float = 1.5, left: float = 0.65
+    number: int,
+    columns: int,
+    x: str,
+    y: str,
+    legend: Sequence[str],
+    height: float = 1.5,
+    left: float = 0.65,
+    between: tuple[float, float] = (0.4, 0.5),
 ) -> tuple[Canvas, list[Any]]:
     """Panels in a grid with a common name for each axis and room for a legend of these names. Sizes are in inches."""
     columns = min(number, columns)
     lines = ceil(number / columns)
-    right, below, wide, between = 0.15, 0.5, 2.2, (0.4, 0.5)
+    right, below, wide = 0.15, 0.5, 2.2
     width = left + columns * wide + (columns - 1) * between[0] + right
     above = 0.45 + 0.2 * ceil(len(legend) / _across(width, legend)) if legend else 0.3
     tall = below + lines * height + (lines - 1) * between[1] + above
@@ -107,7 +119,8 @@ def _axes(
     for ax in axes[number:]:
         ax.remove()
     for ax in axes[:number]:
-        ax.locator_params(nbins=4)
+        ax.locator_params("x", nbins=4, integer=True)
+        ax.locator_params("y", nbins=4)
     return canvas, list(axes[:number])
 
 
@@ -133,7 +146,7 @@ def _panels(
     """One panel a row of the table, one line a rule; those along `against` stand beside each other."""
     choices = len({row.labels[table.against] for row in rows}) if table.against else 0
     columns = choices if 2 < choices < 6 else 4
-    canvas, axes = _axes(len(rows), columns, x, y, shown_rules(rows))
+    canvas, axes = _axes(len(rows), columns, x, y, rules_run(rows))
     for ax, row in zip(axes, rows, strict=True):
         for rule, cell in row.cells.items():
             if cell.records:
@@ -143,14 +156,14 @@ def _panels(
     return canvas
 
 
-def _metric(cell: Found, name: str) -> pd.DataFrame:
+def _metric(records: Sequence[Record], name: str) -> pd.DataFrame:
     """A metric by epoch, a column a seed; NaN where a seed has ended or diverged."""
-    return pd.DataFrame({r.seed: {e["epoch"]: e.get(name) for e in r.epochs} for r in cell.records}, dtype=float)
+    return pd.DataFrame({r.seed: {e["epoch"]: e.get(name) for e in r.epochs} for r in records}, dtype=float)
 
 
 def _curve(ax: Any, cell: Found, colour: str, label: str) -> None:
     """The mean over seeds, and a band from the lowest seed to the highest."""
-    values = 100 * _metric(cell, "val/accuracy")
+    values = 100 * _metric(cell.records, "val/accuracy")
     ax.plot(values.index, values.mean(axis=1), color=colour, label=label, gid=f"rule:{label}")
     if values.shape[1] > 1:
         low, high = values.min(axis=1), values.max(axis=1)
@@ -158,20 +171,20 @@ def _curve(ax: Any, cell: Found, colour: str, label: str) -> None:
 
 
 def _time(ax: Any, cell: Found, colour: str, label: str) -> None:
-    """Against a seed's wall time, taken to be the same for each of its epochs."""
-    values = 100 * _metric(cell, "val/accuracy")
-    spent = np.mean([r.wall_s / r.stacked / max(len(r.epochs), 1) for r in cell.records])
-    ax.plot(spent * values.index, values.mean(axis=1), color=colour, label=label, gid=f"rule:{label}")
+    """Against the wall time of the fastest seed, taken to be the same for each of its epochs."""
+    values = 100 * _metric(cell.records, "val/accuracy")
+    ax.set_xscale("log")
+    ax.plot(cell.seconds * values.index, values.mean(axis=1), color=colour, label=label, gid=f"rule:{label}")
 
 
 def _against(table: Table, rows: Sequence[Row], colour: dict[str, str]) -> Canvas:
-    """Test error against an axis of the table, with 95 % intervals: one panel for each choice of the other axes."""
+    """What is `drawn` against an axis of the table, with 95 % intervals: one panel for each choice of the others."""
     x = table.against
     assert x is not None
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(choice for axis, choice in row.labels.items() if axis != x), []).append(row)
-    canvas, axes = _axes(len(groups), 4, x.replace("_", " "), "test error, %", shown_rules(rows), height=2)
+    canvas, axes = _axes(len(groups), 4, x.replace("_", " "), f"test {table.drawn}, %", rules_run(rows), height=2)
     ticks = list(dict.fromkeys(row.labels[x] for row in rows))
     for ax, (group, members) in zip(axes, groups.items(), strict=True):
         rules = list(
@@ -182,11 +195,13 @@ def _against(table: Table, rows: Sequence[Row], colour: dict[str, str]) -> Canva
             points = [(ticks.index(at), cell) for at, cell in cells if cell.mean is not None]
             shift = 0.06 * (i - (len(rules) - 1) / 2)  # so that intervals of several rules stay apart
             at = [place + shift for place, _ in points]
-            error = [100 - 100 * (cell.mean or 0) for _, cell in points]
+            accuracies = [100 * (cell.mean or 0) for _, cell in points]
+            values = accuracies if table.drawn == "accuracy" else [100 - accuracy for accuracy in accuracies]
             half = [50 * (cell.interval[1] - cell.interval[0]) if cell.interval else 0 for _, cell in points]
-            _points(ax, rule, colour[rule], at, error, yerr=half, label=rule)
+            _points(ax, rule, colour[rule], at, values, yerr=half, label=rule)
         ax.set_xticks(range(len(ticks)), ticks)
-        ax.set_ylim(0, 1.08 * ax.get_ylim()[1])
+        if table.drawn == "error":
+            ax.set_ylim(0, 1.08 * ax.get_ylim()[1])
         ax.set_title(", ".join(choice.replace("_", " ") for choice in group))
     _legend(canvas, axes)
     return canvas
@@ -201,7 +216,7 @@ def _points(ax: Any, rule: str, colour: str, x: Any, y: Any, **bars: Any) -> Non
 
 def _by_rule(found: Findings, rows: Sequence[Row], colour: dict[str, str]) -> Canvas:
     """A line for each rule: test error and angle to the gradient in each row, and what a step costs."""
-    rules = shown_rules(rows)
+    rules = rules_run(rows)
     panels: list[tuple[str, Mapping[str, tuple[float, float]]]] = []  # values and half the interval, by rule
     for row in rows:
         cells = {rule: cell for rule, cell in row.cells.items() if cell.mean is not None}
@@ -234,15 +249,17 @@ def _angles(measured: Sequence[tuple[Row, str, Found]]) -> Canvas:
     columns = min(5, max(Counter(id(row) for row, _, _ in measured).values()))
     deepest = max(cell.layers[-1] for _, _, cell in measured)
     layers = [f"layer {l}" for l in range(1, deepest + 1)]
-    canvas, axes = _axes(len(measured), columns, "epoch", "angle to the gradient, degrees", layers)
+    canvas, axes = _axes(len(measured), columns, "epoch", "angle to the gradient, degrees", layers, between=(0.4, 0.65))
     shades = mpl.colormaps["viridis"](np.linspace(0.9, 0.0, deepest))
     for ax, (row, rule, cell) in zip(axes, measured, strict=True):
+        seeds = 0
         for l in cell.layers:
-            angles = _metric(cell, f"{ANGLE}{l}").mean(axis=1)
-            ax.plot(angles.index, angles, color=shades[l - 1], label=f"layer {l}", linewidth=1.1)
+            angles = _metric(cell.all_seeds, f"{ANGLE}{l}").dropna(axis=1, how="all")
+            seeds = angles.shape[1]
+            ax.plot(angles.index, angles.mean(axis=1), color=shades[l - 1], label=f"layer {l}", linewidth=1.1)
         ax.axhline(90, color="#888888", linestyle=":", linewidth=1)
-        ax.set_ylim(0, 100)
+        ax.set_ylim(0, max(100, ax.get_ylim()[1]))
         ax.set_yticks([0, 30, 60, 90])
-        ax.set_title(f"{rule}: {described(row.labels)}", fontsize=8)
+        ax.set_title(f"{rule}, {seeds} seeds\n{described(row.labels)}", fontsize=8)
     _legend(canvas, axes)
     return canvas

@@ -60,6 +60,7 @@ class Published(_Strict):
     paper: str
     link: str | None
     seeds: PositiveInt | None
+    note: str = ""  # how its figures came about, where that bears on a comparison
     figures: list[Figure]
 
     @model_validator(mode="after")
@@ -86,8 +87,10 @@ class Table(_Strict):
     rows: list[str] = Field(min_length=1)
     apart: list[str]
     against: str | None = None
+    drawn: Literal["error", "accuracy"] = "error"
     epochs: PositiveInt | None = None
     by_rule: bool = False
+    note: str = ""
 
 
 class Layout(_Strict):
@@ -117,6 +120,7 @@ class Found:
     rule: str
     overrides: Sequence[str]
     records: Sequence[Record] = ()
+    all_seeds: Sequence[Record] = ()  # with as many epochs, those included that other rules of the row lack
     epochs: int | None = None
     planned_epochs: int | None = None  # the paper's
     planned_seeds: int | None = None  # the paper's, where they are known
@@ -160,9 +164,14 @@ class Found:
         return mean(found) if found else None
 
     @property
+    def seconds(self) -> float:
+        """An epoch's, in the fastest seed; the others shared the machine with more."""
+        return min(r.wall_s / r.stacked / max(len(r.epochs), 1) for r in self.all_seeds)
+
+    @property
     def layers(self) -> list[int]:
         """The layers whose updates' angle to the gradient was measured."""
-        names = {name for record in self.records for name in (record.epochs[0] if record.epochs else ())}
+        names = {name for record in self.all_seeds for name in (record.epochs[0] if record.epochs else ())}
         return sorted(int(name.removeprefix(ANGLE)) for name in names if name.startswith(ANGLE))
 
     @property
@@ -201,6 +210,11 @@ class Row:
         return any(cell.records for cell in self.cells.values())
 
     @property
+    def shown(self) -> list[str]:
+        """The rules with runs or a published figure."""
+        return [rule for rule, cell in self.cells.items() if cell.records or cell.figures]
+
+    @property
     def seeds(self) -> str:
         counts = {len(cell.records) for cell in self.cells.values() if cell.records}
         return "-".join(str(count) for count in sorted(counts))
@@ -211,9 +225,13 @@ class Row:
         return "-".join(str(count) for count in sorted(counts))
 
     @property
+    def planned_epochs(self) -> int:
+        """The paper's."""
+        return max((cell.planned_epochs or 0 for cell in self.cells.values()), default=0)
+
+    @property
     def fewer_epochs(self) -> bool:
-        """Than the paper's."""
-        return any(cell.epochs and cell.epochs < (cell.planned_epochs or 0) for cell in self.cells.values())
+        return any(cell.epochs and cell.epochs < self.planned_epochs for cell in self.cells.values())
 
 
 @dataclass(frozen=True)
@@ -368,7 +386,7 @@ def costs(path: Path) -> dict[str, Cost]:
     }
 
 
-def shown_rules(rows: Sequence[Row]) -> list[str]:
+def rules_run(rows: Sequence[Row]) -> list[str]:
     """The rules with runs in a table, in the grid's order."""
     return list(dict.fromkeys(rule for row in rows for rule, cell in row.cells.items() if cell.records))
 
@@ -424,7 +442,6 @@ def _find(cell: Cell, layout: Layout, runs: Runs, not_run: Sequence[NotRun], kno
         _, records = runs.of([*overrides, f"dataset={stand_in}"])
     if stand_in and records:
         overrides.append(f"dataset={stand_in}")
-        figures = []  # those are of other images
     return Found(
         cell.labels,
         identity["rule"]["_target_"].split(".")[-2],
@@ -479,7 +496,7 @@ def _showing(cell: Found, epochs: int | None, records: Sequence[Record], seeds: 
         first.setdefault(record.seed, record)
     shown = [first[seed] for seed in seeds if seed in first]
     if shown:
-        return replace(cell, records=shown, epochs=epochs)
+        return replace(cell, records=shown, all_seeds=list(first.values()), epochs=epochs)
     recorded = sorted({r.config["max_epochs"] for r in cell.records})
     if not recorded:
         return cell

@@ -7,13 +7,13 @@ column's head, a rule is hidden in all figures by its box, and every cell leads 
 give the same bytes.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from shlex import join
 
 from figures import COLOURS, OTHER
-from findings import Findings, Found, Published, Row, Table, published, shown_rules
+from findings import Findings, Found, Published, Row, Table, published, rules_run
 from tables import (
     caption,
     command,
@@ -22,22 +22,24 @@ from tables import (
     every_paper,
     generated,
     how,
-    missing,
+    notes,
     p_value,
     percent,
     place,
     sheet,
     signed,
+    tests_not_run,
 )
 
 from nobackprop.claims import Result
 
 TITLES = {
     "error": "Test error, with 95 % intervals",
+    "accuracy": "Test accuracy, with 95 % intervals",
     "rules": "Test error with 95 % intervals, angle of the updates to the gradient, cost of a step",
     "curves": "Learning curves: mean over seeds, band from the lowest seed to the highest",
-    "time": "Accuracy against time of training",
-    "angles": "Angle of each layer's update to backpropagation's gradient",
+    "time": "Accuracy against time of training, at the pace of each cell's fastest seed (runs shared a machine)",
+    "angles": "Angle of each layer's update to backpropagation's gradient, in all seeds in which it was measured",
 }
 
 STYLE = """
@@ -68,6 +70,7 @@ details { margin: .6em 0; } summary { cursor: pointer; font-weight: 600; } figur
 figure svg { max-width: 100%; height: auto; display: block; }
 @media (max-width: 600px) {
   main { padding: 14px; } nav div { padding: 6px 14px; } figure { overflow-x: auto; } figure svg { min-width: 620px; }
+  nav { position: static; } [id] { scroll-margin-top: 8px; }
 }
 """
 
@@ -133,13 +136,12 @@ def winner(row: Row) -> Found | None:
 
 def accuracy(paper: str, found: Found | None, best: bool, signs: Mapping[str, str]) -> str:
     """A cell of a table: the mean with its deviation, the interval beneath, and the way to its runs."""
-    if found is None or not found.records:
+    if found is None:
         return cell("", True)
-    text = element("a", escape(signed(found, signs)), href=f"#{anchor(paper, found)}")
+    text = element("a", escape(signed(found, signs)), href=f"#{anchor(paper, found)}") if found.records else ""
     if found.interval:
         text += element("small", " to ".join(percent(bound) for bound in found.interval))
-    if found.mean is not None:
-        text += "".join(element("small", escape(comparison(found, figure))) for figure in found.figures)
+    text += "".join(element("small", escape(comparison(found, figure))) for figure in found.figures)
     return cell(text, True, data_value=f"{found.mean or 0:.8f}", _class="n best" if best else "n")
 
 
@@ -147,7 +149,6 @@ def section(found: Findings, table: Table) -> str:
     """A table of a paper, and what is to be said of it."""
     rows, shown = found.tables[table.name], sheet(found, table)
     parts = [element("h3", escape(table.title), id=f"{found.paper}-{table.name}")]
-    notes = [f"Without runs, {line}" for line in missing(rows)]
     if shown:
         winners = [winner(row) for row in rows]
         body = [
@@ -161,11 +162,13 @@ def section(found: Findings, table: Table) -> str:
         ]
         text = element("p", escape(caption(table, intervals=True)), _class="soft")
         parts += [text, sortable(shown.head, body, len(shown.head) - shown.left)]
-        notes = [f"{sign} {mark}" for mark, sign in shown.signs.items()] + notes
     else:
         parts.append(element("p", "No runs are recorded yet."))
-    parts.append(element("ul", "".join(element("li", escape(note)) for note in notes)) if notes else "")
-    return "\n".join(parts)
+    return "\n".join([*parts, listed(notes(found, table))])
+
+
+def listed(sentences: Sequence[str]) -> str:
+    return element("ul", "".join(element("li", escape(sentence)) for sentence in sentences)) if sentences else ""
 
 
 def drawings(table: Table, figures: Mapping[str, bytes]) -> str:
@@ -175,9 +178,8 @@ def drawings(table: Table, figures: Mapping[str, bytes]) -> str:
         if svg := figures.get(f"{table.name}_{kind}"):
             drawn = svg.decode()
             figure = element("figure", drawn[drawn.index("<svg") :], aria_label=title)
-            parts.append(
-                element("details", element("summary", title) + figure, open="" if kind in ("error", "rules") else None)
-            )
+            shown = "" if kind in (table.drawn, "rules") else None
+            parts.append(element("details", element("summary", title) + figure, open=shown))
     return "\n".join(parts)
 
 
@@ -192,7 +194,7 @@ def verdict(result: Result) -> list[str]:
     between = element("small", f"{low} to {high}") if result.seeds > 1 else ""
     difference = cell(f"{100 * result.mean:+.2f}{between}", True, data_value=f"{result.mean:.8f}")
     both = [cell(escape(p_value(p)), True, data_value=f"{p:.8f}") for p in (result.p_holds, result.p_fails)]
-    return [*cells, cell(str(result.epochs), True), difference, *both]
+    return [*cells, cell(str(result.epochs), True), cell(str(result.seeds), True), difference, *both]
 
 
 def verdicts(found: Findings) -> str:
@@ -204,44 +206,44 @@ def verdicts(found: Findings) -> str:
         for c in found.claims.claims
     )
     run = [result for result in found.verdicts if result.mean is not None]
-    missing = Counter(result.missing for result in found.verdicts if result.mean is None)
-    notes = departures(found) if run else []
-    notes += [f"{number} tests are not run: {reason}" for reason, number in missing.items()]
-    header = ["claim", "settings", "where", "verdict", "epochs", "difference", "p, holds", "p, fails"]
-    shown = sortable(header, map(verdict, run), 4) if run else ""
-    listed = element("ul", "".join(element("li", escape(note)) for note in notes)) if notes else ""
-    return "\n".join([element("ul", claims), element("p", escape(how(found.claims)), _class="soft"), shown, listed])
+    below = listed((departures(found) if run else []) + tests_not_run(found))
+    header = ["claim", "settings", "where", "verdict", "epochs", "seeds", "difference", "p, holds", "p, fails"]
+    shown = sortable(header, map(verdict, run), 5) if run else ""
+    return "\n".join([element("ul", claims), element("p", escape(how(found.claims)), _class="soft"), shown, below])
 
 
-def runs(found: Findings, sources: Sequence[str]) -> str:
-    """Every cell with runs: its config as overrides, and each seed's accuracy; `sources` are the files of records."""
+def runs(found: Findings, sources: Mapping[str, str]) -> str:
+    """Every cell with runs: the command, the records and each seed's accuracy; `sources` are the files of records."""
     rows = []
     unique = {anchor(found.paper, c): c for rows in found.tables.values() for row in rows for c in row.cells.values()}
     for name, c in unique.items():
         if not c.records:
             continue
-        command = f"nobackprop {' '.join(c.overrides)} max_epochs={c.epochs}"
+        chosen = ",".join(str(record.seed) for record in c.records)
+        command = join(["nobackprop", *c.overrides, f"max_epochs={c.epochs}", f"seeds=[{chosen}]"])
         seeds = "; ".join(f"seed {s}: {percent(a)}" for s, a in sorted(c.accuracies.items()))
         seeds += f"; {c.diverged} diverged" if c.diverged else ""
         signatures = sorted({record.signature for record in c.records})
         names = sorted({record.name for record in c.records})
-        wall = sum(record.wall_s / record.stacked for record in c.records) / len(c.records)
+        files = [name for name, text in sources.items() if any(f'"{signature}"' in text for signature in signatures)]
         cells = [
             element("td", escape(" ".join(c.labels.values()))),
             element("td", element("code", escape(command))),
             element("td", element("code", escape(f"{', '.join(names)}-{', '.join(signatures)}"))),
+            element("td", ", ".join(element("a", escape(name), href=name) for name in files)),
             element("td", escape(seeds)),
-            element("td", f"{wall:.0f}", _class="n"),
+            element("td", f"{c.seconds:.1f}", _class="n"),
         ]
         rows.append((name, "".join(cells)))
     if not rows:
         return ""
-    heads = "".join(f"<th>{text}</th>" for text in ("cell", "config", "run", "test accuracy, %", "s a seed"))
+    header = "cell", "command", "run", "records", "test accuracy, %", "s an epoch"
+    heads = "".join(f"<th>{text}</th>" for text in header)
     body = "\n".join(element("tr", cells, id=name) for name, cells in rows)
-    files = [element("a", escape(name), href=name) for name in (*sources, f"tables/{found.paper}.csv")]
-    source = f"Records, by signature and seed, and the table of all cells: {', '.join(files)}."
+    table_file = element("a", f"tables/{found.paper}.csv", href=f"tables/{found.paper}.csv")
+    source = f"Seconds are those of the fastest seed; runs shared a machine. All cells as a table: {table_file}."
     table = element("div", f"<table><thead><tr>{heads}</tr></thead>\n<tbody>{body}</tbody></table>", _class="wide")
-    return element("details", element("summary", f"All {len(rows)} runs") + element("p", source) + table)
+    return element("details", element("summary", f"All {len(rows)} cells with runs") + element("p", source) + table)
 
 
 def named(known: Published) -> str:
@@ -255,15 +257,15 @@ def elsewhere(every: Mapping[str, Published]) -> str:
         figures = [figure for figure in known.figures if not figure.cell]
         if not figures:
             continue
-        header = ["table", "row", "column", "value", "spread", "seeds"]
+        header = ["table", "row", "column", "source", "value", "spread", "seeds"]
         rows = [
-            [cell(escape(text)) for text in (f.table, f.row, f"{f.column} ({f.unit})")]
+            [cell(escape(text)) for text in (f.table, f.row, f"{f.column} ({f.unit})", f.source)]
             + [cell(f"{f.value:g}", True), cell("" if f.spread is None else f"{f.spread:g}", True)]
             + [cell(str(f.seeds or known.seeds or ""), True)]
             for f in figures
         ]
-        source = named(known)
-        parts.append(element("h3", source, id=f"published-{paper}") + sortable(header, rows, 3))
+        parts += [element("h3", named(known), id=f"published-{paper}"), element("p", escape(known.note))]
+        parts.append(sortable(header, rows, 3))
     return "\n".join(parts)
 
 
@@ -271,10 +273,10 @@ def page(
     every: Sequence[Findings],
     known: Mapping[str, Published],
     drawn: Mapping[str, Mapping[str, bytes]],
-    sources: Sequence[str],
+    sources: Mapping[str, str],
 ) -> str:
-    """The whole page, with the figures that were drawn of each paper, and ways to the files of records."""
-    rules = dict.fromkeys(r for f in every for rows in f.tables.values() for r in shown_rules(rows))
+    """The whole page, with the figures that were drawn of each paper and the files of records, by path."""
+    rules = dict.fromkeys(r for f in every for rows in f.tables.values() for r in rules_run(rows))
     boxes = [
         f'<label><input type="checkbox" checked value="{r}"> <b style="background:{colour}"></b> {r}</label>'
         for r, colour in ((r, COLOURS.get(r, OTHER)) for r in rules)
@@ -322,7 +324,7 @@ def everything(results: Path, readme: Path) -> dict[Path, bytes]:
         found.paper: {path.stem: svg for path, svg in files.items() if path.parent == results / "figures" / found.paper}
         for found in every
     }
-    sources = [f"records/{path.name}" for path in sorted((results / "records").glob("*.jsonl"))]
+    sources = {f"records/{path.name}": path.read_text() for path in sorted((results / "records").glob("*.jsonl"))}
     content = page(every, published(results / "published"), drawn, sources)
     return files | {results / "report.html": content.encode()}
 

@@ -10,7 +10,7 @@ results/benchmark.csv and conf/. The same files give the same bytes. Writes resu
 
 import argparse
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +18,14 @@ from typing import Any
 
 import pandas as pd
 from figures import figures
-from findings import ROOT, Cost, Figure, Findings, Found, Row, Table, described, findings, papers, shown_rules
+from findings import ROOT, Cost, Figure, Findings, Found, Row, Table, described, findings, papers
 
 from nobackprop.claims import Claims, Result
 from nobackprop.collecting import collect
 from nobackprop.records import Record, write_atomically
 
 SIGNS, FEWER = "†‡§¶", "fewer epochs than planned"
-TEX = str.maketrans({"_": r"\_", "%": r"\%", "&": r"\&", "±": r"$\pm$", "°": r"$^\circ$"})
+TEX = str.maketrans({"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "±": r"$\pm$", "°": r"$^\circ$"})
 TEX |= str.maketrans(dict(zip(SIGNS, (r"$^\dagger$", r"$^\ddagger$", r"$^\S$", r"$^\P$"), strict=True)))
 
 
@@ -49,14 +49,33 @@ def spread(cell: Found) -> str:
 
 
 def signed(cell: Found, signs: Mapping[str, str]) -> str:
-    """As `spread`, with a sign for each departure from the paper."""
-    return spread(cell) + "".join(signs[mark] for mark in cell.marks if mark in signs)
+    """As `spread`, with a sign for each departure from the paper; a dash without runs."""
+    return spread(cell) + "".join(signs[mark] for mark in cell.marks if mark in signs) if cell.records else "-"
+
+
+def difference(cell: Found, figure: Figure) -> str:
+    """Ours less a published figure, in points; empty without ours, or where ours are other images."""
+    return "" if cell.mean is None or cell.stand_in else f"{100 * cell.mean - figure.accuracy:+.2f}"
 
 
 def comparison(cell: Found, figure: Figure) -> str:
-    """A published figure beside ours, as an accuracy in percent."""
-    assert cell.mean is not None
-    return f"published {figure.accuracy:.2f} ({100 * cell.mean - figure.accuracy:+.2f})"
+    """A published figure, as an accuracy in percent, and how far ours is from it."""
+    told = f"published {figure.accuracy:.2f}" + (f" ± {figure.spread:.2f}" if figure.spread is not None else "")
+    told += f", {figure.seeds} seeds" if figure.seeds else ""
+    return f"{told} ({apart})" if (apart := difference(cell, figure)) else told
+
+
+def text(cell: Found | str | None, signs: Mapping[str, str], intervals: bool) -> str:
+    """What a table's cell says."""
+    if isinstance(cell, str):
+        return cell
+    if cell is None:
+        return "-"
+    ours = signed(cell, signs)
+    if intervals and cell.interval:
+        low, high = cell.interval
+        ours += f" ({percent(low)} to {percent(high)})"
+    return "; ".join([ours, *(comparison(cell, figure) for figure in cell.figures)])
 
 
 def marks(rows: Iterable[Row]) -> dict[str, str]:
@@ -98,7 +117,7 @@ def _together(places: Sequence[str]) -> str:
 
 
 def epochs(row: Row, signs: Mapping[str, str]) -> str:
-    return row.epochs + (signs[FEWER] if row.fewer_epochs else "")
+    return f"{row.epochs} of {row.planned_epochs}{signs[FEWER]}" if row.fewer_epochs else row.epochs
 
 
 def title(axis: str) -> str:
@@ -122,30 +141,41 @@ class Sheet:
 
 
 def sheet(found: Findings, table: Table) -> Sheet | None:
-    """The rows with runs, one column a rule; or, for a table `by_rule`, a line for each rule. None without runs."""
-    run = [row for row in found.tables[table.name] if row.run]
-    if not run:
+    """The rows with something to show, one column a rule; or, for a table `by_rule`, a line for each rule.
+
+    None where there is no row with runs or published figures.
+    """
+    shown = [row for row in found.tables[table.name] if row.shown]
+    if not shown:
         return None
-    rules, signs = shown_rules(run), marks(run)
+    rules, signs = list(dict.fromkeys(rule for row in shown for rule in row.shown)), marks(shown)
     if table.by_rule:
-        names = [described(row.labels) for row in run]
+        names = [described(row.labels) for row in shown]
         sizes = [
-            f"{name}: seeds {row.seeds}, epochs {epochs(row, signs)}" for name, row in zip(names, run, strict=True)
+            f"{name}: seeds {row.seeds}, epochs {epochs(row, signs)}" for name, row in zip(names, shown, strict=True)
         ]
         head = ["rule", *sizes, *(f"{name}: angle" for name in names), "images/s of bp's", "memory of bp's"]
-        return Sheet(head, 1, [[rule, *_across(found, run, rule)] for rule in rules], signs)
+        return Sheet(head, 1, [[rule, *_across(found, shown, rule)] for rule in rules], signs)
     lines = [
-        [*row.labels.values(), *(row.cells.get(rule) for rule in rules), row.seeds, epochs(row, signs)] for row in run
+        [*row.labels.values(), *(row.cells.get(rule) for rule in rules), row.seeds, epochs(row, signs)] for row in shown
     ]
     return Sheet([*map(title, table.rows), *rules, "seeds", "epochs"], len(table.rows), lines, signs)
 
 
-def _across(found: Findings, run: Sequence[Row], rule: str) -> list[Found | str | None]:
+def _across(found: Findings, rows: Sequence[Row], rule: str) -> list[Found | str | None]:
     """What is known of a rule: accuracy and angle in each row, and the cost of its step."""
-    cells = [row.cells.get(rule) for row in run]
+    cells = [row.cells.get(rule) for row in rows]
     angles = ["-" if cell is None or cell.angle is None else f"{cell.angle:.0f}°" for cell in cells]
     cost = found.costs.get(rule, Cost())
     return [*cells, *angles, *("-" if ratio is None else f"{ratio:.2f}" for ratio in (cost.speed, cost.memory))]
+
+
+def notes(found: Findings, table: Table) -> list[str]:
+    """What is to be said under a table: what departs from the paper, and what was not run."""
+    shown = sheet(found, table)
+    signs = shown.signs if shown else {}
+    told = [f"{sign} {mark}" for mark, sign in signs.items()] + ([table.note] if table.note else [])
+    return told + [f"Without runs, {line}" for line in missing(found.tables[table.name])]
 
 
 def caption(table: Table, intervals: bool) -> str:
@@ -163,26 +193,13 @@ def caption(table: Table, intervals: bool) -> str:
 
 def accuracy_table(found: Findings, table: Table, intervals: bool = True) -> str:
     """A table's section in Markdown: accuracies, what departs from the paper, and what was not run."""
-    rows = found.tables[table.name]
     shown = sheet(found, table)
+    listed = "\n".join(f"- {note}" for note in notes(found, table))
     if shown is None:
-        return "\n".join([f"**{table.title}**: no runs yet.", *(f"- {line}" for line in missing(rows))])
-
-    def text(cell: Found | str | None) -> str:
-        if isinstance(cell, str):
-            return cell
-        if cell is None or not cell.records:
-            return "-"
-        best = signed(cell, shown.signs)
-        if intervals and cell.interval:
-            low, high = cell.interval
-            best += f" ({percent(low)} to {percent(high)})"
-        return "; ".join([best, *(comparison(cell, f) for f in cell.figures if cell.mean is not None)])
-
-    notes = [f"- {sign} {mark}" for mark, sign in shown.signs.items()]
-    notes += [f"- Without runs, {line}" for line in missing(rows)]
-    body = markdown(shown.head, (map(text, line) for line in shown.lines), shown.left)
-    return "\n".join([f"**{table.title}.** {caption(table, intervals)}", "", body, "", *notes]).rstrip()
+        return f"**{table.title}**: no runs yet.\n{listed}"
+    lines = ([text(cell, shown.signs, intervals) for cell in line] for line in shown.lines)
+    body = markdown(shown.head, lines, shown.left)
+    return f"**{table.title}.** {caption(table, intervals)}\n\n{body}\n\n{listed}".rstrip()
 
 
 def place(result: Result) -> str:
@@ -211,22 +228,31 @@ def verdict_table(found: Findings) -> str:
         low, high = (f"{100 * bound:+.2f}" for bound in r.interval)
         difference = f"{100 * r.mean:+.2f} ({low} to {high})" if r.seeds > 1 else f"{100 * r.mean:+.2f}"
         both = p_value(r.p_holds), p_value(r.p_fails)
-        told = r.trial.claim.name, r.trial.reading, place(r), str(r.epochs)
+        told = r.trial.claim.name, r.trial.reading, place(r), str(r.epochs), str(r.seeds)
         body.append([*told, difference, *both, f"**{r.verdict}**"])
-    difference = "difference in points (95 % interval)"
-    header = ["claim", "settings", "where", "epochs", difference, "p, holds", "p, fails", "verdict"]
+    points = "difference in points (95 % interval)"
+    header = ["claim", "settings", "where", "epochs", "seeds", points, "p, holds", "p, fails", "verdict"]
     lines = [markdown(header, body, 3), ""] if body else []
     lines += [f"- {line}" for line in departures(found)] if body else []
-    reasons = Counter(r.missing for r in found.verdicts if r.mean is None)
-    return "\n".join([*lines, *(f"- {number} tests are not run: {why}" for why, number in reasons.items())]).rstrip()
+    return "\n".join([*lines, *(f"- {line}" for line in tests_not_run(found))]).rstrip()
+
+
+def tests_not_run(found: Findings) -> list[str]:
+    """The tests without runs, put together by reason, in sentences."""
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for r in found.verdicts:
+        if r.mean is None:
+            reasons[r.missing].append(f"{r.trial.claim.name} ({r.trial.reading}, {place(r)})")
+    return [f"Not tested, {why}: {'; '.join(tests)}." for why, tests in reasons.items()]
 
 
 def how(claims: Claims) -> str:
     """How verdicts come about."""
     return (
         f"Tests are paired over seeds; alpha is {claims.alpha:g}, the margin {claims.margin:g} points of accuracy. The "
-        "difference is that of the comparison hardest to show, its interval not adjusted. The two p are those of the "
-        "test for the claim and of the one against it, each adjusted over all tests of the paper, run or not (Holm). "
+        "difference is that of the comparison hardest to show, its interval not adjusted, over all seeds that its two "
+        "sides share, which may be more than the tables show. The two p are those of the test for the claim and of the "
+        "one against it, each adjusted over all tests of the paper, run or not (Holm). "
         "src/nobackprop/claims.py defines the tests, conf/claims fixes them."
     )
 
@@ -248,10 +274,10 @@ def page(found: Findings, drawn: Iterable[str]) -> str:
 
 def readme_section(found: Findings) -> str:
     """What README.md shows of a paper."""
-    run = [table for table in found.layout.tables if any(row.run for row in found.tables[table.name])]
-    if not run:
+    shown = [table for table in found.layout.tables if sheet(found, table)]
+    if not shown:
         return "No runs are recorded yet."
-    parts = [accuracy_table(found, table, intervals=False) for table in run]
+    parts = [accuracy_table(found, table, intervals=False) for table in shown]
     return "\n\n".join([*parts, *([how(found.claims), verdict_table(found)] if found.claims else [])])
 
 
@@ -271,10 +297,10 @@ def rows_of(found: Findings) -> pd.DataFrame:
                 }
                 line |= {"mean": percent(cell.mean, 4), "standard_deviation": percent(cell.deviation, 4)}
                 line |= {"low_95": percent(low, 4), "high_95": percent(high, 4), "diverged": cell.diverged}
-                figure = cell.figures[0] if cell.figures else None
-                line["published"] = figure.accuracy if figure else None
-                ours = figure is not None and cell.mean is not None
-                line["difference"] = f"{100 * cell.mean - figure.accuracy:.4f}" if ours else ""  # pyright: ignore
+                line["published"] = "; ".join(f"{f.accuracy:g}" for f in cell.figures)
+                line["published_spread"] = "; ".join("" if f.spread is None else f"{f.spread:g}" for f in cell.figures)
+                line["published_seeds"] = "; ".join(str(f.seeds or "") for f in cell.figures)
+                line["difference"] = "; ".join(difference(cell, f) for f in cell.figures)
                 line["departs"] = "; ".join(cell.marks)
                 line["not_run"] = "" if cell.records else cell.reason
                 line["signatures"] = " ".join(sorted({record.signature for record in cell.records}))
@@ -313,18 +339,13 @@ def latex(found: Findings) -> str:
         shown = sheet(found, table)
         if shown is None:
             continue
-
-        def text(cell: Found | str | None, signs: Mapping[str, str] = shown.signs) -> str:
-            if cell is None or (isinstance(cell, Found) and not cell.records):
-                return "--"
-            return (cell if isinstance(cell, str) else signed(cell, signs)).translate(TEX)
-
         lines = [f"\\begin{{tabular}}{{{'l' * shown.left}{'r' * (len(shown.head) - shown.left)}}}", "\\toprule"]
         lines += [" & ".join(name.translate(TEX) for name in shown.head) + r" \\", "\\midrule"]
-        lines += [" & ".join(map(text, line)) + r" \\" for line in shown.lines]
+        rows = ([text(cell, shown.signs, intervals=True).translate(TEX) for cell in line] for line in shown.lines)
+        lines += [" & ".join(row) + r" \\" for row in rows]
         lines += ["\\bottomrule", "\\end{tabular}"]
-        notes = [f"% {sign.translate(TEX)} {mark}" for mark, sign in shown.signs.items()]
-        parts.append("\n".join([f"% {table.title}", *lines, *notes]))
+        below = [f"\\par{{\\footnotesize {note.translate(TEX)}}}" for note in notes(found, table)]
+        parts.append("\n".join([f"% {table.title}", *lines, *below]))
     return "\n\n".join(parts) + "\n"
 
 

@@ -196,14 +196,27 @@ def test_claims_count_seeds_that_a_rule_of_the_row_outside_the_claim_lacks(resul
     assert [r.seeds for r in found.verdicts if r.mean is not None] == [3]
 
 
+def test_angles_and_pace_are_those_of_all_seeds_of_a_cell(results: Path) -> None:
+    def run(seed: int, wall_s: float, measured: bool) -> Record:
+        one = lra(seed, 0.9)
+        epochs = [{name: v for name, v in epoch.items() if measured or "angle" not in name} for epoch in one.epochs]
+        return one.model_copy(update={"wall_s": wall_s, "epochs": epochs})
+
+    runs = [run(0, 30, measured=False), run(1, 10, measured=True), lra(0, 0.8, rule="dtp")]
+    found = first_row(runs, results).cells["lra_e"]
+    assert list(found.accuracies) == [0]
+    assert (found.layers, found.seconds) == ([1, 2], 5)
+
+
 def test_a_stand_in_is_taken_where_the_papers_images_have_no_runs_and_marked(results: Path) -> None:
     labels = {"net": "mlp_cifar10", "classes": "2", "init": "documented", "rule": "mdfa"}
     jpeg = record("mdfa", labels, 0, 0.7, further=["dataset=cifar10_jpeg"])
     figure = PUBLISHED | {"cell": {"net": "mlp_cifar10", "rule": "mdfa"}}
     publish(results, figure, paper="mdfa")
-    row = shown(findings("mdfa", [jpeg], results), "documented", net="mlp_cifar10", classes="2")
+    found = findings("mdfa", [jpeg], results)
+    row = shown(found, "documented", net="mlp_cifar10", classes="2")
     assert row.cells["mdfa"].marks == ["cifar10_jpeg in place of the paper's images"]
-    assert row.cells["mdfa"].figures == []  # those are of other images
+    assert "| 70.00‡; published 91.50 |" in tables.accuracy_table(found, found.layout.tables[0])  # of other images
     assert row.cells["bp"].overrides == cell("mdfa", labels | {"rule": "bp"}).overrides
     row = shown(
         findings("mdfa", [jpeg, record("mdfa", labels, 0, 0.8)], results), "documented", net="mlp_cifar10", classes="2"
@@ -232,9 +245,10 @@ def test_verdicts_follow_from_the_records(results: Path) -> None:
     assert verdicts[best, "mnist", "3"] == ("holds", "")
     assert verdicts[best, "mnist", "5"] == ("not run", "not run yet")
     shown = tables.verdict_table(found)
-    line = "| stable over depth | as quoted | mnist | 2 | +0.02 (-0.02 to +0.07) | < 0.001 | 1.000 | **holds** |"
+    line = "| stable over depth | as quoted | mnist | 2 | 4 | +0.02 (-0.02 to +0.07) | < 0.001 | 1.000 | **holds** |"
     assert line in shown
     assert "- These runs depart from the paper: fewer epochs than planned" in shown
+    assert f"{best} (as quoted, mnist, 5 hidden layers); " in shown[shown.index("- Not tested, not run yet: ") :]
 
 
 def test_why_cells_have_no_runs_is_said_once_for_each_reason(results: Path) -> None:
@@ -253,13 +267,26 @@ def publish(results: Path, *figures: dict[str, Any], seeds: int | None = None, p
 
 
 def test_a_published_figure_is_shown_beside_ours(results: Path) -> None:
-    publish(results, PUBLISHED | {"cell": {"dataset": "mnist", "hidden_layers": 3, "rule": "lra_e"}})
+    labels = {"dataset": "mnist", "hidden_layers": 3, "rule": "lra_e"}
+    publish(results, PUBLISHED | {"cell": labels, "spread": 0.2, "seeds": 5})
     found = findings("lra_e", [lra(0, 0.9)], results)
     text = tables.accuracy_table(found, found.layout.tables[0])
-    assert "| 90.00; published 91.50 (-1.50) |" in text
-    assert "published" not in tables.accuracy_table(found, found.layout.tables[1])
+    assert "| 90.00; published 91.50 ± 0.20, 5 seeds (-1.50) |" in text
+    assert "| 90.00; published 91.50 $\\pm$ 0.20, 5 seeds (-1.50) &" in tables.latex(found).replace(" & 90", " | 90")
+    assert "published" not in tables.accuracy_table(found, found.layout.tables[2])
     (line,) = [line for line in tables.rows_of(found).to_dict("records") if line["mean"] == "90.0000"]
-    assert (line["published"], line["difference"]) == (91.5, "-1.5000")
+    names = "published", "published_spread", "published_seeds", "difference"
+    assert [line[name] for name in names] == ["91.5", "0.2", "5", "-1.50"]
+
+
+def test_a_published_figure_is_shown_where_nothing_was_run(results: Path) -> None:
+    publish(results, PUBLISHED | {"cell": {"dataset": "mnist", "hidden_layers": 3, "rule": "lra_e"}})
+    found = findings("lra_e", [], results)
+    text = tables.accuracy_table(found, found.layout.tables[0])
+    assert text.count("| -; published 91.50 |") == 4  # of every reading
+    assert tables.accuracy_table(found, found.layout.tables[2]).startswith("**Fashion-MNIST**: no runs yet.")
+    assert "-; published 91.50" in tables.readme_section(found)
+    assert "published 91.50" in report.section(found, found.layout.tables[0])
 
 
 def test_a_table_by_rule_has_a_line_a_rule_with_its_angle_and_cost(results: Path) -> None:
@@ -271,7 +298,9 @@ def test_a_table_by_rule_has_a_line_a_rule_with_its_angle_and_cost(results: Path
     (table,) = found.layout.tables
     text = tables.accuracy_table(found, table)
     lines = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
-    assert lines["| rule"] == "| rule | mlp: seeds 1, epochs 2† | mlp: angle | images/s of bp's | memory of bp's |"
+    assert (
+        lines["| rule"] == "| rule | mlp: seeds 1, epochs 2 of 10† | mlp: angle | images/s of bp's | memory of bp's |"
+    )
     assert lines["| dfa"] == "| dfa | 90.00 | 60° | 1.10 | 0.25 |"
     assert lines["| drtp"] == "| drtp | 90.00 | 60° | 0.90 | - |"
     assert r"dfa & 90.00 & 60$^\circ$ & 1.10 & 0.25 \\" in tables.latex(found)
@@ -408,6 +437,8 @@ check("drawn", document.querySelector("svg").getBoundingClientRect().width > 200
 check("no wider than the window", document.documentElement.scrollWidth <= innerWidth);
 setTimeout(() => {
   check("opened", target.closest("details").open);
+  const bar = document.querySelector("nav").getBoundingClientRect().bottom;
+  check("below the bar", target.getBoundingClientRect().top >= Math.max(0, bar));
   document.getElementById("checked").textContent = said.join("\\n");
 }, 100);
 </script>
@@ -429,5 +460,5 @@ def test_the_page_works_in_a_browser(results: Path, width: int) -> None:
     assert "CONSOLE" not in ended.stderr
     (said,) = re.findall(r'<pre id="checked">(.*?)</pre>', ended.stdout, re.DOTALL)
     lines = said.splitlines()
-    assert len(lines) == 7
+    assert len(lines) == 8
     assert [line for line in lines if not line.startswith("ok ")] == []
