@@ -21,7 +21,7 @@ from nobackprop.learner import Learner
 from nobackprop.losses import SigmoidCrossEntropy, SoftmaxCrossEntropy
 from nobackprop.network import Network, allconv, mlp
 from nobackprop.pixels import Pixels
-from nobackprop.rule import Batch, Rule
+from nobackprop.rule import Batch, Grads, Rule
 from nobackprop.rules.bp import BP
 from nobackprop.rules.dfa import DFA
 from nobackprop.rules.fa import FA
@@ -220,7 +220,7 @@ def test_opposition_is_counted_over_single_samples(
 
 def test_opposition_is_of_weights_and_biases_together_and_beyond_rounding() -> None:
     class Against(BP):
-        def grads(self, net: Network, w: Any, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        def grads(self, net: Network, w: Any, batch: Batch) -> Grads:
             g, logits = super().grads(net, w, batch)
             return {"W1": -g["W1"], "b1": g["b1"]}, logits
 
@@ -233,7 +233,7 @@ def test_opposition_is_of_weights_and_biases_together_and_beyond_rounding() -> N
 
 def test_layers_that_a_rule_leaves_alone_have_no_update() -> None:
     class OutputAlone(BP):
-        def grads(self, net: Network, w: Any, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        def grads(self, net: Network, w: Any, batch: Batch) -> Grads:
             g, logits = super().grads(net, w, batch)
             return {"W2": g["W2"]}, logits
 
@@ -252,11 +252,11 @@ def test_nothing_is_said_of_a_net_whose_logits_are_not_finite() -> None:
 class NoisyPhases(BP):
     """Backpropagation with noise of the samples' own and noise of the weights' shapes, after a phase of its own."""
 
-    def grads(self, net: Network, w: Any, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    def grads(self, net: Network, w: Any, batch: Batch) -> Grads:
         g, logits = super().grads(net, w, replace(batch, x=batch.x + batch.noise["x"]))
         return {name: g[name] * batch.noise.get(name, 1) for name in g}, logits
 
-    def first(self, net: Network, w: Any, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    def first(self, net: Network, w: Any, batch: Batch) -> Grads:
         g, logits = super().grads(net, w, batch)
         return {"W1": 100 * g["W1"], "V1": g["W1"]}, logits
 

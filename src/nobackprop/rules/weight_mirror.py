@@ -44,7 +44,7 @@ class WeightMirror(FA):
                 above = net.activation.f(above)
             seen = net.hebbian(l, below, above)[f"W{l}"] / prod(net.shapes[l][1:])
             g[f"B{l}"] = self.decay * w[f"B{l}"] - seen
-        return g, batch.y  # in the place of logits, which nobody asks of a first phase
+        return g, None
 
     def phases(self) -> tuple[Phase, ...]:
         return self.mirror, self.grads
