@@ -3,18 +3,22 @@
 What a particular rule computes is in test_identities.py and test_golden.py.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
-from conftest import Problem
+from conftest import CONF, Problem, options
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from nobackprop.initializers import Normal, initial_weights
 from nobackprop.layers import Shape
+from nobackprop.losses import SoftmaxCrossEntropy
+from nobackprop.network import mlp
 from nobackprop.rule import Batch, Rule
 from nobackprop.streams import normal
 
@@ -167,6 +171,33 @@ def test_runs_on_tensors_without_memory(rule: Rule, problem: Problem) -> None:
     for grads, logits in phases:
         assert all(g.shape == w[name].shape and g.is_meta for name, g in grads.items())
         assert all(z.shape == batch.y.shape for z in logits)
+
+
+def _readmes_table(head: str) -> dict[str, list[str]]:
+    """A table of the README, which has that head beside `rule=`: for each rule the other columns."""
+    table = (CONF.parent / "README.md").read_text().partition(f"| `rule=` | {head}")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split(" | ")] for line in table.splitlines()[2:]]
+    return {name: row for names, *row in rows for name in re.findall(r"`(\w+)`", names)}
+
+
+@pytest.mark.parametrize("head", ["in a sentence", "derivative of f"])
+def test_the_readme_lists_every_rule(head: str) -> None:
+    assert sorted(_readmes_table(head)) == options("rule")
+
+
+@pytest.mark.parametrize("name", options("rule"))
+def test_the_readme_knows_which_rules_need_a_derivative(name: str, configured: Callable[..., Any]) -> None:
+    rule, loss = configured("rule", name), SoftmaxCrossEntropy(4)
+    net = mlp((12,), 4, hidden=[7, 6, 5], activation="tanh")
+    x = torch.randn(6, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    problem = Problem(net, Batch(x, loss.target(torch.arange(6) % 4, x.dtype), loss))
+    w = problem.weights(rule)
+    without = replace(problem, net=replace(net, activation=replace(net.activation, derivative=None)))
+    if _readmes_table("derivative of f")[name][0] == "no":
+        torch.testing.assert_close(_grads(rule, without, w), _grads(rule, problem, w), rtol=0, atol=0)
+    else:
+        with pytest.raises(ValueError, match="'tanh' has no derivative and this rule needs one"):
+            _grads(rule, without, w)
 
 
 def test_signs_are_right_at_the_start(rule: Rule, problem: Problem) -> None:
