@@ -27,6 +27,8 @@ class ForwardForward(Rule):
     layers but the first, summed, with each label in turn; those are the logits, and a pass for each class. With ten
     classes they would be most of a step, so it goes without them, and the run without training loss and accuracy.
 
+    Raises ValueError for a `theta` of 0 or less, and for images with fewer pixels than there are classes.
+
     Departs from the paper: `theta` is a unit's share, times the units of a layer, so that one suits all widths. The
     net's last layer, with a unit a class, learns as the others do. In a convolutional layer G and the length are over
     all channels and positions. Kernels that pass over an image would hardly meet a label in its corner: below a
