@@ -187,13 +187,15 @@ def test_the_readme_lists_every_rule(head: str) -> None:
 
 @pytest.mark.parametrize("name", options("rule"))
 def test_the_readme_knows_which_rules_need_a_derivative(name: str, configured: Callable[..., Any]) -> None:
+    table = _readmes_table("derivative of f")
+    assert name in table
     rule, loss = configured("rule", name), SoftmaxCrossEntropy(4)
     net = mlp((12,), 4, hidden=[7, 6, 5], activation="tanh")
     x = torch.randn(6, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     problem = Problem(net, Batch(x, loss.target(torch.arange(6) % 4, x.dtype), loss))
     w = problem.weights(rule)
     without = replace(problem, net=replace(net, activation=replace(net.activation, derivative=None)))
-    if _readmes_table("derivative of f")[name][0] == "no":
+    if table[name][0] == "no":
         torch.testing.assert_close(_grads(rule, without, w), _grads(rule, problem, w), rtol=0, atol=0)
     else:
         with pytest.raises(ValueError, match="'tanh' has no derivative and this rule needs one"):
