@@ -27,7 +27,7 @@ from nobackprop.network import Network
 from nobackprop.parallel import SameWeights, start
 from nobackprop.preparation import prepare
 from nobackprop.records import Record, write_atomically
-from nobackprop.rule import Batch
+from nobackprop.rule import Batch, Grads
 from nobackprop.rules.bp import BP
 from nobackprop.train import train
 
