@@ -49,6 +49,7 @@ from nobackprop.learner import Learner
 from nobackprop.losses import Loss, SoftmaxCrossEntropy, cross_entropy
 from nobackprop.network import Network, allconv, mlp
 from nobackprop.pixels import Pixels
+from nobackprop.preparation import prepare
 from nobackprop.rule import Batch, Rule
 from nobackprop.rules.bp import BP
 from nobackprop.rules.dfa import DFA
@@ -77,6 +78,7 @@ STEPS = {
     "all-convolutional, 2 classes, batch 64, AdamW": (CONV, 2, 64, TORCH_ADAMW, FUSED, ADAMW),
 }
 PLAIN, TUNED = "plain PyTorch backprop", "the same, with our matrix products, memory and one kernel"
+COMPARED = ("mlp", "conv")  # of conf/experiment/compare
 DEEP = {"depth": 64, "width": 1024, "batch": 2048}
 SIZE, IMAGES, BATCH = 224, 512, 64
 
@@ -109,14 +111,14 @@ def _serve(connection: Connection, make: Callable[..., Callable[[], Any]], args:
             connection.send(seconds(step, connection.recv()))
 
 
-def in_turn(runs: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds a call of each, one list entry a round; a round takes about half a second for each.
+def in_turn(runs: dict[str, Callable[[int], float]], rounds: int, round_s: float = 0.5) -> dict[str, list[float]]:
+    """Seconds a call of each, one list entry a round; a round takes about `round_s` seconds for each.
 
     A run takes how often to call, and gives the seconds of one call.
     """
     for run in runs.values():
         run(3)  # compiles, and fills caches
-    times = {name: max(1, round(0.5 / run(3))) for name, run in runs.items()}
+    times = {name: max(1, round(round_s / run(3))) for name, run in runs.items()}
     measured: dict[str, list[float]] = {name: [] for name in runs}
     for _ in track(range(rounds), "timing in turn"):
         for name, run in runs.items():
@@ -200,13 +202,29 @@ def steps(rounds: int) -> list[dict[str, Any]]:
 
 
 def rules(rounds: int) -> list[dict[str, Any]]:
-    """The step of every rule there is, on the first net, against our own backpropagation."""
-    title = "784-256x4-10, batch 50, AdamW"
-    batch, ours = STEPS[title][2], STEPS[title][-1]
-    net, loss, pixels, labels = problem(title)
+    """Speed and memory of every rule's step on the nets that compare all rules, against our own backpropagation."""
     every = {"bp": BP(), **configured_rules()}
-    runs = {name: partial(seconds, our_step(net, rule, loss, ours, pixels, labels)) for name, rule in every.items()}
-    return _rates(f"every rule: {title}", in_turn(runs, rounds), batch)
+    rows = []
+    for title in COMPARED:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            run = prepare(compose("train", [f"+experiment=compare/{title}", "logger=none"]))
+        batch = run.settings.batch_size
+        pixels = torch.randint(256, (batch, *run.net.in_shape), dtype=torch.uint8)
+        made = partial(our_step, pixels=pixels, labels=torch.randint(run.loss.classes, (batch,)))
+        runs = {n: partial(seconds, made(run.net, rule, run.loss, run.optimizer)) for n, rule in every.items()}
+        rows += _rates(f"every rule: compare/{title}", in_turn(runs, rounds, round_s=0.25), batch)
+        peaks = {name: peak(run.net, rule, run.loss, batch) for name, rule in every.items()}
+        rows += [
+            {
+                "measure": f"memory of every rule: compare/{title}",
+                "what": name,
+                "value": each / 2**20,
+                "unit": "MiB",
+                "ratio": each / peaks["bp"],
+            }
+            for name, each in peaks.items()
+        ]
+    return rows
 
 
 def _rates(measure: str, measured: dict[str, list[float]], batch: int) -> list[dict[str, Any]]:
@@ -260,11 +278,28 @@ class Live(TorchDispatchMode):
         return peak
 
 
-def memory(rounds: int) -> list[dict[str, Any]]:
-    """The most bytes a step of a deep net needs above weights, gradients and optimizer state, against autograd.
+def peak(net: Network, rule: Rule, loss: Loss, batch: int) -> int:
+    """The most bytes a step needs above inputs, weights, gradients and optimizer state.
 
     Counted on fake tensors, so exact, and the same on every machine; what a kernel needs inside is not seen.
     """
+    peaks = []
+    for phase in rule.phases():
+        with FakeTensorMode(), torch.no_grad():
+            w = {f"W{l}": torch.empty(net.weight_shape(l)) for l in range(1, net.L + 1)}
+            w |= {f"b{l}": torch.empty(net.weight_shape(l)[0]) for l in range(1, net.L + 1)}
+            w |= rule.feedback(net, lambda _, shape: torch.empty(shape))
+            x, y = torch.empty(batch, *net.in_shape), torch.empty(batch, loss.outputs)
+            with Live() as live:
+                # a step holds the noise of all its phases
+                noise = {name: torch.empty(shape) for name, shape in rule.noise(net, batch).items()}
+                grads, _ = phase(net, w, Batch(x, y, loss, noise))
+            peaks.append(live.peak(grads.values()))
+    return max(peaks)
+
+
+def memory(rounds: int) -> list[dict[str, Any]]:
+    """The most bytes a step of a deep net needs, as `peak` counts them, against autograd."""
     depth, width, batch = DEEP.values()
     loss = SoftmaxCrossEntropy(10)
     net = mlp((width,), 10, hidden=[width] * depth, activation="tanh")
@@ -280,19 +315,9 @@ def memory(rounds: int) -> list[dict[str, Any]]:
     rows.append({"what": "plain PyTorch backprop", "value": autograd / 2**20, "ratio": 1.0})
     for name, rule in track(configured_rules().items(), "counting bytes"):
         for recompute in (False, True):
-            peaks = []
-            for phase in rule.phases():
-                with FakeTensorMode(), torch.no_grad():
-                    w = {f"W{l}": torch.empty(net.weight_shape(l)) for l in range(1, net.L + 1)}
-                    w |= {f"b{l}": torch.empty(net.units(l)) for l in range(1, net.L + 1)}
-                    w |= rule.feedback(net, lambda _, shape: torch.empty(shape))
-                    noise = {n: torch.empty(shape) for n, shape in rule.noise(net, batch).items()}
-                    step = Batch(torch.empty(batch, width), torch.empty(batch, loss.outputs), loss, noise)
-                    with Live() as live:
-                        grads, _ = phase(replace(net, recompute=recompute), w, step)
-                    peaks.append(live.peak(grads.values()))
+            most = peak(replace(net, recompute=recompute), rule, loss, batch)
             what = f"{name}, activations computed again" if recompute else name
-            rows.append({"what": what, "value": max(peaks) / 2**20, "ratio": max(peaks) / autograd})
+            rows.append({"what": what, "value": most / 2**20, "ratio": most / autograd})
     return [{"measure": title, "unit": "MiB", **row} for row in rows]
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Annotated, Any
 
+import yaml
 from grid import TUNED, Cell, cells, select
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -85,7 +86,11 @@ class Search(BaseModel):
         if name not in names:
             raise ValueError(f"no search {name!r}: choose one of {', '.join(names)}")
         path = CONF / "search" / f"{name}.yaml"
-        search = cls.of(OmegaConf.to_container(OmegaConf.load(path)), str(path))
+        try:
+            content = OmegaConf.to_container(OmegaConf.load(path))
+        except yaml.YAMLError as e:
+            raise ValueError(" ".join(f"{path}: {e}".split())) from None
+        search = cls.of(content, str(path))
         known = {choice for cell in cells(name) for choice in cell.labels.items()}
         for key, dimension in search.space.items():
             for axis, choices in dimension.when.items():

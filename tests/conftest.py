@@ -264,9 +264,15 @@ def train(learner: Callable[..., Any]) -> Callable[[Problem, Rule], tuple[float,
         net, batch = problem.net, problem.batch
         w = {name: t.double() for name, t in initial_weights(net, rule, Normal(0.1), Normal(0.4), seed=0).items()}
         trained = learner(net, rule, batch.loss, w, partial(torch.optim.Adam, lr=0.01))
-        logits = [trained.step(batch.x.unsqueeze(0), batch.y.unsqueeze(0))[0] for _ in range(101)]
-        first, last = (batch.loss.value(z, batch.y).mean().item() for z in (logits[0], logits[-1]))
-        return first, last
+
+        def loss() -> float:
+            z = rule.logits(net, {name: p[0] for name, p in trained.w.items()}, batch.x)
+            return batch.loss.value(z, batch.y).mean().item()
+
+        first = loss()
+        for _ in range(100):
+            trained.step(batch.x.unsqueeze(0), batch.y.unsqueeze(0))
+        return first, loss()
 
     return run
 

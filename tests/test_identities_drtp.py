@@ -1,13 +1,16 @@
-"""DRTP is DFA with the target in the place of the error; two-pass DFA is DFA."""
+"""DRTP is DFA with the target in the place of the error; two-pass DFA is DFA; neither stores activations."""
 
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from benchmark import peak
 from conftest import Problem
 from torch import Tensor
 
-from nobackprop.losses import Loss
+from nobackprop.losses import Loss, SoftmaxCrossEntropy
+from nobackprop.network import mlp
+from nobackprop.rule import Rule
 from nobackprop.rules.bp import BP
 from nobackprop.rules.dfa import DFA
 from nobackprop.rules.dfa_two_pass import DFATwoPass
@@ -43,6 +46,16 @@ def test_two_pass_dfa_is_dfa(problem: Problem, name: str) -> None:
     w = problem.weights(DFA())
     grads, logits = DFATwoPass().grads(net, w, problem.batch)
     expected, expected_logits = DFA().grads(net, w, problem.batch)
-    assert grads.keys() == expected.keys()
-    assert all(torch.equal(g, expected[name]) for name, g in grads.items())
-    assert torch.equal(logits, expected_logits)
+    torch.testing.assert_close((grads, logits), (expected, expected_logits), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rule", [DRTP(), DFATwoPass()], ids=["drtp", "dfa_two_pass"])
+def test_activations_are_freed_at_once(rule: Rule) -> None:
+    def peaks(rule: Rule) -> list[int]:
+        nets = [mlp((64,), 4, hidden=[64] * depth, activation="tanh") for depth in (8, 16)]
+        return [peak(net, rule, SoftmaxCrossEntropy(4), 50) for net in nets]
+
+    shallow, deep = peaks(rule)
+    assert shallow == deep
+    shallow, deep = peaks(DFA())
+    assert deep > 1.5 * shallow

@@ -77,7 +77,6 @@ def test_logits_are_the_goodness_of_all_layers_but_the_first_with_each_label(pro
     total = (G[..., 1:] if net.L > 1 else G).sum(-1)
     expected = total if classes > 2 else total[:, 1:] - total[:, :1]
     torch.testing.assert_close(rule.logits(net, w, x), expected)
-    torch.testing.assert_close(rule.grads(net, w, problem.noisy(rule))[1], expected)
 
 
 def test_a_wrong_label_is_any_of_the_others_alike() -> None:
@@ -93,8 +92,8 @@ def test_a_dead_layer_gives_no_nan(problem: Problem) -> None:
     net = problem.activated("relu").net
     w = {name: -t.abs() for name, t in problem.weights(ForwardForward()).items()}
     batch = replace(problem.noisy(ForwardForward()), x=problem.batch.x.abs())
-    grads, logits = ForwardForward().grads(net, w, batch)
-    assert logits.isfinite().all()
+    grads, _ = ForwardForward().grads(net, w, batch)
+    assert ForwardForward().logits(net, w, batch.x).isfinite().all()
     assert all(g.isfinite().all() for g in grads.values())
 
 

@@ -47,6 +47,19 @@ def test_pepita_is_the_closed_form(problem: Problem, name: str) -> None:
     torch.testing.assert_close(logits, z[net.L])
 
 
+def test_the_output_learns_from_the_second_passs_error(problem: Problem) -> None:
+    net, batch = problem.net, problem.batch
+    w = problem.weights(PEPITA(scale=1.0))
+    grads, logits = PEPITA().grads(net, w, batch)
+    assert logits is not None
+    shift = torch.einsum("no,io->ni", batch.error(logits), w["F"]).view_as(batch.x)
+    z_err, h_err = net.forward(w, batch.x + shift)
+    first, second = (net.hebbian(net.L, h_err[net.L - 1], batch.error(z)) for z in (logits, z_err[net.L]))
+    for name, g in second.items():
+        torch.testing.assert_close(grads[name], g)
+        assert (g - first[name]).norm() > 0.01 * g.norm()
+
+
 def test_f_is_drawn_as_in_the_papers_program() -> None:
     net = mlp((1, 28, 28), 10, hidden=[5], activation="tanh")
     F = initial_weights(net, PEPITA(), Uniform(), Uniform(1.0), seed=0)["F"]

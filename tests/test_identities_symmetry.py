@@ -11,9 +11,11 @@ import torch
 from conftest import Problem
 from torch import Tensor
 
+from nobackprop.layers import Conv
 from nobackprop.rule import Rule
 from nobackprop.rules.bp import BP
 from nobackprop.rules.brsf import BRSF
+from nobackprop.rules.fa import FA
 from nobackprop.rules.frsf import FRSF
 from nobackprop.rules.kolen_pollack import KolenPollack
 from nobackprop.rules.usf import USF
@@ -71,19 +73,25 @@ def test_frsf_with_the_magnitudes_of_the_weights_is_bp(problem: Problem) -> None
     torch.testing.assert_close(_grads(FRSF(), problem, w), _grads(BP(), problem, w))
 
 
-def test_frsfs_magnitudes_stay_and_its_signs_follow_the_weights(problem: Problem, learner: Callable[..., Any]) -> None:
-    rule, w = FRSF(), problem.weights(FRSF())
-    trained = learner(problem.net, rule, problem.batch.loss, w, partial(torch.optim.AdamW, lr=0.3, weight_decay=0.1))
+@pytest.mark.parametrize("rule", [USF(scale=0.5), BRSF(scale=0.5), FRSF()], ids=["usf", "brsf", "frsf"])
+def test_the_signs_follow_the_weights_and_fixed_magnitudes_stay(
+    rule: USF | BRSF | FRSF, problem: Problem, learner: Callable[..., Any]
+) -> None:
+    w, batch = problem.weights(rule), problem.noisy(rule)
+    trained = learner(problem.net, rule, batch.loss, w, partial(torch.optim.AdamW, lr=0.3, weight_decay=0.1))
     for _ in range(3):
-        trained.step(problem.batch.x.unsqueeze(0), problem.batch.y.unsqueeze(0))
+        trained.step(batch.x.unsqueeze(0), batch.y.unsqueeze(0))
     after = {name: p[0] for name, p in trained.w.items()}
+    turned = dict(after)
     for l in _above_the_first(problem):
-        assert torch.equal(after[f"B{l}"], w[f"B{l}"])
         assert (after[f"W{l}"].sign() != w[f"W{l}"].sign()).any()
-    turned = after | {f"B{l}": after[f"B{l}"].abs() * after[f"W{l}"].sign() for l in _above_the_first(problem)}
-    torch.testing.assert_close(
-        _grads(rule, problem, after), super(FRSF, rule).grads(problem.net, turned, problem.batch)[0]
-    )
+        if isinstance(rule, FRSF):
+            assert torch.equal(after[f"B{l}"], w[f"B{l}"])
+            magnitude = w[f"B{l}"].abs()
+        else:
+            magnitude = 0.5 * (batch.noise[f"B{l}"].abs() if isinstance(rule, BRSF) else 1)
+        turned[f"B{l}"] = magnitude * after[f"W{l}"].sign()
+    torch.testing.assert_close(_grads(rule, problem, after), _grads(FA(), problem, turned))
 
 
 # Kolen-Pollack
@@ -136,19 +144,29 @@ def _mirrored(rule: WeightMirror, problem: Problem, w: dict[str, Tensor], l: int
     return rule.mirror(problem.net, w, replace(problem.batch, noise=noise))[0][f"B{l}"]
 
 
+def _seen(problem: Problem, l: int) -> Tensor | float:
+    """Of each tap of layer l's kernels, at which share of all positions it sees units and not padding."""
+    layer = problem.net.layers[l - 1]
+    if not isinstance(layer, Conv):
+        return 1.0
+
+    def along(size: int) -> Tensor:
+        places = range(-layer.padding, size + layer.padding - layer.kernel + 1, layer.stride)
+        inside = [[0 <= place + tap < size for place in places] for tap in range(layer.kernel)]
+        return torch.tensor(inside, dtype=torch.float64).mean(1)
+
+    _, height, width = problem.net.shapes[l - 1]
+    return torch.outer(along(height), along(width))
+
+
 @pytest.mark.parametrize(("name", "sigma"), [("identity", 0.7), ("tanh", 1e-4)])
 def test_mirrors_move_to_the_weights_on_average(problem: Problem, name: str, sigma: float) -> None:
     problem = problem.activated(name)
     rule = WeightMirror(sigma=sigma, decay=0.3)
     w = problem.weights(rule)
     for l in _above_the_first(problem):
-        seen = 0.3 * w[f"B{l}"] - _mirrored(rule, problem, w, l)
-        if not getattr(problem.net.layers[l - 1], "padding", 0):
-            torch.testing.assert_close(seen / sigma**2, w[f"W{l}"], rtol=1e-6, atol=1e-7)
-        else:  # at the border a kernel looks past the noise
-            share = seen / sigma**2 / w[f"W{l}"]
-            assert 0 < share.min() < 1
-            assert share.max() <= 1 + 1e-6
+        moved = 0.3 * w[f"B{l}"] - _mirrored(rule, problem, w, l)
+        torch.testing.assert_close(moved / sigma**2, _seen(problem, l) * w[f"W{l}"], rtol=1e-6, atol=1e-7)
 
 
 def test_a_mirror_that_is_the_weights_stays(problem: Problem) -> None:

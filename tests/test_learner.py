@@ -17,8 +17,9 @@ from nobackprop.learner import Learner
 from nobackprop.losses import SoftmaxCrossEntropy
 from nobackprop.network import Network, allconv, mlp
 from nobackprop.pixels import Pixels
-from nobackprop.rule import Batch, Rule
+from nobackprop.rule import Batch, Grads, Rule
 from nobackprop.rules.dfa import DFA
+from nobackprop.rules.forward_forward import ForwardForward
 from nobackprop.rules.lra_e import LRAE
 from nobackprop.rules.mdfa import MDFA
 from nobackprop.train import divide, keeps_seeds_apart
@@ -182,6 +183,19 @@ def test_a_diverged_seed_leaves_the_others_untouched(fit: Fit) -> None:
         assert torch.equal(broken.w[name][0], sound.w[name][0])
 
 
+def test_a_rule_without_logits_at_hand_trains_without_training_metrics(fit: Fit) -> None:
+    def broken(seed: int, w: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        return {name: t * torch.nan if seed == 2 else t for name, t in w.items()}
+
+    stack = fit(NET, ForwardForward(), [0, 1, 2], change=broken)
+    for p, seed in zip(stack.progress[:2], (0, 1), strict=True):
+        assert [set(epoch) for epoch in p.epochs] == [{"epoch", "step", "val/loss", "val/accuracy"}] * 2
+        assert p.best_epoch is not None
+        alone = fit(NET, ForwardForward(), [seed]).progress[0]
+        assert alone.epochs == [pytest.approx(epoch, rel=1e-4) for epoch in p.epochs]
+    assert stack.progress[2].diverged_epoch == 1
+
+
 def test_training_stops_when_every_seed_has_diverged(fit: Fit) -> None:
     learner = fit(NET, LRAE(), [0], epochs=5, optimizer=partial(torch.optim.SGD, lr=float("nan")))
     assert learner.progress[0].diverged_epoch == 1
@@ -223,7 +237,7 @@ def test_a_schedule_steps_once_an_epoch(fit: Fit) -> None:
 class NoAutograd(LRAE):
     """LRA-E that looks whether a graph could be recorded."""
 
-    def grads(self, net: Network, w: Mapping[str, Tensor], batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    def grads(self, net: Network, w: Mapping[str, Tensor], batch: Batch) -> Grads:
         assert not torch.is_grad_enabled()
         assert not any(t.requires_grad for t in w.values())
         return super().grads(net, w, batch)

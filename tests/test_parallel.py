@@ -27,7 +27,7 @@ from nobackprop.network import Network
 from nobackprop.parallel import SameWeights, start
 from nobackprop.preparation import prepare
 from nobackprop.records import Record, write_atomically
-from nobackprop.rule import Batch
+from nobackprop.rule import Batch, Grads
 from nobackprop.rules.bp import BP
 from nobackprop.train import train
 
@@ -47,7 +47,7 @@ class Noisy(BP):
     def noise(self, net: Network, samples: int) -> dict[str, Shape]:
         return {"each": (samples, net.units(1)), "all": (net.units(1),)}
 
-    def grads(self, net: Network, w: Mapping[str, Tensor], batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    def grads(self, net: Network, w: Mapping[str, Tensor], batch: Batch) -> Grads:
         g, logits = super().grads(net, w, batch)
         weight = batch.y[:, :1]  # of a sample's noise, so that it matters whose it is
         return g | {"b1": g["b1"] + (weight * batch.noise["each"]).mean(0) + batch.noise["all"]}, logits

@@ -3,26 +3,33 @@
 What a particular rule computes is in test_identities.py and test_golden.py.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
-from conftest import Problem
+from conftest import CONF, Problem, options
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from nobackprop.initializers import Normal, initial_weights
 from nobackprop.layers import Shape
-from nobackprop.rule import Batch, Grads, Rule
+from nobackprop.losses import SoftmaxCrossEntropy
+from nobackprop.network import mlp
+from nobackprop.rule import Batch, Rule
 from nobackprop.streams import normal
 
+Outputs = tuple[dict[str, Tensor], list[Tensor]]
 
-def _phases(rule: Rule, problem: Problem, w: dict[str, Tensor], batch: Batch | None = None) -> tuple[Grads, ...]:
-    """What each phase of the rule gives, all from the same weights."""
+
+def _phases(rule: Rule, problem: Problem, w: dict[str, Tensor], batch: Batch | None = None) -> tuple[Outputs, ...]:
+    """What each phase of the rule gives, all from the same weights; an empty list in the place of no logits."""
     batch = batch or problem.noisy(rule)
-    return tuple(phase(problem.net, w, batch) for phase in rule.phases())
+    each = (phase(problem.net, w, batch) for phase in rule.phases())
+    return tuple((grads, [] if logits is None else [logits]) for grads, logits in each)
 
 
 def _grads(
@@ -56,9 +63,9 @@ def test_gradients_fit_the_weights_and_logits_are_the_rules(rule: Rule, problem:
         assert g.isfinite().all(), name
         assert g.any(), name
         assert not g.requires_grad, name
-    *_, (_, logits) = _phases(rule, problem, w)
-    assert not logits.requires_grad
-    torch.testing.assert_close(logits, rule.logits(problem.net, w, problem.batch.x))
+    for logits in _phases(rule, problem, w)[-1][1]:
+        assert not logits.requires_grad
+        torch.testing.assert_close(logits, rule.logits(problem.net, w, problem.batch.x))
     assert w.keys() == before.keys()
     assert all(torch.equal(w[name], t) for name, t in before.items())
 
@@ -98,7 +105,7 @@ def test_a_look_at_all_phases_gives_each_weights_last_gradient(rule: Rule, probl
     for name, g in grads.items():
         *_, last = (phase[name] for phase, _ in phases if name in phase)
         assert torch.equal(g, last)
-    assert torch.equal(logits, phases[-1][1])
+    torch.testing.assert_close(logits, rule.logits(problem.net, w, batch.x))
 
 
 def test_without_biases_none_are_asked_for(rule: Rule, problem: Problem) -> None:
@@ -109,7 +116,7 @@ def test_without_biases_none_are_asked_for(rule: Rule, problem: Problem) -> None
 def test_the_order_of_samples_does_not_matter(rule: Rule, problem: Problem) -> None:
     w = problem.weights(rule)
     order = torch.tensor([3, 0, 5, 1, 4, 2])
-    expected = tuple((grads, logits[order]) for grads, logits in _phases(rule, problem, w))
+    expected = tuple((grads, [z[order] for z in logits]) for grads, logits in _phases(rule, problem, w))
     torch.testing.assert_close(_phases(rule, problem, w, _samples(rule, problem, order)), expected)
 
 
@@ -149,7 +156,7 @@ def test_compiled_whole_equals_eager(rule: Rule, problem: Problem) -> None:
     torch.compiler.reset()  # else the nets before this one count as recompilations
     w, batch = problem.weights(rule), problem.noisy(rule)
 
-    def all_phases(w: dict[str, Tensor], x: Tensor, y: Tensor, noise: dict[str, Tensor]) -> tuple[Grads, ...]:
+    def all_phases(w: dict[str, Tensor], x: Tensor, y: Tensor, noise: dict[str, Tensor]) -> tuple[Outputs, ...]:
         return _phases(rule, problem, w, Batch(x, y, batch.loss, noise))
 
     compiled = torch.compile(all_phases, backend="aot_eager", fullgraph=True)
@@ -163,7 +170,36 @@ def test_runs_on_tensors_without_memory(rule: Rule, problem: Problem) -> None:
     phases = _phases(rule, problem, w, Batch(batch.x.to("meta"), batch.y.to("meta"), batch.loss, noise))
     for grads, logits in phases:
         assert all(g.shape == w[name].shape and g.is_meta for name, g in grads.items())
-        assert logits.shape == batch.y.shape
+        assert all(z.shape == batch.y.shape for z in logits)
+
+
+def _readmes_table(head: str) -> dict[str, list[str]]:
+    """A table of the README, which has that head beside `rule=`: for each rule the other columns."""
+    table = (CONF.parent / "README.md").read_text().partition(f"| `rule=` | {head}")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split(" | ")] for line in table.splitlines()[2:]]
+    return {name: row for names, *row in rows for name in re.findall(r"`(\w+)`", names)}
+
+
+@pytest.mark.parametrize("head", ["in a sentence", "derivative of f"])
+def test_the_readme_lists_every_rule(head: str) -> None:
+    assert sorted(_readmes_table(head)) == options("rule")
+
+
+@pytest.mark.parametrize("name", options("rule"))
+def test_the_readme_knows_which_rules_need_a_derivative(name: str, configured: Callable[..., Any]) -> None:
+    table = _readmes_table("derivative of f")
+    assert name in table
+    rule, loss = configured("rule", name), SoftmaxCrossEntropy(4)
+    net = mlp((12,), 4, hidden=[7, 6, 5], activation="tanh")
+    x = torch.randn(6, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    problem = Problem(net, Batch(x, loss.target(torch.arange(6) % 4, x.dtype), loss))
+    w = problem.weights(rule)
+    without = replace(problem, net=replace(net, activation=replace(net.activation, derivative=None)))
+    if table[name][0] == "no":
+        torch.testing.assert_close(_grads(rule, without, w), _grads(rule, problem, w), rtol=0, atol=0)
+    else:
+        with pytest.raises(ValueError, match="'tanh' has no derivative and this rule needs one"):
+            _grads(rule, without, w)
 
 
 def test_signs_are_right_at_the_start(rule: Rule, problem: Problem) -> None:
@@ -181,7 +217,7 @@ def test_a_step_takes_the_phases_in_turn_and_touches_nothing_else(
     net, batch = problem.net, problem.batch
     before, rate = problem.weights(rule), 1.0
     trained = learner(net, rule, batch.loss, before, partial(torch.optim.SGD, lr=rate))
-    logits = trained.step(batch.x.unsqueeze(0), batch.y.unsqueeze(0))[0]
+    logits = trained.step(batch.x.unsqueeze(0), batch.y.unsqueeze(0))
     after = {name: p[0] for name, p in trained.w.items()}
 
     noise = {name: t.to(batch.x) for name, t in normal(rule.noise(net, len(batch.x)), 0, "noise", 0).items()}
@@ -192,7 +228,7 @@ def test_a_step_takes_the_phases_in_turn_and_touches_nothing_else(
         w |= rule.constrain(net, w)
         moved |= grads.keys() | rule.constrain(net, w).keys()
     torch.testing.assert_close(after, w)
-    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(logits, None if expected is None else expected.unsqueeze(0))
     for name, projected in rule.constrain(net, after).items():
         assert torch.equal(after[name], projected), name
     for name in w.keys() - moved:

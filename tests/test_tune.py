@@ -96,6 +96,17 @@ def test_a_search_that_cannot_work_is_refused(change: dict[str, Any], message: s
         tune.Search.of(SEARCH | change, "test")
 
 
+def test_a_key_that_is_there_twice_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = (CONF / "search" / "compare.yaml").read_text() + "  rule.scale: {low: 0.1, high: 1}\n"
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "compare.yaml").write_text(text)
+    monkeypatch.setattr(tune, "CONF", tmp_path)
+    with pytest.raises(
+        ValueError, match=r"^\S*compare\.yaml: .*found duplicate key rule\.scale in.*line \d+, column 3$"
+    ):
+        tune.Search.read("compare")
+
+
 def test_a_search_or_a_choice_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no search 'mdfa': choose one of compare, lra_e"):
         tune.Search.read("mdfa")

@@ -20,7 +20,7 @@ from nobackprop.metrics import Scores
 from nobackprop.network import Network
 from nobackprop.parallel import mean_over_processes
 from nobackprop.pixels import Pixels
-from nobackprop.rule import Batch, Grads, Phase, Rule
+from nobackprop.rule import Batch, Phase, Rule
 from nobackprop.streams import normal
 from nobackprop.updates import UPDATES
 
@@ -113,9 +113,12 @@ class Learner(LightningModule):
 
     # Training
 
-    def step(self, x: Tensor, y: Tensor) -> Tensor:
-        """One step of all seeds from inputs x (S, N, *in_shape) and targets y (S, N, outputs); gives the logits."""
-        samples, noise = x.shape[1] * self.ranks, self._noise(x)
+    def step(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """One step of all seeds from inputs x (S, N, *in_shape) and targets y (S, N, outputs); gives the rule's logits.
+
+        None where the rule has none at hand.
+        """
+        samples, noise, logits = x.shape[1] * self.ranks, self._noise(x), []
         if self.alone:
             x, y, noise = x[0], y[0], self._without_axis(noise)
         for phase in self.phases:
@@ -126,16 +129,22 @@ class Learner(LightningModule):
                 grads = mean_over_processes(grads, self.trainer.strategy, self.w["W1"].dtype)
             self._update({name: g.unsqueeze(0) for name, g in grads.items()} if self.alone else grads, samples)
         self.steps += 1
-        return logits.unsqueeze(0) if self.alone else logits
+        return next((z.unsqueeze(0) if self.alone else z for z in logits), None)
 
-    def _phase(self, phase: Phase) -> Callable[..., Grads]:
-        """A phase of the rule, of `stack`, x, y and noise: directly for one seed, under vmap for several."""
+    def _phase(self, phase: Phase) -> Callable[..., tuple[dict[str, Tensor], list[Tensor]]]:
+        """A phase of the rule, of `stack`, x, y and noise: directly for one seed, under vmap for several.
+
+        The logits come in a list, since vmap takes no None: an empty one where there are none.
+        """
         net, loss = self.net, self.loss
 
-        def grads(w: Mapping[str, Tensor], x: Tensor, y: Tensor, noise: Mapping[str, Tensor]) -> Grads:
-            return phase(net, w, Batch(x, y, loss, noise))
+        def outputs(
+            w: Mapping[str, Tensor], x: Tensor, y: Tensor, noise: Mapping[str, Tensor]
+        ) -> tuple[dict[str, Tensor], list[Tensor]]:
+            grads, logits = phase(net, w, Batch(x, y, loss, noise))
+            return grads, [] if logits is None else [logits]
 
-        over_seeds = self._over_seeds(grads)
+        over_seeds = self._over_seeds(outputs)
         return torch.compile(over_seeds, dynamic=False) if self.compiled else over_seeds
 
     def _over_seeds(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -176,8 +185,9 @@ class Learner(LightningModule):
         """Trains on k mini-batches: pixels (k, S, N, C, H, W), labels (k, S, N)."""
         pixels, labels = chunk
         y = self.loss.target(labels.flatten(), self.w["W1"].dtype).unflatten(0, labels.shape)
-        logits = [self.step(self.inputs(p), t) for p, t in zip(pixels, y, strict=True)]
-        self.train_scores.update(torch.cat(logits, 1), labels.transpose(0, 1).flatten(1))
+        steps = [self.step(self.inputs(p), t) for p, t in zip(pixels, y, strict=True)]
+        if logits := [z for z in steps if z is not None]:
+            self.train_scores.update(torch.cat(logits, 1), labels.transpose(0, 1).flatten(1))
 
     def on_train_start(self) -> None:
         self.started = time.monotonic()
@@ -223,7 +233,9 @@ class Learner(LightningModule):
         self.eval_scores.reset()
 
     def on_validation_epoch_end(self) -> None:
-        train, val = per_seed(self.train_scores.compute()), per_seed(self.eval_scores.compute())
+        # a rule may have no logits of training images
+        train = per_seed(self.train_scores.compute()) if self.train_scores.update_called else [{} for _ in self.seeds]
+        val = per_seed(self.eval_scores.compute())
         improved = [self._advance(p, train[s], val[s], self.extra_scores[s]) for s, p in enumerate(self.progress)]
         if any(improved):
             mask = torch.tensor(improved, device=self.device)
@@ -240,7 +252,7 @@ class Learner(LightningModule):
         if p.stopped:
             return False
         epoch = len(p.epochs) + 1
-        finite = isfinite(train["loss"]) and isfinite(val["loss"])
+        finite = isfinite(train.get("loss", 0)) and isfinite(val["loss"])
         scores = {f"train/{k}": v for k, v in train.items()} | {f"val/{k}": v for k, v in val.items()} | extra
         scores = {k: v if isfinite(v) else None for k, v in scores.items()}
         p.epochs.append({"epoch": epoch, "step": self.steps, **scores})

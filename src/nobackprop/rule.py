@@ -11,7 +11,7 @@ from nobackprop.losses import Loss
 from nobackprop.network import Network, Weights
 
 Draw = Callable[[str, Shape], Tensor]
-Grads = tuple[dict[str, Tensor], Tensor]
+Grads = tuple[dict[str, Tensor], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -42,22 +42,28 @@ class Rule(ABC):
 
     @abstractmethod
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
-        """The gradient of each weight that this rule changes, by name, and the logits (N, outputs)."""
+        """The gradient of each weight that this rule changes, by name, and the logits (N, outputs).
+
+        None in the place of logits that would have to be computed for their own sake: then there are no training
+        metrics.
+        """
 
     def phases(self) -> tuple[Phase, ...]:
         """The updates that make one step, in order, each like `grads` and from the weights that the last one left.
 
-        Training metrics are those of the last one's logits; what earlier ones give in their place is not looked at.
+        Training metrics are those of the last one's logits; those of earlier ones are not looked at.
         """
         return (self.grads,)
 
-    def all_grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
-        """What all phases give from the same weights (of two gradients of one weight the later), and the last logits.
+    def all_grads(self, net: Network, w: Weights, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """What all phases give from the same weights (of two gradients of one weight the later), and the logits.
 
         For looking at a step without taking it; training goes through `phases`.
         """
         each = [phase(net, w, batch) for phase in self.phases()]
-        return {name: g for grads, _ in each for name, g in grads.items()}, each[-1][1]
+        logits = each[-1][1]
+        grads = {name: g for grads, _ in each for name, g in grads.items()}
+        return grads, self.logits(net, w, batch.x) if logits is None else logits
 
     def noise(self, net: Network, samples: int) -> dict[str, Shape]:
         """Shapes of the standard normal numbers that a step on so many samples needs, by name: `batch.noise[name]`.

@@ -27,5 +27,18 @@ class DFA(Rule):
             g |= net.hebbian(l, h[l - 1], d)
         return g, z[net.L]
 
+    def going_up(self, net: Network, w: Weights, x: Tensor, e: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The gradients of all hidden layers from an error e (N, outputs) that is there beforehand, and h[L-1].
+
+        A layer's input is freed as soon as its gradient is there.
+        """
+        h, g = x, {}
+        for l in range(1, net.L):
+            z = net.preactivation(l, w, h)
+            h, below = net.activation.f(z), h
+            d = net.direct(w[f"B{l}"], e, like=z) * net.df(z, h)  # (N, *shape of layer l)
+            g |= net.hebbian(l, below, d)
+        return g, h
+
     def feedback(self, net: Network, draw: Draw) -> dict[str, Tensor]:
         return {f"B{l}": draw(f"B{l}", (net.units(l), net.units(net.L))) for l in range(1, net.L)}

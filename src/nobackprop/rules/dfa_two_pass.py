@@ -18,11 +18,5 @@ class DFATwoPass(DFA):
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
         logits = net.logits(w, batch.x)
         e = batch.error(logits)  # (N, outputs)
-        h = batch.x
-        g = {}
-        for l in range(1, net.L):
-            z = net.preactivation(l, w, h)
-            h, below = net.activation.f(z), h
-            d = net.direct(w[f"B{l}"], e, like=z) * net.df(z, h)  # (N, *shape of layer l)
-            g |= net.hebbian(l, below, d)
+        g, h = self.going_up(net, w, batch.x, e)
         return g | net.hebbian(net.L, h, e), logits

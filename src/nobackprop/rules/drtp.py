@@ -25,13 +25,7 @@ class DRTP(DFA):
     """
 
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
-        h = batch.x
         y = batch.y if net.units(net.L) > 1 else 2 * batch.y - 1
-        g = {}
-        for l in range(1, net.L):
-            z = net.preactivation(l, w, h)
-            h, below = net.activation.f(z), h
-            d = net.direct(w[f"B{l}"], -y, like=z) * net.df(z, h)  # (N, *shape of layer l)
-            g |= net.hebbian(l, below, d)
+        g, h = self.going_up(net, w, batch.x, -y)
         z = net.preactivation(net.L, w, h)
         return g | net.hebbian(net.L, h, batch.error(z)), z

@@ -20,7 +20,10 @@ class DTP(Rule):
 
     Layer l's W and b descend `|h[l] - t[l]|^2`, the output's the loss itself, and Q[l] descends the reconstruction loss
     `|g[l](f(W[l] n + b[l])) - n|^2` at `n = h[l-1] + sigma noise`. `Q2 ... Q(L-1)` have the shapes of `W2 ... W(L-1)`
-    (the paper's V is their transpose); in a convolutional layer the decoder is a transposed convolution.
+    (the paper's V is their transpose); in a convolutional layer the decoder is a transposed convolution. `eta` is a
+    factor on the derivative of each sample's own loss, `sigma` the standard deviation of the noise, in units of h.
+
+    Raises ValueError for an `eta` of 0 or less, or a `sigma` below 0.
 
     Departs from the paper: decoders have no biases, take the rates of the forward weights, and learn in the same step,
     where the paper's take turns with these for a whole epoch (Bartunov et al., NeurIPS 2018, call it parallel DTP).

@@ -37,6 +37,9 @@ class EquilibriumPropagation(Rule):
 
     Large weights let the units come to rest where the input no longer matters, and then nothing is learned: start them
     smaller than for other rules (`init.forward=U0.5`), and learn more slowly.
+
+    Raises ValueError for a `beta` of 0 or less, an `epsilon` (the share of its way that a unit goes in a step) that is
+    not above 0 and at most 1, `free_steps` below 0, or `nudged_steps` below 1.
     """
 
     beta: float = 0.5

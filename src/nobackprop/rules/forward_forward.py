@@ -24,8 +24,10 @@ class ForwardForward(Rule):
         log(1 + exp(-(G[l] - theta)))  for the positive,  log(1 + exp(G[l] - theta))  for the negative image (eq. 1)
 
     and hands on h[l] at a length that says nothing of G[l]. The answer of the net to an image is the goodness of all
-    layers but the first, summed, with each label in turn; those are the logits, and a pass for each class. Logits of
-    training images cost as much: with ten classes they are most of a step.
+    layers but the first, summed, with each label in turn; those are the logits, and a pass for each class. With ten
+    classes they would be most of a step, so it goes without them, and the run without training loss and accuracy.
+
+    Raises ValueError for a `theta` of 0 or less, and for images with fewer pixels than there are classes.
 
     Departs from the paper: `theta` is a unit's share, times the units of a layer, so that one suits all widths. The
     net's last layer, with a unit a class, learns as the others do. In a convolutional layer G and the length are over
@@ -54,7 +56,7 @@ class ForwardForward(Rule):
             d = _each(dG, h) * 2 * h * net.df(z, h)  # (2 N, *shape of layer l)
             g |= net.hebbian(l, below, d)
             h = _normalized(h)
-        return g, self.logits(net, w, batch.x)
+        return g, None
 
     def noise(self, net: Network, samples: int) -> dict[str, Shape]:
         return {"wrong_label": (samples, classes)} if (classes := _classes(net)) > 2 else {}

@@ -22,7 +22,8 @@ class LRAE(Rule):
     and `learn_E=False` leaves E as it was drawn. `E2 ... EL` are stored in the shape of `W2 ... WL` (the paper's E is
     their transpose), so E's gradient is W's own.
 
-    Optimizers that rescale gradients, such as AdamW, all but undo gamma.
+    Optimizers that rescale gradients, such as AdamW, all but undo gamma. Raises ValueError for a `beta` of 0 or less,
+    or a `gamma` below 0.
 
     Departs from the paper: gamma comes after the rescaling of updates (`update=unit_norm`), which would undo it.
     """

@@ -17,7 +17,8 @@ class MDFA(DFA):
     product with its gradient.
 
     Weights above the first layer, and all B, start at the absolute value of their draw; after each step every weight
-    matrix but the first is projected to at least `floor`, as the paper's program does. Biases are free.
+    matrix but the first is projected to at least `floor`, as the paper's program does. Biases are free. Raises
+    ValueError for a `floor` below 0.
     """
 
     floor: float = 1e-6

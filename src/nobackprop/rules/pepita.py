@@ -20,9 +20,14 @@ class PEPITA(Rule):
 
     No derivative of f is needed. `F` is (units of the input, outputs): `scale` times a draw whose fan-in is the number
     of input units. The paper's program draws 0.05 times he_uniform, which is `U1` times 0.05 sqrt(6), the default here.
+    Raises ValueError for a `scale` of 0 or less.
 
-    Departs from the paper: kernels get the sum over positions as under every rule here, where its program takes the
-    mean; biases, which its nets lack, get d[l] too; no dropout.
+    Programs differ in d[L]: the authors' notebook, and their main_pytorch.py where a net has several dense layers, take
+    the second pass's error, as here; main_pytorch.py with one dense layer above convolutions, and the program of the
+    follow-up (Srinivasan et al., "Forward learning with top-down feedback", arXiv 2302.05440), take the first pass's.
+
+    Departs from the paper's program: in convolutional nets d[L] is the second pass's too; kernels get the sum over
+    positions as under every rule here, where it takes the mean; biases, which its nets lack, get d[l] too; no dropout.
     """
 
     scale: float = 0.1225

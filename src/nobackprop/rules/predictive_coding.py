@@ -18,8 +18,9 @@ class PredictiveCoding(Rule):
 
         E = sum over hidden l of |x[l] - mu[l]|^2 / 2 + loss(mu[L]) / variance
 
-    for `steps` steps of size `rate`, all layers at once; then so do W and b, one step. With the derivative of E by
-    mu[l], d[l] = mu[l] - x[l], and at the output that of the loss over `variance`:
+    for `steps` steps of size `rate` (a factor on the derivative of each sample's own energy), all layers at once; then
+    so do W and b, one step. With the derivative of E by mu[l], d[l] = mu[l] - x[l], and at the output that of the loss
+    over `variance`:
 
         x[l] <- x[l] - rate * (f'(x[l]) * W[l+1]^T d[l+1] - d[l]),   dW[l] = d[l] f(x[l-1])^T
 
@@ -27,6 +28,8 @@ class PredictiveCoding(Rule):
     f' stay those of the forward pass (Millidge, Tschantz & Buckley, "Predictive coding approximates backprop along
     arbitrary computation graphs", Neural Computation 2022): then d times the variance relaxes to backpropagation's
     whatever the variance, and with rate 1 is there after one step a hidden layer.
+
+    Raises ValueError for `steps` below 1, a `rate` that is not above 0 and at most 1, or a `variance` of 0 or less.
 
     Departs from the paper: the target is not clamped to the output but reaches it through the loss, the same thing for
     `squared_error`; the input is not sent through f; gradients are not multiplied by the variance (its program's are).

@@ -17,7 +17,7 @@ class USF(FA):
     "uniform sign-concordant feedbacks".
 
     Departs from the paper: no batch normalization. Under an optimizer that rescales gradients, such as AdamW, the scale
-    hardly matters; with plain SGD take one about as large as the weights.
+    hardly matters; with plain SGD take one about as large as the weights. Raises ValueError for a `scale` of 0 or less.
     """
 
     scale: float = 1.0

@@ -18,12 +18,14 @@ class WeightMirror(FA):
 
         delta[l-1] = sigma noise,   delta[l] = f(W[l] delta[l-1]),   dB[l] = decay B[l] - delta[l] delta[l-1]^T
 
-    and without f at the output. The last product is sigma^2 W[l] on average where f is linear with slope 1, so that B
-    tends to (sigma^2 / decay) W. `B2 ... BL` have the shapes of `W2 ... WL` (the paper's B is their transpose); in a
-    convolutional layer the product is the mean over positions, where padding takes its part from those at the edge.
+    where the outputs answer without f. The last product, the mean over samples, is sigma^2 W[l] on average where f is
+    linear with slope 1, so that B tends to (sigma^2 / decay) W. `sigma` is the noise's standard deviation; a step takes
+    `decay` times the learning rate of B. `B2 ... BL` have the shapes of `W2 ... WL` (the paper's B is their transpose);
+    in a convolutional layer the product is the mean over positions, where padding takes its part from those at the
+    edge. Raises ValueError for a `sigma` of 0 or less, or a `decay` below 0.
 
     Departs from the paper: one mirror step, with as many samples as the batch, comes before each other step, not a
-    period of its own; biases do not take part.
+    period of its own; biases do not take part, nor does f at the output, through which the paper's program mirrors too.
     """
 
     sigma: float = 0.5
@@ -44,7 +46,7 @@ class WeightMirror(FA):
                 above = net.activation.f(above)
             seen = net.hebbian(l, below, above)[f"W{l}"] / prod(net.shapes[l][1:])
             g[f"B{l}"] = self.decay * w[f"B{l}"] - seen
-        return g, batch.y  # in the place of logits, which nobody asks of a first phase
+        return g, None
 
     def phases(self) -> tuple[Phase, ...]:
         return self.mirror, self.grads
