@@ -225,8 +225,9 @@ def _by_rule(found: Findings, rows: Sequence[Row], colour: dict[str, str]) -> Ca
         panels.append((f"{described(row.labels)}: test error, %", errors))
         angles = {rule: (c.angle, 0) for rule, c in cells.items() if c.angle is not None}
         panels.append((f"{described(row.labels)}: angle, degrees", angles))
-    panels.append(("time of a step, of bp's", {rule: (1 / c.speed, 0) for rule, c in found.costs.items() if c.speed}))
-    panels.append(("memory of a step, of bp's", {rule: (c.memory, 0) for rule, c in found.costs.items() if c.memory}))
+        costs, name = found.costs_of(row), described(row.labels)
+        panels.append((f"{name}: time of a step, of bp's", {rule: (1 / c.speed, 0) for rule, c in costs.items()}))
+        panels.append((f"{name}: memory of a step, of bp's", {rule: (c.memory, 0) for rule, c in costs.items()}))
     left = 0.25 + 0.08 * max(map(len, rules))
     canvas, axes = _axes(len(panels), 2, "", "", (), height=0.19 * len(rules) + 0.2, left=left)
     for i, (ax, (name, values)) in enumerate(zip(axes, panels, strict=True)):

@@ -236,10 +236,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a rule's training step costs, relative to backprop's; None: not measured."""
+    """What a rule's training step costs, relative to backprop's on the same net."""
 
-    speed: float | None = None  # images a second
-    memory: float | None = None  # above weights and gradients, all activations kept
+    speed: float  # images a second
+    memory: float  # above weights and gradients
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,11 @@ class Findings:
     tables: Mapping[str, Sequence[Row]]
     verdicts: Sequence[Result]
     claims: Claims | None
-    costs: Mapping[str, Cost]
+    costs: Mapping[str, Mapping[str, Cost]]  # by experiment and rule
+
+    def costs_of(self, row: Row) -> Mapping[str, Cost]:
+        """What each rule's step costs in a row's experiment, as far as it was measured."""
+        return self.costs.get("/".join([self.paper, *row.labels.values()]), {})
 
 
 class Composer:
@@ -369,21 +373,24 @@ def findings(paper: str, records: Iterable[Record], results: Path = ROOT / "resu
     return Findings(paper, layout, known, tables, verdicts, fixed, costs(results / "benchmark.csv"))
 
 
-def costs(path: Path) -> dict[str, Cost]:
-    """By rule, from what scripts/benchmark.py wrote; empty where it did not. Raises ValueError for another file."""
+def costs(path: Path) -> dict[str, dict[str, Cost]]:
+    """By experiment and rule, from what scripts/benchmark.py wrote; empty where it did not.
+
+    Raises ValueError for another file.
+    """
     if not path.exists():
         return {}
     frame = pd.read_csv(path)
     if missing := {"measure", "what", "ratio"} - set(frame):
         raise ValueError(f"{path} has no column {', '.join(sorted(missing))}: scripts/benchmark.py makes it anew")
-    ratios = {}
-    for kind, prefix in (("speed", "every rule: "), ("memory", "memory: ")):
-        values = frame[frame.measure.str.startswith(prefix)].set_index("what").ratio.to_dict()
-        ratios[kind] = {rule: value / values["bp"] for rule, value in values.items() if "bp" in values}
-    return {
-        rule: Cost(ratios["speed"].get(rule), ratios["memory"].get(rule))
-        for rule in {**ratios["speed"], **ratios["memory"]}
-    }
+    ratios = {str(measure): rows.set_index("what").ratio.to_dict() for measure, rows in frame.groupby("measure")}
+    found = {}
+    for measure, speeds in ratios.items():
+        kind, _, experiment = measure.partition(": ")
+        if kind == "every rule":
+            memory = ratios[f"memory of every rule: {experiment}"]
+            found[experiment] = {rule: Cost(speed, memory[rule]) for rule, speed in speeds.items()}
+    return found
 
 
 def rules_run(rows: Sequence[Row]) -> list[str]:

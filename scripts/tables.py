@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 from figures import figures
-from findings import ROOT, Cost, Figure, Findings, Found, Row, Table, described, findings, papers
+from findings import ROOT, Figure, Findings, Found, Row, Table, described, findings, papers
 
 from nobackprop.claims import Claims, Result
 from nobackprop.collecting import collect
@@ -154,7 +154,8 @@ def sheet(found: Findings, table: Table) -> Sheet | None:
         sizes = [
             f"{name}: seeds {row.seeds}, epochs {epochs(row, signs)}" for name, row in zip(names, shown, strict=True)
         ]
-        head = ["rule", *sizes, *(f"{name}: angle" for name in names), "images/s of bp's", "memory of bp's"]
+        further = ("angle", "images/s of bp's", "memory of bp's")
+        head = ["rule", *sizes, *(f"{name}: {what}" for what in further for name in names)]
         return Sheet(head, 1, [[rule, *_across(found, shown, rule)] for rule in rules], signs)
     lines = [
         [*row.labels.values(), *(row.cells.get(rule) for rule in rules), row.seeds, epochs(row, signs)] for row in shown
@@ -163,11 +164,12 @@ def sheet(found: Findings, table: Table) -> Sheet | None:
 
 
 def _across(found: Findings, rows: Sequence[Row], rule: str) -> list[Found | str | None]:
-    """What is known of a rule: accuracy and angle in each row, and the cost of its step."""
+    """What is known of a rule: in each row accuracy and angle, and the cost of its step."""
     cells = [row.cells.get(rule) for row in rows]
     angles = ["-" if cell is None or cell.angle is None else f"{cell.angle:.0f}°" for cell in cells]
-    cost = found.costs.get(rule, Cost())
-    return [*cells, *angles, *("-" if ratio is None else f"{ratio:.2f}" for ratio in (cost.speed, cost.memory))]
+    costs = [found.costs_of(row).get(rule) for row in rows]
+    speeds = ["-" if cost is None else f"{cost.speed:.2f}" for cost in costs]
+    return [*cells, *angles, *speeds, *("-" if cost is None else f"{cost.memory:.2f}" for cost in costs)]
 
 
 def notes(found: Findings, table: Table) -> list[str]:
@@ -185,8 +187,8 @@ def caption(table: Table, intervals: bool) -> str:
     if table.by_rule:
         what += (
             "; the angle of the update to backprop's gradient after the last epoch, mean over hidden layers and seeds; "
-            "speed of a training step, and its memory above weights with all activations kept, both relative to "
-            "backprop's, on the nets of results/benchmark.csv"
+            "speed of a training step, and its memory above weights and gradients, both relative to backprop's on the "
+            "same net (results/benchmark.csv)"
         )
     return f"{what}."
 

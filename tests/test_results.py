@@ -290,19 +290,18 @@ def test_a_published_figure_is_shown_where_nothing_was_run(results: Path) -> Non
 
 
 def test_a_table_by_rule_has_a_line_a_rule_with_its_angle_and_cost(results: Path) -> None:
-    costs = ["every rule: a net,bp,1", "every rule: a net,dfa,1.1", "every rule: a net,drtp,0.9"]
-    costs += ["memory: a net,bp,2", '"memory: a net","dfa, activations computed again",0.1', "memory: a net,dfa,0.5"]
+    costs = ["every rule: compare/mlp,bp,1", "every rule: compare/mlp,dfa,1.1"]
+    costs += ["memory of every rule: compare/mlp,bp,1", "memory of every rule: compare/mlp,dfa,0.25", "memory: x,bp,2"]
     (results / "benchmark.csv").write_text("\n".join(["measure,what,ratio", *costs]))
     runs = [record("compare", {"net": "mlp", "rule": rule}, 0, 0.9) for rule in ("bp", "dfa", "drtp")]
     found = findings("compare", [*runs, record("compare", {"net": "mlp", "rule": "dfa"}, 1, 0.8)], results)
     (table,) = found.layout.tables
     text = tables.accuracy_table(found, table)
     lines = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
-    assert (
-        lines["| rule"] == "| rule | mlp: seeds 1, epochs 2 of 10† | mlp: angle | images/s of bp's | memory of bp's |"
-    )
+    head = "mlp: seeds 1, epochs 2 of 10† | mlp: angle | mlp: images/s of bp's | mlp: memory of bp's"
+    assert lines["| rule"] == f"| rule | {head} |"
     assert lines["| dfa"] == "| dfa | 90.00 | 60° | 1.10 | 0.25 |"
-    assert lines["| drtp"] == "| drtp | 90.00 | 60° | 0.90 | - |"
+    assert lines["| drtp"] == "| drtp | 90.00 | 60° | - | - |"
     assert r"dfa & 90.00 & 60$^\circ$ & 1.10 & 0.25 \\" in tables.latex(found)
     drawn = tables.figures(found)["accuracy_rules"].decode()
     assert set(re.findall(r'class="rule-(\w+)"', drawn)) == {"bp", "dfa", "drtp"}
@@ -315,7 +314,7 @@ def test_a_file_of_costs_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"benchmark\.csv has no column ratio: scripts/benchmark\.py makes it anew"):
         module.costs(path)
     path.write_text("measure,what,ratio\nmemory: a net,dfa,5\n")
-    assert module.costs(path) == {}  # nothing to relate it to
+    assert module.costs(path) == {}
 
 
 @pytest.mark.parametrize(

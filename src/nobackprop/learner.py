@@ -234,7 +234,7 @@ class Learner(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         # a rule may have no logits of training images
-        train = per_seed(self.train_scores.compute()) if self.train_scores.update_called else [{} for _ in self.seeds]
+        train = per_seed(self.train_scores.compute()) if self.train_scores.count.any() else [{} for _ in self.seeds]
         val = per_seed(self.eval_scores.compute())
         improved = [self._advance(p, train[s], val[s], self.extra_scores[s]) for s, p in enumerate(self.progress)]
         if any(improved):
