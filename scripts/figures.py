@@ -261,6 +261,6 @@ def _angles(measured: Sequence[tuple[Row, str, Found]]) -> Canvas:
         ax.axhline(90, color="#888888", linestyle=":", linewidth=1)
         ax.set_ylim(0, max(100, ax.get_ylim()[1]))
         ax.set_yticks([0, 30, 60, 90])
-        ax.set_title(f"{rule}, {seeds} seeds\n{described(row.labels)}", fontsize=8)
+        ax.set_title(f"{rule}, n = {seeds}\n{described(row.labels)}", fontsize=8)
     _legend(canvas, axes)
     return canvas

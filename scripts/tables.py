@@ -61,7 +61,7 @@ def difference(cell: Found, figure: Figure) -> str:
 def comparison(cell: Found, figure: Figure) -> str:
     """A published figure, as an accuracy in percent, and how far ours is from it."""
     told = f"published {figure.accuracy:.2f}" + (f" ± {figure.spread:.2f}" if figure.spread is not None else "")
-    told += f", {figure.seeds} seeds" if figure.seeds else ""
+    told += f", n = {figure.seeds}" if figure.seeds else ""
     return f"{told} ({apart})" if (apart := difference(cell, figure)) else told
 
 

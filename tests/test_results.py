@@ -271,8 +271,8 @@ def test_a_published_figure_is_shown_beside_ours(results: Path) -> None:
     publish(results, PUBLISHED | {"cell": labels, "spread": 0.2, "seeds": 5})
     found = findings("lra_e", [lra(0, 0.9)], results)
     text = tables.accuracy_table(found, found.layout.tables[0])
-    assert "| 90.00; published 91.50 ± 0.20, 5 seeds (-1.50) |" in text
-    assert "| 90.00; published 91.50 $\\pm$ 0.20, 5 seeds (-1.50) &" in tables.latex(found).replace(" & 90", " | 90")
+    assert "| 90.00; published 91.50 ± 0.20, n = 5 (-1.50) |" in text
+    assert "| 90.00; published 91.50 $\\pm$ 0.20, n = 5 (-1.50) &" in tables.latex(found).replace(" & 90", " | 90")
     assert "published" not in tables.accuracy_table(found, found.layout.tables[2])
     (line,) = [line for line in tables.rows_of(found).to_dict("records") if line["mean"] == "90.0000"]
     names = "published", "published_spread", "published_seeds", "difference"
