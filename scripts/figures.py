@@ -219,13 +219,13 @@ def _by_rule(found: Findings, rows: Sequence[Row], colour: dict[str, str]) -> Ca
     rules = rules_run(rows)
     panels: list[tuple[str, Mapping[str, tuple[float, float]]]] = []  # values and half the interval, by rule
     for row in rows:
+        name, costs = described(row.labels), found.costs_of(row)
         cells = {rule: cell for rule, cell in row.cells.items() if cell.mean is not None}
         half = {rule: (c.interval[1] - c.interval[0]) / 2 if c.interval else 0 for rule, c in cells.items()}
         errors = {rule: (100 - 100 * (c.mean or 0), 100 * half[rule]) for rule, c in cells.items()}
-        panels.append((f"{described(row.labels)}: test error, %", errors))
+        panels.append((f"{name}: test error, %", errors))
         angles = {rule: (c.angle, 0) for rule, c in cells.items() if c.angle is not None}
-        panels.append((f"{described(row.labels)}: angle, degrees", angles))
-        costs, name = found.costs_of(row), described(row.labels)
+        panels.append((f"{name}: angle, degrees", angles))
         panels.append((f"{name}: time of a step, of bp's", {rule: (1 / c.speed, 0) for rule, c in costs.items()}))
         panels.append((f"{name}: memory of a step, of bp's", {rule: (c.memory, 0) for rule, c in costs.items()}))
     left = 0.25 + 0.08 * max(map(len, rules))

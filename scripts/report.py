@@ -164,7 +164,7 @@ def section(found: Findings, table: Table) -> str:
         parts += [text, sortable(shown.head, body, len(shown.head) - shown.left)]
     else:
         parts.append(element("p", "No runs are recorded yet."))
-    return "\n".join([*parts, listed(notes(found, table))])
+    return "\n".join([*parts, listed(notes(found, table, shown))])
 
 
 def listed(sentences: Sequence[str]) -> str:

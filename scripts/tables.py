@@ -172,9 +172,8 @@ def _across(found: Findings, rows: Sequence[Row], rule: str) -> list[Found | str
     return [*cells, *angles, *speeds, *("-" if cost is None else f"{cost.memory:.2f}" for cost in costs)]
 
 
-def notes(found: Findings, table: Table) -> list[str]:
-    """What is to be said under a table: what departs from the paper, and what was not run."""
-    shown = sheet(found, table)
+def notes(found: Findings, table: Table, shown: Sheet | None) -> list[str]:
+    """What is to be said under a table as it is shown: what departs from the paper, and what was not run."""
     signs = shown.signs if shown else {}
     told = [f"{sign} {mark}" for mark, sign in signs.items()] + ([table.note] if table.note else [])
     return told + [f"Without runs, {line}" for line in missing(found.tables[table.name])]
@@ -196,7 +195,7 @@ def caption(table: Table, intervals: bool) -> str:
 def accuracy_table(found: Findings, table: Table, intervals: bool = True) -> str:
     """A table's section in Markdown: accuracies, what departs from the paper, and what was not run."""
     shown = sheet(found, table)
-    listed = "\n".join(f"- {note}" for note in notes(found, table))
+    listed = "\n".join(f"- {note}" for note in notes(found, table, shown))
     if shown is None:
         return f"**{table.title}**: no runs yet.\n{listed}"
     lines = ([text(cell, shown.signs, intervals) for cell in line] for line in shown.lines)
@@ -346,7 +345,7 @@ def latex(found: Findings) -> str:
         rows = ([text(cell, shown.signs, intervals=True).translate(TEX) for cell in line] for line in shown.lines)
         lines += [" & ".join(row) + r" \\" for row in rows]
         lines += ["\\bottomrule", "\\end{tabular}"]
-        below = [f"\\par{{\\footnotesize {note.translate(TEX)}}}" for note in notes(found, table)]
+        below = [f"\\par{{\\footnotesize {note.translate(TEX)}}}" for note in notes(found, table, shown)]
         parts.append("\n".join([f"% {table.title}", *lines, *below]))
     return "\n\n".join(parts) + "\n"
 
