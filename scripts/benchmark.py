@@ -21,7 +21,7 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -396,39 +396,24 @@ def run_overhead(rounds: int) -> list[dict[str, Any]]:
     pixels, labels = torch.randint(256, (50, 1, 28, 28), dtype=torch.uint8), torch.randint(10, (50,))
     bare = our_step(net, LRAE(), loss, ADAMW, pixels, labels)
     steps_an_epoch, epochs = 54_000 // 50, 3
-    rates: dict[str, list[float]] = {"the bare step": [], "the whole run": []}
+    measured: dict[str, list[float]] = {"the bare step": [], "the whole run": []}
     with tempfile.TemporaryDirectory() as folder:
         for _ in track(range(rounds), "running in turn"):
-            rates["the bare step"].append(50 / seconds(bare, steps_an_epoch))
+            before = seconds(bare, steps_an_epoch)
             first, all_epochs = (whole_run(Path(folder), f"max_epochs={n}") for n in (1, 1 + epochs))
-            rates["the whole run"].append(50 * steps_an_epoch * epochs / (all_epochs - first))
-            rates["the bare step"].append(50 / seconds(bare, steps_an_epoch))
-    ratio = median(rates["the whole run"]) / median(rates["the bare step"])
-    ratios = {"the bare step": 1.0, "the whole run": ratio}
-    return [
-        {"measure": "LRA-E on MNIST", "what": name, "value": median(each), "unit": "images/s", "ratio": ratios[name]}
-        for name, each in rates.items()
-    ]
+            measured["the whole run"].append((all_epochs - first) / (epochs * steps_an_epoch))
+            measured["the bare step"].append(mean((before, seconds(bare, steps_an_epoch))))
+    return _rates("LRA-E on MNIST", measured, 50)
 
 
 def many_seeds(rounds: int) -> list[dict[str, Any]]:
     """Ten seeds in worker processes, one a core, against one after another."""
-    rates: dict[str, list[float]] = {"in turn, on one core": [], f"side by side, on {hardware.cores()} cores": []}
+    measured: dict[str, list[float]] = {"in turn, on one core": [], f"side by side, on {hardware.cores()} cores": []}
     with tempfile.TemporaryDirectory() as folder:
         for _ in track(range(rounds), "training in turn"):
-            for each, choice in zip(rates.values(), ("workers=1", "workers=null"), strict=True):
-                each.append(10 * 54_000 / whole_run(Path(folder), "seeds=10", "max_epochs=1", choice))
-    alone = next(iter(rates.values()))
-    return [
-        {
-            "measure": "ten seeds of LRA-E on MNIST",
-            "what": name,
-            "value": median(each),
-            "unit": "images/s",
-            "ratio": median(rate / other for rate, other in zip(each, alone, strict=True)),
-        }
-        for name, each in rates.items()
-    ]
+            for each, choice in zip(measured.values(), ("workers=1", "workers=null"), strict=True):
+                each.append(whole_run(Path(folder), "seeds=10", "max_epochs=1", choice))
+    return _rates("ten seeds of LRA-E on MNIST", measured, 10 * 54_000)
 
 
 def main() -> None:

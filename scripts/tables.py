@@ -24,9 +24,9 @@ from nobackprop.claims import Claims, Result
 from nobackprop.collecting import collect
 from nobackprop.records import Record, write_atomically
 
-SIGNS, FEWER = "†‡§¶", "fewer epochs than planned"
+SIGNS, FEWER = "†‡§¶‖", "fewer epochs than planned"  # as many signs as there are kinds of departure
 TEX = str.maketrans({"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "±": r"$\pm$", "°": r"$^\circ$"})
-TEX |= str.maketrans(dict(zip(SIGNS, (r"$^\dagger$", r"$^\ddagger$", r"$^\S$", r"$^\P$"), strict=True)))
+TEX |= str.maketrans(dict(zip(SIGNS, (r"$^\dagger$", r"$^\ddagger$", r"$^\S$", r"$^\P$", r"$^\|$"), strict=True)))
 
 
 def read_records(results: Path) -> list[Record]:
@@ -83,7 +83,8 @@ def marks(rows: Iterable[Row]) -> dict[str, str]:
     rows = list(rows)
     every = [FEWER for row in rows if row.fewer_epochs]
     every += [mark for row in rows for cell in row.cells.values() for mark in cell.marks]
-    return dict(zip(dict.fromkeys(every), SIGNS, strict=False))
+    kinds = dict.fromkeys(every)
+    return dict(zip(kinds, SIGNS[: len(kinds)], strict=True))
 
 
 def missing(rows: Iterable[Row]) -> list[str]:

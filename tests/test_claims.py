@@ -27,6 +27,9 @@ def test_the_p_value_is_that_of_scipys_paired_t_test() -> None:
 
 def test_the_p_value_where_there_is_no_spread_or_one_seed() -> None:
     assert [p_above([0.5, 0.5], bound) for bound in (0.4, 0.5, 0.6)] == [1, 1, 1]  # equal numbers show no spread
+    alike = [(correct + 33) / 10_000 - correct / 10_000 for correct in (9773, 9097, 9633)]
+    assert len(set(alike)) > 1
+    assert p_above(alike, 0) == 1  # neither do those that differ by rounding
     assert p_above([0.5], 0) == 1
     assert p_above([], 0) == 1
 

@@ -203,7 +203,7 @@ def test_training_stops_when_every_seed_has_diverged(fit: Fit) -> None:
 
 
 def test_best_weights_are_kept_for_each_seed(fit: Fit) -> None:
-    """A rule that only moves biases makes the accuracy jump about, so that best epochs differ between seeds."""
+    """At so high a rate the accuracy jumps about, so that best epochs differ between seeds."""
     learner = fit(NET, LRAE(), [0, 1, 2, 3], epochs=6, optimizer=partial(torch.optim.SGD, lr=3.0))
     best = [p.best_epoch for p in learner.progress]
     assert len(set(best)) > 1
@@ -255,6 +255,12 @@ def test_seeds_with_different_numbers_of_batches_are_not_stacked(dataset: Datase
     for group in groups:
         assert len({len(t.train) // 5 for t in group}) == 1
     assert [len(group) for group in divide(tasks, 5, stack=False)] == [1] * 6
+
+
+def test_an_interrupted_stack_stays_together_and_alone(dataset: Dataset) -> None:
+    tasks = [task(dataset, seed) for seed in range(6)]
+    groups = divide(tasks, 5, True, [(1, 4), (4, 5), (3, 9)])  # 4 is taken, 9 is not to be trained
+    assert [[t.seed for t in group] for group in groups] == [[1, 4], [0, 2, 3, 5]]
 
 
 @pytest.mark.parametrize(

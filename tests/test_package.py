@@ -122,10 +122,19 @@ def test_tuned_settings_are_announced_and_a_mistyped_one_is_refused(tmp_path: Pa
     assert "\nnobackprop: no such tuned settings, 'fast': choose one of" in ended.stderr
     image = ["dataset=cifar10_jpeg", "rule=mdfa", "arch=allconv", "paths.data=."]
     ended = nobackprop(*image, cwd=tmp_path)
-    assert "with the settings in conf/tuned/mdfa_allconv_cifar10_jpeg_adamw.yaml; tuned=none" in ended.stdout
+    assert "/conf/tuned/mdfa_allconv_cifar10_jpeg_adamw.yaml; tuned=none" in ended.stdout
     assert "\nnobackprop: cifar10_jpeg: no file" in ended.stderr
     ended = nobackprop("tuned=compare/mlp_bp", "--dry-run", "logger=none", cwd=tmp_path)
-    assert "with the settings in conf/tuned/compare/mlp_bp.yaml" in ended.stdout
+    assert "/conf/tuned/compare/mlp_bp.yaml; tuned=none" in ended.stdout
+
+
+def test_tuned_settings_of_ones_own_are_announced_too(tmp_path: Path) -> None:
+    (tmp_path / "own" / "tuned").mkdir(parents=True)
+    for name in ("bp_mlp_digits_adamw", "mine"):
+        (tmp_path / "own" / "tuned" / f"{name}.yaml").write_text("# @package _global_\noptimizer:\n  lr: 0.5\n")
+    own = ["--config-dir", "own", "rule=bp", "--dry-run", "logger=none"]
+    assert f"{tmp_path}/own/tuned/bp_mlp_digits_adamw.yaml; tuned=none" in nobackprop(*own, cwd=tmp_path).stdout
+    assert f"{tmp_path}/own/tuned/mine.yaml; tuned=none" in nobackprop(*own, "tuned=mine", cwd=tmp_path).stdout
 
 
 def test_a_users_mistake_ends_in_one_sentence(tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ def test_a_sweep_on_a_cluster_loses_nothing(slurm: None, tmp_path: Path, monkeyp
     def trained(job: Job) -> str:
         """The cluster's name of a job, once it has written a checkpoint."""
         until(lambda: list(folder(job.config).glob("checkpoints/*/*.ckpt")), over.is_set)
-        return (folder(job.config) / ".job").read_text()
+        (note,) = folder(job.config).glob("job_*.txt")
+        return note.read_text()
 
     def disturb() -> None:
         try:

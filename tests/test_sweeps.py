@@ -80,7 +80,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_is_used(
     with pytest.raises(Killed):
         train(cfg)
     monkeypatch.undo()
-    paths = sorted(folder(cfg).glob("checkpoints/*/*"))
+    paths = sorted(folder(cfg).glob("checkpoints/*/*.ckpt"))
     assert [int(path.name.split("-")[0]) for path in paths] == [161, 261]  # the last two
     for path in paths[-damaged:]:
         content = bytearray(path.read_bytes())
@@ -131,7 +131,7 @@ def test_a_second_ctrl_c_does_not_wait(config: Config, monkeypatch: pytest.Monke
     with pytest.raises(Stopped):
         train(cfg, console)
     assert "stopped; the same command starts it again" in shown(console)
-    assert not list(folder(cfg).glob("checkpoints/*/*"))
+    assert not list(folder(cfg).glob("checkpoints/*/*.ckpt"))
 
 
 def test_a_clusters_notice_writes_a_checkpoint_before_its_own_handler_has_its_turn(
@@ -143,7 +143,7 @@ def test_a_clusters_notice_writes_a_checkpoint_before_its_own_handler_has_its_tu
     kept: dict[int, list[str]] = {}
 
     def requeue(signum: int, _: Any) -> None:
-        kept[signum] = [path.name.split("-")[0] for path in folder(cfg).glob("checkpoints/*/*")]
+        kept[signum] = [path.name.split("-")[0] for path in folder(cfg).glob("checkpoints/*/*.ckpt")]
         raise SystemExit(-1)
 
     before = {s: signal.signal(s, requeue) for s in (signal.SIGUSR2, signal.SIGTERM)}
@@ -254,7 +254,7 @@ def test_a_sweep_skips_repeats_goes_on_and_tells(
     assert [o.state for o in outcomes] == ["recorded", "finished", "recorded"]
     assert "1/3 good: is recorded already" in shown(again)
     assert "2/3 breaks: starts; failed before (in detail), is tried again" in shown(again)
-    assert not (folder(jobs[2].config) / "error.txt").exists()
+    assert not list(folder(jobs[2].config).glob("error*"))
     best = [max(e["val/accuracy"] or 0 for e in r.epochs) for r in outcomes[0].records]
     assert outcomes[0].objective == pytest.approx(sum(best) / 2)
     assert min(best) > 0.5
@@ -344,6 +344,48 @@ def test_no_more_processes_than_cores(config: Config, monkeypatch: pytest.Monkey
     assert [Joblib(workers).at_once(jobs) for workers in (None, 2, 64)] == [4, 2, 4]
     assert Joblib().at_once([Job("", config("threads=2"))] * 9) == 2
     assert Joblib().at_once(jobs[:1]) == 1
+    for launcher in (Joblib(), Cluster("local")):
+        several = [[Job("", config(f"threads={t}", f"workers={w}"))] * 9 for t, w in ((4, "null"), (1, 4), (2, 2))]
+        assert [launcher.at_once(jobs) for jobs in several] == [1, 1, 1]
+
+
+def test_jobs_of_other_seeds_of_a_run_are_other_jobs(
+    config: Config, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have the run's folder in common."""
+    few, more = Job("few", config()), Job("more", config("seeds=3"))
+    sweeps._note(few, Outcome("failed", details="no luck"))
+    sweeps._note(more, Outcome("finished"))
+    assert "no luck" in sweeps.look(few).before
+    assert not sweeps.look(more).before
+    executor = SimpleNamespace(map_array=lambda _, jobs: [SimpleNamespace(job_id=f"12_{i}") for i in range(len(jobs))])
+    monkeypatch.setattr(Cluster, "_executor", lambda *_: executor)
+    monkeypatch.setattr(sweeps, "_queued_jobs", lambda: {"12_0"})
+    said: list[str] = []
+    for job in (few, few, more):
+        cluster = Cluster("slurm", wait=False)
+        ((_, outcome),) = cluster.run({0: job}, lambda _, text: said.append(text), console, wait=True)
+        said.append(outcome.reason)
+    assert said == ["is submitted as job 12_0", "as job 12_0", "as job 12_0 of an earlier sweep", *said[:2]]
+
+
+def test_a_stack_goes_on_from_its_checkpoint_when_seeds_are_added(
+    config: Config, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seeds in ("seeds=2", "seeds=[2]"):
+        train(small(tmp_path / "alone", "stack=true", seeds))
+    at_save(monkeypatch, 4, raise_killed)
+    with pytest.raises(Killed):
+        train(config("stack=true", "seeds=2", "checkpoint_minutes=0"))
+    monkeypatch.undo()
+    job = Job("more", config("stack=true", "seeds=3"))
+    assert sweeps.look(job).before == "was interrupted, goes on from step 261"
+    assert not sweeps.look(Job("apart", config("stack=false", "seeds=3"))).before  # it would start them again
+    assert not sweeps.look(Job("other", config("stack=true", "seeds=[1,2]"))).before
+    train(job.config, console)
+    assert "seed 0,1 (1/2): goes on from step 261" in shown(console)
+    assert same_results(tmp_path / "alone", tmp_path / "runs") == 3
+    assert not list(folder(job.config).glob("checkpoints/*"))
 
 
 def test_a_cluster_that_does_not_answer_for_a_while_has_not_lost_its_jobs(
@@ -379,6 +421,7 @@ def test_a_cluster_that_does_not_answer_for_a_while_has_not_lost_its_jobs(
         (["launcher=joblib", "launcher.workers=0"], "launcher: workers is 0: 1 or more, or null"),
         (["launcher=slurm", "+launcher.time=3"], "launcher: unknown key time; choose from: executor"),
         (["launcher=slurm", "launcher.hours=long"], "launcher.hours: Input should be a valid number"),
+        (["launcher=slurm_local", "launcher.wait=false"], "launcher: wait is false: here no queue holds jobs back"),
     ],
 )
 def test_a_launchers_keys_are_checked(config: Config, overrides: list[str], message: str) -> None:

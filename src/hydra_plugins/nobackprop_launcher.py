@@ -29,10 +29,10 @@ class SweepLauncher(Launcher):
         jobs, tuned = [], set()
         for overrides in job_overrides:
             config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
-            choices: Any = config.hydra.runtime.choices
-            if choices.tuned not in tuned:
-                announce_tuned(choices, console)
-            tuned.add(choices.tuned)
+            runtime: Any = config.hydra.runtime
+            if runtime.choices.tuned not in tuned:
+                announce_tuned(runtime, console)
+            tuned.add(runtime.choices.tuned)
             with open_dict(config):
                 del config["hydra"]
             same = {*sys.argv, "dry_run=True"}

@@ -210,10 +210,10 @@ def _samples(trial: Trial, accuracies: Callable[[Labels], Accuracies | str]) -> 
 def p_above(x: Sequence[float], bound: float) -> float:
     """The p-value of a one-sided t-test that the mean lies above a bound.
 
-    1 for fewer than two numbers, and for equal ones, such as those of nets that learned nothing: they show no spread to
-    measure the distance by.
+    1 for fewer than two numbers, and for equal ones, but for rounding, such as those of nets that learned nothing: they
+    show no spread to measure the distance by.
     """
-    if len(x) < 2 or stdev(x) == 0:
+    if len(x) < 2 or stdev(x) < 1e-9:
         return 1.0
     test: Any = stats.ttest_1samp(x, bound, alternative="greater")
     return float(test.pvalue)

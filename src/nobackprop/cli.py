@@ -29,8 +29,9 @@ def run(cfg: DictConfig) -> None:
     from nobackprop.train import summary, train
 
     console = Console(quiet=rank_zero_only.rank > 0)  # started by srun or torchrun, as one of several
-    choices: Any = HydraConfig.get().runtime.choices
-    announce_tuned(choices, console)
+    runtime: Any = HydraConfig.get().runtime
+    announce_tuned(runtime, console)
+    choices = runtime.choices
     if choices.launcher != "basic":
         raise ValueError(f"launcher={choices.launcher} is for several jobs: add --multirun")
     if "sweep" in choices:
@@ -48,16 +49,17 @@ def run(cfg: DictConfig) -> None:
     console.print(f"records and weights: {folder}", highlight=False, soft_wrap=True)
 
 
-def announce_tuned(choices: Any, console: Any) -> None:
+def announce_tuned(runtime: Any, console: Any) -> None:
     """Says which tuned file is in use. Raises ValueError for one that does not exist: to Hydra it is optional."""
-    folder = CONF / "tuned"
-    files = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+    choices = runtime.choices
+    folders = [Path(source.path) / "tuned" for source in runtime.config_sources if source.schema == "file"]
+    files = {str(path.relative_to(f).with_suffix("")): path for f in reversed(folders) for path in f.rglob("*.yaml")}
     if choices.tuned in files:
         if choices.tuned != "none":
-            text = f"with the settings in conf/tuned/{choices.tuned}.yaml; tuned=none keeps the defaults"
-            console.print(text, highlight=False)
+            text = f"with the settings in {files[choices.tuned]}; tuned=none keeps the defaults"
+            console.print(text, highlight=False, soft_wrap=True)
     elif choices.tuned != f"{choices.rule}_{choices.arch}_{choices.dataset}_{choices.optimizer}":
-        raise ValueError(f"no such tuned settings, {choices.tuned!r}: choose one of {', '.join(files)}")
+        raise ValueError(f"no such tuned settings, {choices.tuned!r}: choose one of {', '.join(sorted(files))}")
 
 
 def main() -> None:

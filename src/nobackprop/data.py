@@ -23,7 +23,7 @@ from nobackprop.pixels import Pixels
 if TYPE_CHECKING:
     from PIL import Image
 
-Shape = tuple[int, int, int]
+ImageShape = tuple[int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,7 @@ class Source(ABC):
     """A data set that can be read. What it holds is known before: its name, the shape (C, H, W), how many classes."""
 
     name: str
-    shape: Shape
+    shape: ImageShape
     num_classes: int
     counts: tuple[int | None, int | None] = (None, None)  # training and test images; None: any number
     checksum: str | None = None  # the fingerprint of what was read; None: made from all bytes when asked for
@@ -160,7 +160,7 @@ class Facts:
     """What is known of a torchvision data set: its folder, shape, classes, training and test images."""
 
     folder: str
-    shape: Shape
+    shape: ImageShape
     num_classes: int
     counts: tuple[int, int]
 
@@ -194,7 +194,7 @@ class Torchvision(Source):
         return self.dataset
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> ImageShape:
         return TORCHVISION[self.dataset].shape
 
     @property
@@ -300,7 +300,7 @@ class Parquet(Source):
 
     root: str | Path
     name: str
-    shape: Shape
+    shape: ImageShape
     num_classes: int
     train: str
     test: str
@@ -381,13 +381,11 @@ def open_image(source: bytes | Path | None, where: str, remedy: str, mode: str =
         raise ValueError(f"{where} is not a readable image: {error}. {remedy}") from error
 
 
-def _decode(images: Sequence[bytes | None], shape: Shape, where: Callable[[int], str], remedy: str) -> Tensor:
+def _decode(images: Sequence[bytes | None], shape: ImageShape, where: Callable[[int], str], remedy: str) -> Tensor:
     """The pixels (n, *shape) of encoded images.
 
     Raises ValueError, with `where` of its index, for an image that can't be read or has another size.
     """
-    import numpy as np
-
     channels, height, width = shape
     pixels = torch.empty(len(images), height, width, channels, dtype=torch.uint8)
     array = pixels.numpy()

@@ -20,7 +20,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
-from nobackprop.data import Images, Shape, Source, open_image
+from nobackprop.data import Images, ImageShape, Source, open_image
 from nobackprop.hardware import cores
 from nobackprop.records import write_atomically
 
@@ -73,7 +73,7 @@ class ImageNet(Source):
             raise ValueError(f"size is {self.size}; allowed: 1 pixel or more")
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> ImageShape:
         return (3, self.size, self.size)
 
     @property

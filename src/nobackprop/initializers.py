@@ -83,31 +83,34 @@ class NonnegativeNormal(Normal):
 
 
 @dataclass(frozen=True)
-class Orthogonal(Initializer):
-    """Orthonormal rows or columns times `gain` (Saxe et al., 2014)."""
+class _Scaled(Initializer):
+    """One of torch's, times `gain`."""
 
     gain: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.gain < 0:
+            raise ValueError(f"gain is {self.gain}: weights are drawn for a gain of 1 and multiplied, so 0 or more")
+
+
+class Orthogonal(_Scaled):
+    """Orthonormal rows or columns times `gain` (Saxe et al., 2014)."""
+
     may_be_absolute = False
 
     def draw(self, shape: Shape, generator: Generator) -> Tensor:
         return nn.init.orthogonal_(torch.empty(shape), self.gain, generator)
 
 
-@dataclass(frozen=True)
-class GlorotUniform(Initializer):
+class GlorotUniform(_Scaled):
     """Uniform with variance gain^2 * 2 / (fan_in + fan_out) (Glorot & Bengio, 2010)."""
-
-    gain: float = 1.0
 
     def draw(self, shape: Shape, generator: Generator) -> Tensor:
         return nn.init.xavier_uniform_(torch.empty(shape), self.gain, generator)
 
 
-@dataclass(frozen=True)
-class GlorotNormal(Initializer):
+class GlorotNormal(_Scaled):
     """Normal with variance gain^2 * 2 / (fan_in + fan_out) (Glorot & Bengio, 2010)."""
-
-    gain: float = 1.0
 
     def draw(self, shape: Shape, generator: Generator) -> Tensor:
         return nn.init.xavier_normal_(torch.empty(shape), self.gain, generator)

@@ -118,6 +118,8 @@ class TFRMSprop(RMSprop):
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float = 1e-4, decay: float = 0.9, eps: float = 1e-10) -> None:
+        if decay == 0:
+            raise ValueError("decay is 0: it must be above 0, since the mean square keeps epsilon from step to step")
         super().__init__(params, lr, decay, eps)
 
     def _update(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor]) -> None:

@@ -139,14 +139,20 @@ def _try_step(run: Run) -> None:
     grads, _ = run.rule.all_grads(run.net, w, Batch(x, y, run.loss, noise))
     if unknown := grads.keys() - w.keys():
         raise ValueError(f"rule {type(run.rule).__name__} gives gradients of {sorted(unknown)}, which are no weights")
+    weights = [torch.nn.Parameter(t, requires_grad=False) for t in w.values()]
     try:
-        optimizer = run.optimizer([torch.nn.Parameter(t, requires_grad=False) for t in w.values()])
-    except (TypeError, ValueError) as e:
+        optimizer = run.optimizer(weights)
+        for p in weights:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as e:
         raise ValueError(f"optimizer: {e}") from None
     try:
         if run.schedule is not None:
             with warnings.catch_warnings(action="ignore"):  # that no optimizer step came before
                 schedule = run.schedule(optimizer)
+                if wrong := [epoch for epoch in getattr(schedule, "milestones", ()) if not isinstance(epoch, int)]:
+                    raise ValueError(f"milestones are numbers of epochs, as in [50,75]; got {wrong}")
                 for _ in range(min(run.settings.max_epochs, 1000)):
                     schedule.step()
                     if (rate := optimizer.param_groups[0]["lr"]) < 0:

@@ -46,7 +46,7 @@ class Machine(_Strict):
 
     system: str
     processor: str
-    cores: PositiveInt
+    cores: PositiveInt  # that this process may run on, of which a container's quota may grant less
     device: str
     threads: PositiveInt
     matmul: str  # torch's float32_matmul_precision

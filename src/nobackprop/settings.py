@@ -203,8 +203,9 @@ def build(node: Component, key: str, *args: Any, **kwargs: Any) -> Any:
             continue
         if name not in known:
             raise ValueError(f"{key}: unknown key {name}; choose from: {', '.join(known) or 'none'}")
-        if target.__module__.startswith("nobackprop."):  # others' annotations promise less than they take
-            _check_type(f"{key}.{name}", node[name], known[name].annotation)
+        annotation = known[name].annotation  # others', but for flags, promise less than they take
+        if target.__module__.startswith("nobackprop.") or annotation in (bool, bool | None):
+            _check_type(f"{key}.{name}", node[name], annotation)
     try:
         return instantiate(node, *args, **kwargs, _convert_="all")
     except InstantiationException as e:

@@ -31,9 +31,9 @@ from nobackprop import checkpoints
 from nobackprop.hardware import cores
 from nobackprop.preparation import prepare
 from nobackprop.records import Record, mean_and_deviation, source_state, tested, write_atomically
-from nobackprop.settings import Settings, build
+from nobackprop.settings import Settings, build, digest
 from nobackprop.stopping import Stopped
-from nobackprop.train import Busy, recorded, train
+from nobackprop.train import Busy, left_off, recorded, train
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,15 @@ def _failed(error: Exception | str) -> Outcome:
     return Outcome("failed", (text.splitlines() or [""])[0], details)
 
 
+def _beside(job: Job, name: str) -> Path:
+    """A file in the run's folder on these seeds alone: jobs of other seeds have the same folder."""
+    s = Settings.of(job.config)
+    return s.folder / f"{name}_{digest({'seeds': s.seeds})}.txt"
+
+
 def _note(job: Job, outcome: Outcome) -> None:
     """Leaves the reason of a failure in the run's folder, so that the next attempt can say what it repeats."""
-    path = Settings.of(job.config).folder / "error.txt"
+    path = _beside(job, "error")
     if outcome.state == "finished":
         path.unlink(missing_ok=True)
     elif outcome.state == "failed":
@@ -120,13 +126,14 @@ def look(job: Job) -> Found:
     """Raises ValueError for a config that can't work and for damaged records."""
     run = prepare(job.config)
     done = recorded(run)
+    missing = [seed for seed in run.settings.seeds if seed not in done]
     before = ""
-    if error := [path.read_text() for path in run.folder.glob("error.txt")]:
-        before = f"failed before ({(error[0].strip().splitlines() or [''])[-1]}), is tried again"
-    if steps := [checkpoints.step(path) for path in run.folder.glob("checkpoints/*/*.ckpt")]:
+    if (error := _beside(job, "error")).exists():
+        before = f"failed before ({(error.read_text().strip().splitlines() or [''])[-1]}), is tried again"
+    folders = left_off(run, missing, run.source.checksum).values()
+    if steps := [checkpoints.step(path) for folder in folders for path in folder.glob("*.ckpt")]:
         before = f"was interrupted, goes on from step {max(steps)}"
-    missing = len(run.settings.seeds) - len(done)
-    return Found(run.settings, [done[seed] for seed in run.settings.seeds if seed in done], missing, before)
+    return Found(run.settings, [done[seed] for seed in run.settings.seeds if seed in done], len(missing), before)
 
 
 # Sweeps
@@ -286,7 +293,7 @@ class Joblib:
             raise ValueError(f"workers is {self.workers}: 1 or more, or null for as many as there are cores")
 
     def at_once(self, jobs: Sequence[Job]) -> int:
-        most = max(1, cores() // max(job.config.threads for job in jobs))
+        most = _room(jobs)
         return min(self.workers or most, most, len(jobs))
 
     def run(self, jobs: Mapping[int, Job], say: Say, console: Console, wait: bool) -> Iterator[tuple[int, Outcome]]:
@@ -323,6 +330,11 @@ class Joblib:
                     os.kill(process.pid, SIGTERM)
             for _, process in running.values():
                 process.join()
+
+
+def _room(jobs: Sequence[Job]) -> int:
+    """How many of these jobs the granted cores have threads for."""
+    return max(1, cores() // max(job.config.threads * (job.config.workers or 1) for job in jobs))
 
 
 def _beside_others(job: Job) -> Job:
@@ -372,8 +384,12 @@ class Cluster:
     wait: bool = True
     options: dict[str, Any] = field(default_factory=dict)  # any other of sbatch's
 
+    def __post_init__(self) -> None:
+        if self.executor == "local" and not self.wait:
+            raise ValueError("wait is false: here no queue holds jobs back until there is a core; use launcher=slurm")
+
     def at_once(self, jobs: Sequence[Job]) -> int:
-        most = self.parallel if self.executor == "slurm" else min(self.parallel, cores())
+        most = self.parallel if self.executor == "slurm" else min(self.parallel, _room(jobs))
         return max(1, min(most, len(jobs)))
 
     def run(self, jobs: Mapping[int, Job], say: Say, console: Console, wait: bool) -> Iterator[tuple[int, Outcome]]:
@@ -388,13 +404,13 @@ class Cluster:
         executor = self._executor(Path(next(iter(jobs.values())).config.paths.runs)) if waiting else None
         while waiting or running:
             room = len(waiting)
-            if self.executor == "local" and self.wait:
+            if self.executor == "local":
                 room = self.at_once(list(jobs.values())) - len(running)
             if batch := [waiting.popleft() for _ in range(min(room, len(waiting)))]:
                 assert executor is not None
                 ready = [_beside_others(jobs[i]) if self.executor == "local" else jobs[i] for i in batch]
                 for i, handle in zip(batch, executor.map_array(Task(sys.argv), ready), strict=True):
-                    write_atomically(_job_note(jobs[i]), handle.job_id.encode())
+                    write_atomically(_beside(jobs[i], "job"), handle.job_id.encode())
                     say(i, f"is submitted as job {handle.job_id}")
                     running[i] = Submitted(handle, self.executor == "slurm")
             if not self.wait:
@@ -507,14 +523,10 @@ def _queued_jobs() -> set[str]:
     return set(shown.split())
 
 
-def _job_note(job: Job) -> Path:
-    return Settings.of(job.config).folder / ".job"
-
-
 def _submitted_as(job: Job) -> str | None:
-    """The cluster's name of the job that was submitted for this run last."""
+    """The cluster's name of the job that was submitted last for these seeds of this run."""
     with suppress(FileNotFoundError):
-        return _job_note(job).read_text()
+        return _beside(job, "job").read_text()
     return None
 
 

@@ -1,5 +1,6 @@
 """Runs one config: loads the data, trains every seed that has no record yet, and writes the records."""
 
+import json
 import re
 import shlex
 import sys
@@ -40,6 +41,7 @@ from nobackprop.workers import side_by_side, workers
 # Mini-batches from which compiling, half a minute once, is repaid: it saves 0.3 ms each on a small net, 3 ms on a
 # convolutional one.
 COMPILE_FROM = {False: 100_000, True: 10_000}
+SEEDS = "seeds.json"  # beside checkpoints: whose they are
 LOCAL = re.compile(r"^paths\.|\.(root|cache)=|^--runs\b")  # arguments that say where things are on this machine
 
 
@@ -84,8 +86,7 @@ def train(cfg: DictConfig, console: Console | None = None, wait: bool = True) ->
             text += ", and stay without diagnostics if they were trained without: use another paths.runs to have them"
         console.print(text, highlight=False, soft_wrap=True)
     if missing:
-        parallel = isinstance(run.strategy, DataParallel)
-        stack = run.device.type != "cpu" and not parallel if s.stack is None else s.stack
+        parallel, stack = isinstance(run.strategy, DataParallel), stacks(run)
         if stack and len(missing) > 1 and not keeps_seeds_apart(run.optimizer):
             raise ValueError(
                 f"optimizer {s.optimizer['_target_']} mixes the seeds of a stack or can't step without autograd: "
@@ -95,7 +96,10 @@ def train(cfg: DictConfig, console: Console | None = None, wait: bool = True) ->
         _check_data(run, done.values(), dataset.fingerprint)
         tasks = _tasks(run, dataset, missing)
         # Processes that are still to be started are started once, for all seeds.
-        jobs = _jobs(run, [tasks] if to_start(run.strategy) else divide(tasks, s.batch_size, stack))
+        groups = [tasks]
+        if not to_start(run.strategy):
+            groups = divide(tasks, s.batch_size, stack, left_off(run, missing, dataset.fingerprint))
+        jobs = _jobs(run, groups)
         count = workers(len(jobs), s.threads, s.workers) if run.device.type == "cpu" and not parallel else 1
 
         def attempt(job: tuple[Sequence[Task], str], screen: Screen) -> dict[int, Record] | None:
@@ -172,14 +176,41 @@ def recorded(run: Run) -> dict[int, Record]:
     return found
 
 
-def divide(tasks: Sequence[Task], batch_size: int, stack: bool) -> list[list[Task]]:
-    """The seeds to train together: each alone, or stacked where they have equally many mini-batches an epoch."""
+def stacks(run: Run) -> bool:
+    """Whether seeds are trained as one stack of tensors."""
+    if run.settings.stack is None:
+        return run.device.type != "cpu" and not isinstance(run.strategy, DataParallel)
+    return run.settings.stack
+
+
+def divide(
+    tasks: Sequence[Task], batch_size: int, stack: bool, interrupted: Iterable[Sequence[int]] = ()
+) -> list[list[Task]]:
+    """The seeds to train together: each alone, or stacked where they have equally many mini-batches an epoch.
+
+    Of a stack that was `interrupted` all seeds stay together, and no other joins them: its checkpoint fits no others.
+    """
     if not stack:
         return [[t] for t in tasks]
-    groups = defaultdict(list)
-    for t in tasks:
-        groups[batches_per_epoch(t, batch_size)].append(t)
-    return list(groups.values())
+    left = {t.seed: t for t in tasks}
+    groups = [[left.pop(seed) for seed in seeds] for seeds in interrupted if left.keys() >= set(seeds)]
+    together = defaultdict(list)
+    for t in left.values():
+        together[batches_per_epoch(t, batch_size)].append(t)
+    return [*groups, *together.values()]
+
+
+def left_off(run: Run, missing: Iterable[int], fingerprint: str | None) -> dict[tuple[int, ...], Path]:
+    """The groups of missing seeds that training can go on with, and the folders of their checkpoints.
+
+    The fingerprint is that of the images; None: of any.
+    """
+    found = {}
+    for path in sorted(run.folder.glob(f"checkpoints/*_{fingerprint or '*'}/{SEEDS}")):
+        seeds = json.loads(path.read_text())
+        if set(seeds) <= set(missing) and (len(seeds) == 1 or stacks(run)):
+            found[tuple(seeds)] = path.parent
+    return found
 
 
 def _names(group: Sequence[Task]) -> str:
@@ -253,6 +284,8 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, screen: 
         compile=s.compile if s.compile is not None else _repaid(run, steps),
     )
     folder = run.folder / "checkpoints" / f"{digest({'seeds': seeds})}_{dataset.fingerprint}"
+    if run.rank == 0:
+        records.write_atomically(folder / SEEDS, json.dumps(seeds).encode())
     loggers = []
     with StopSignals() as signals:
         try:
@@ -292,7 +325,8 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, screen: 
                 if record.best_epoch is not None:
                     weights = {name: p[i].cpu() for name, p in learner.best.items()}
                     save(run.seed_folder(t.seed) / "best.pt", run.net, run.rule, weights, run.loss, pixels, t.classes)
-                record.write(run.seed_folder(t.seed) / "record.json")  # last: a seed with a record is complete
+            for t, record in zip(tasks, finished, strict=True):  # last: a seed with a record is complete
+                record.write(run.seed_folder(t.seed) / "record.json")
             rmtree(folder, ignore_errors=True)
         finished = run.strategy.broadcast(finished)  # also: all processes wait until they are written
         signals.check()
