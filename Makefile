@@ -4,7 +4,7 @@ RUNS = runs/demo
 
 demo: .venv/ready
 	.venv/bin/nobackprop --multirun rule=bp,fa,dfa,mdfa,lra_e dataset=digits seeds=3 max_epochs=30 paths.runs=$(RUNS)
-	.venv/bin/python scripts/compare.py $(RUNS)
+	.venv/bin/python scripts/compare.py $(RUNS) --against bp
 
 test: .venv/ready
 	.venv/bin/python -m pytest -n 2

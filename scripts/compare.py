@@ -1,8 +1,10 @@
 """Compares the runs in a folder: a table of test accuracies, and a figure of the learning curves.
 
-    python scripts/compare.py runs/demo [--figure FILE]
+    python scripts/compare.py runs/demo [--against bp] [--figure FILE]
 
-One row and one curve a run (a config with all its seeds). Nothing is trained: all comes from the run records.
+One row and one curve a run (a config with all its seeds), and in a sentence in what else than the rule runs differ.
+With `--against` the table has the difference to a rule's run, paired over the seeds that both have: the same seed is
+the same split, batch order and initial W. Nothing is trained: all comes from the run records.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from matplotlib.ticker import PercentFormatter
 from rich.console import Console
 from rich.table import Table
 
+from nobackprop.claims import interval
 from nobackprop.collecting import Collected, collect
 from nobackprop.records import Record, mean_and_deviation, tested
 
@@ -49,18 +52,53 @@ def labels(runs: dict[str, list[Record]]) -> dict[str, str]:
     return found
 
 
-def table(runs: dict[str, list[Record]]) -> Table:
-    """Test accuracy (mean and standard deviation over the seeds) and wall time of each run, best first."""
+def only_run_of(rule: str, runs: dict[str, list[Record]]) -> str:
+    """Raises ValueError where not exactly one run has this rule."""
+    rules = {run: records[0].config["rule"]["_target_"].split(".")[-2] for run, records in runs.items()}
+    found = [run for run, name in rules.items() if name == rule]
+    if len(found) != 1:
+        known = ", ".join(sorted(set(rules.values())))
+        raise ValueError(f"--against {rule}: {len(found)} runs have this rule, one is needed; rules here: {known}")
+    return found[0]
+
+
+def paired(records: list[Record], others: list[Record]) -> str:
+    """Mean difference in points over the seeds that both have, and half the width of its 95 % interval."""
+    a, b = ({r.seed: r.test["accuracy"] for r in each if r.test} for each in (records, others))
+    x = [100 * (a[seed] - b[seed]) for seed in a.keys() & b.keys()]
+    if records is others or not x:
+        return "-"
+    return f"{mean(x):+.2f}" + (f" ± {interval(x)[1] - mean(x):.2f}" if len(x) > 1 else "")
+
+
+def differences(runs: dict[str, list[Record]]) -> str:
+    """In what else than the rule runs differ, in a sentence; empty where in nothing."""
+    configs = pd.json_normalize([records[0].config for records in runs.values()]).astype(str)
+    configs["seeds"] = [",".join(str(seed) for seed in sorted(r.seed for r in records)) for records in runs.values()]
+    several = configs.columns[configs.nunique() > 1]
+    differ = [f"{key} ({'; '.join(configs[key].unique())})" for key in several if not key.startswith("rule.")]
+    return f"not only the rule differs: {', '.join(differ)}" if differ else ""
+
+
+def table(runs: dict[str, list[Record]], against: str | None = None) -> Table:
+    """Test accuracy (mean and standard deviation over the seeds) and wall time of each run, best first.
+
+    With the difference to the run of the rule `against`. Raises ValueError where not exactly one run has that rule.
+    """
     result = Table(title="test accuracy of the weights that were best on validation")
-    for column in ("run", "seeds", "test accuracy", "wall time"):
+    difference = [] if against is None else [f"less {against}'s (95 %)"]
+    for column in ("run", "seeds", "test accuracy", *difference, "wall time"):
         result.add_column(column, justify="left" if column == "run" else "right")
     accuracies = {run: tested(records) for run, records in runs.items()}
     names = labels(runs)
+    other = [] if against is None else [runs[only_run_of(against, runs)]]
     for run in sorted(runs, key=lambda run: mean(accuracies[run] or [-1]), reverse=True):
         lost = sum(r.diverged_epoch is not None for r in runs[run])
         cell = mean_and_deviation(accuracies[run]) + (f" ({lost} diverged)" if lost else "")
         wall = sum(r.wall_s / r.stacked for r in runs[run])
-        result.add_row(names[run], str(len(runs[run])), cell, f"{wall:.1f} s")
+        result.add_row(
+            names[run], str(len(runs[run])), cell, *(paired(runs[run], records) for records in other), f"{wall:.1f} s"
+        )
     return result
 
 
@@ -86,15 +124,19 @@ def figure(runs: dict[str, list[Record]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="a folder of runs, as given to nobackprop with paths.runs=")
+    parser.add_argument("--against", metavar="RULE", help="add the difference to this rule's run, paired over seeds")
     parser.add_argument("--figure", type=Path, help="where to write the figure (default: learning_curves.png in RUNS)")
     options = parser.parse_args()
     try:
         runs = read(options.runs)
+        shown = table(runs, options.against)
     except (FileNotFoundError, ValueError) as e:
         parser.exit(1, f"compare.py: {e}\n")
     path = options.figure or options.runs / "learning_curves.png"
     console = Console()
-    console.print(table(runs))
+    console.print(shown)
+    if differ := differences(runs):
+        console.print(differ, highlight=False, soft_wrap=True)
     figure(runs, path)
     console.print(f"learning curves: {path}", highlight=False, soft_wrap=True)
 

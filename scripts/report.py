@@ -29,6 +29,7 @@ from tables import (
     sheet,
     signed,
     tests_not_run,
+    unpublished,
 )
 
 from nobackprop.claims import Result
@@ -286,7 +287,7 @@ def page(
     for found in every:
         parts.append(element("h2", escape(found.layout.title), id=found.paper))
         if found.published:
-            parts.append(element("p", named(found.published)))
+            parts.append(element("p", ". ".join([named(found.published), *map(escape, unpublished(found))])))
         parts.append(verdicts(found))
         for table in found.layout.tables:
             parts += [section(found, table), drawings(table, drawn[found.paper])]

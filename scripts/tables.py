@@ -213,6 +213,15 @@ def p_value(p: float | None) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def unpublished(found: Findings) -> list[str]:
+    """That there is nothing to compare a paper's tables with, as one sentence, if so."""
+    if found.published is None or found.published.figures:
+        return []
+    return [
+        "No figure of the paper itself is at hand, so none of ours is checked against one: only its claims are tested."
+    ]
+
+
 def departures(found: Findings) -> list[str]:
     """In what ways runs of a paper depart from it, as one sentence, if they do."""
     signs = marks(row for rows in found.tables.values() for row in rows if row.run)
@@ -262,6 +271,7 @@ def how(claims: Claims) -> str:
 def page(found: Findings, drawn: Iterable[str]) -> str:
     """results/tables/<paper>.md, with the figures of these names."""
     parts = [f"# {found.layout.title}", "Made by `make results` from `results/records`; not to be edited."]
+    parts += unpublished(found)
     if found.claims:
         claims = [f"- **{c.name}**: {c.text} ({c.source}); test `{c.test}`" for c in found.claims.claims]
         parts += ["## Do we find what the paper claims?", "\n".join(claims), how(found.claims), verdict_table(found)]
@@ -279,7 +289,7 @@ def readme_section(found: Findings) -> str:
     shown = [table for table in found.layout.tables if sheet(found, table)]
     if not shown:
         return "No runs are recorded yet."
-    parts = [accuracy_table(found, table, intervals=False) for table in shown]
+    parts = unpublished(found) + [accuracy_table(found, table, intervals=False) for table in shown]
     return "\n\n".join([*parts, *([how(found.claims), verdict_table(found)] if found.claims else [])])
 
 
@@ -296,6 +306,7 @@ def rows_of(found: Findings) -> pd.DataFrame:
                     "rule": rule,
                     "seeds": len(cell.records),
                     "epochs": cell.epochs,
+                    "planned_epochs": cell.planned_epochs,
                 }
                 line |= {"mean": percent(cell.mean, 4), "standard_deviation": percent(cell.deviation, 4)}
                 line |= {"low_95": percent(low, 4), "high_95": percent(high, 4), "diverged": cell.diverged}
@@ -306,10 +317,10 @@ def rows_of(found: Findings) -> pd.DataFrame:
                 line["departs"] = "; ".join(cell.marks)
                 line["not_run"] = "" if cell.records else cell.reason
                 line["signatures"] = " ".join(sorted({record.signature for record in cell.records}))
-                line["overrides"] = " ".join(cell.overrides)
+                line["overrides"] = " ".join([*cell.overrides, *([f"max_epochs={cell.epochs}"] if cell.epochs else [])])
                 lines.append(line)
     frame = pd.DataFrame(lines)
-    return frame.astype({"epochs": "Int64"})
+    return frame.astype({"epochs": "Int64", "planned_epochs": "Int64"})
 
 
 def verdicts_of(found: Findings) -> pd.DataFrame:

@@ -50,7 +50,7 @@ def test_a_line_gives_the_record_back_to_the_bit(epochs: list[dict[str, Any]]) -
     line = record.line()
     assert line.endswith(b"\n")
     assert line.count(b"\n") == 1
-    assert repr(Record.parse(line, "here")) == repr(record)
+    assert repr(Record.parse(line, "here", "mend it")) == repr(record)
 
 
 def test_epochs_are_kept_as_columns_and_accuracies_as_counts() -> None:
@@ -70,7 +70,7 @@ def test_epochs_are_kept_as_columns_and_accuracies_as_counts() -> None:
 def test_damaged_columns_are_refused(epochs: dict[str, Any]) -> None:
     line = json.dumps(json.loads(made().line()) | {"epochs": epochs})
     with pytest.raises(ValueError, match=r"here is no valid run record .*damaged columns"):
-        Record.parse(line.encode(), "here")
+        Record.parse(line.encode(), "here", "mend it")
 
 
 def test_gathering_again_adds_only_what_is_new(tmp_path: Path) -> None:

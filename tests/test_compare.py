@@ -52,6 +52,29 @@ def test_runs_of_one_name_are_told_apart_and_diverged_seeds_counted(write: Write
     assert "- (1 diverged)" in total
 
 
+def test_differences_to_a_rule_are_paired_over_common_seeds(write: Write, tmp_path: Path) -> None:
+    rules = {rule: {"rule": {"_target_": f"nobackprop.rules.{rule}.X"}, "max_epochs": 9} for rule in ("bp", "fa")}
+    for seed, (bp, fa) in enumerate([(0.90, 0.91), (0.80, 0.84), (0.10, None)]):
+        write("a" * 12, seed, config=rules["bp"], test={"accuracy": bp})
+        if fa is not None:
+            write("b" * 12, seed, name="fa_mlp_digits", config=rules["fa"], test={"accuracy": fa})
+    runs = compare.read(tmp_path)
+    console = Console(width=120, file=io.StringIO(), record=True)
+    console.print(compare.table(runs, "bp"))
+    assert "+2.50 ± 19.06" in console.export_text()  # 12.706 sqrt(4.5 / 2), by hand
+    with pytest.raises(ValueError, match=r"--against dfa: 0 runs have this rule, one is needed; rules here: bp, fa"):
+        compare.table(runs, "dfa")
+    assert compare.differences(runs) == "not only the rule differs: seeds (0,1,2; 0,1)"
+
+
+def test_what_else_differs_is_said(write: Write, tmp_path: Path) -> None:
+    for signature, (rule, lr) in {"a" * 12: ("bp", 0.1), "b" * 12: ("fa", 0.1)}.items():
+        write(signature, 0, config={"rule": {"_target_": f"nobackprop.rules.{rule}.X"}, "optimizer": {"lr": lr}})
+    assert not compare.differences(compare.read(tmp_path))
+    write("c" * 12, 0, config={"rule": {"_target_": "nobackprop.rules.fa.X"}, "optimizer": {"lr": 0.5}})
+    assert compare.differences(compare.read(tmp_path)) == "not only the rule differs: optimizer.lr (0.1; 0.5)"
+
+
 def test_the_figure_is_written_where_it_says(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

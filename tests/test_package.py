@@ -53,10 +53,11 @@ def test_an_editable_install_finds_its_configs_from_anywhere(tmp_path: Path) -> 
     [
         (["rule=hebb"], r"Could not find 'rule/hebb'\s+Available options in 'rule':\s+bp\s+brsf\s+dfa"),
         (["rul=bp"], r"There is no 'rul' here; choose from: rule, dataset, arch,"),
+        (["+experiment=lra_e/deviaton"], r"Choose from: .*lra_e/variance, .*\. Did you mean lra_e/deviation\?"),
         (["rule.bta=1"], r"There is no 'bta' here; choose from: _target_, beta, gamma, learn_E\. Did you mean beta\?"),
         (["rule=dfa", "dataset.clases=2"], r"There is no 'clases' here; choose from: classes, classes_seed,"),
     ],
-    ids=["rule", "group", "key", "dataset key"],
+    ids=["rule", "group", "experiment", "key", "dataset key"],
 )
 def test_a_mistyped_name_is_answered_with_the_choices(tmp_path: Path, overrides: list[str], message: str) -> None:
     ended = nobackprop(*overrides, cwd=tmp_path)
@@ -135,6 +136,9 @@ def test_tuned_settings_of_ones_own_are_announced_too(tmp_path: Path) -> None:
     own = ["--config-dir", "own", "rule=bp", "--dry-run", "logger=none"]
     assert f"{tmp_path}/own/tuned/bp_mlp_digits_adamw.yaml; tuned=none" in nobackprop(*own, cwd=tmp_path).stdout
     assert f"{tmp_path}/own/tuned/mine.yaml; tuned=none" in nobackprop(*own, "tuned=mine", cwd=tmp_path).stdout
+    ended = nobackprop("--config-dir=own", "rule=bp,fa", "-m", "--dry-run", "logger=none", cwd=tmp_path)
+    assert "some jobs have such settings and others not; tuned=none compares them with the same" in ended.stdout
+    assert "2 of 2 would run" in ended.stdout
 
 
 def test_a_users_mistake_ends_in_one_sentence(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 
 class SweepLauncher(Launcher):
@@ -26,20 +26,26 @@ class SweepLauncher(Launcher):
         from nobackprop.cli import announce_tuned
 
         console = Console()
-        jobs, tuned = [], set()
+        jobs: list[sweeps.Job] = []
+        tuned: dict[str, bool] = {}  # whether Hydra found a file of that name
         for overrides in job_overrides:
             config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
             runtime: Any = config.hydra.runtime
             if runtime.choices.tuned not in tuned:
-                announce_tuned(runtime, console)
-            tuned.add(runtime.choices.tuned)
+                tuned[runtime.choices.tuned] = announce_tuned(runtime, console)
             with open_dict(config):
                 del config["hydra"]
             same = {*sys.argv, "dry_run=True"}
             varied = [text for text in filter_overrides(overrides) if text not in same]
             jobs.append(sweeps.Job(" ".join(varied) or "the run", config))
+        if len(set(tuned.values())) > 1:
+            text = "some jobs have such settings and others not; tuned=none compares them with the same"
+            console.print(text, soft_wrap=True)
         if any(job.config.launcher != jobs[0].config.launcher for job in jobs):
             raise ValueError("launcher: one for the whole sweep, not one a job")
+        trials = OmegaConf.select(self.config, "hydra.sweeper.n_trials")
+        if jobs[0].config.dry_run and trials:
+            console.print(f"the first {len(jobs)} of a search of {trials} trials:", highlight=False)
         outcomes = sweeps.run(jobs, sweeps.launcher_of(jobs[0].config), console, jobs[0].config.dry_run)
         SweepLauncher.failed += sum(outcome.state == "failed" for outcome in outcomes)
         if jobs[0].config.dry_run:

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -49,22 +50,28 @@ def run(cfg: DictConfig) -> None:
     console.print(f"records and weights: {folder}", highlight=False, soft_wrap=True)
 
 
-def announce_tuned(runtime: Any, console: Any) -> None:
-    """Says which tuned file is in use. Raises ValueError for one that does not exist: to Hydra it is optional."""
+def announce_tuned(runtime: Any, console: Any) -> bool:
+    """Says which tuned file is in use; whether one is.
+
+    Raises ValueError for a name that is no file's: to Hydra it is optional.
+    """
     choices = runtime.choices
     folders = [Path(source.path) / "tuned" for source in runtime.config_sources if source.schema == "file"]
     files = {str(path.relative_to(f).with_suffix("")): path for f in reversed(folders) for path in f.rglob("*.yaml")}
-    if choices.tuned in files:
-        if choices.tuned != "none":
-            text = f"with the settings in {files[choices.tuned]}; tuned=none keeps the defaults"
-            console.print(text, highlight=False, soft_wrap=True)
-    elif choices.tuned != f"{choices.rule}_{choices.arch}_{choices.dataset}_{choices.optimizer}":
+    used = choices.tuned in files and choices.tuned != "none"
+    if used:
+        text = f"with the settings in {files[choices.tuned]}; tuned=none keeps the defaults"
+        console.print(text, highlight=False, soft_wrap=True)
+    elif choices.tuned not in {"none", f"{choices.rule}_{choices.arch}_{choices.dataset}_{choices.optimizer}"}:
         raise ValueError(f"no such tuned settings, {choices.tuned!r}: choose one of {', '.join(sorted(files))}")
+    return used
 
 
 def main() -> None:
     """The command. A user's mistake ends in a sentence, all else in a traceback (with HYDRA_FULL_ERROR=1 both do)."""
-    sys.argv = ["dry_run=true" if text == "--dry-run" else text for text in sys.argv]
+    command, *rest = ["dry_run=true" if text == "--dry-run" else text for text in sys.argv]
+    several = {"-m", "--multirun"}  # argparse takes no overrides on both sides of an option
+    sys.argv = [command, *(text for text in rest if text in several), *(text for text in rest if text not in several)]
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         run()
         return
@@ -87,6 +94,10 @@ def _choices(message: str) -> str:
     """For Hydra's message on a key that does not exist, the keys that do; for a plugin that does not, how to get it."""
     if "'hydra/sweeper/optuna'" in message:
         return "\nIt comes with: pip install hydra-optuna-sweeper"
+    if experiment := re.search(r"Could not find 'experiment/(.+?)'", message):
+        folder = CONF / "experiment"
+        files = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+        return f"\nChoose from: {', '.join(files)}{_close(experiment[1], files)}"
     match = re.search(r"Could not override '(?:\w+@)?([\w.]+)'", message)
     if match is None:
         return ""
@@ -99,8 +110,11 @@ def _choices(message: str) -> str:
         return ""  # another mistake comes first
     node = OmegaConf.select(cfg, ".".join(parents)) if parents else cfg
     names = [str(name) for name in node or ()]
-    close = "".join(f". Did you mean {name}?" for name in get_close_matches(key, names, 1))
-    return f"\nThere is no {key!r} here; choose from: {', '.join(names)}{close}"
+    return f"\nThere is no {key!r} here; choose from: {', '.join(names)}{_close(key, names)}"
+
+
+def _close(name: str, names: Sequence[str]) -> str:
+    return "".join(f". Did you mean {close}?" for close in get_close_matches(name, names, 1))
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def collect(sources: Iterable[Path], into: Path | None = None) -> Collected:
         whole = content.rfind(b"\n") + 1
         if last := content[whole:]:
             try:
-                Record.parse(last, str(into))
+                Record.parse(last, str(into), "")
                 file.write(b"\n")  # an editor left it out
                 file.flush()
             except ValueError:  # a crash while it was written; the run's folder still has that record
@@ -108,7 +108,7 @@ def _lines(path: Path) -> Iterator[tuple[Record, str]]:
         for number, line in enumerate(file, 1):
             origin = f"{path}, line {number}"
             if line.strip():
-                yield Record.parse(line, origin), origin
+                yield Record.parse(line, origin, "take the line from a copy of the file, such as git's"), origin
 
 
 def table(records: Iterable[Record]) -> pd.DataFrame:

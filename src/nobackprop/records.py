@@ -136,11 +136,11 @@ class Record(_Strict):
     @classmethod
     def read(cls, path: Path) -> "Record":
         """Raises ValueError, naming the file, where it holds no valid record."""
-        return cls.parse(path.read_bytes(), str(path))
+        return cls.parse(path.read_bytes(), str(path), "delete it to run this seed again")
 
     @classmethod
-    def parse(cls, content: bytes, path: str) -> "Record":
-        """A record from JSON that was read at `path`, which is named in the ValueError raised for no valid record."""
+    def parse(cls, content: bytes, path: str, remedy: str) -> "Record":
+        """A record from JSON that was read at `path`; the ValueError for no valid record names it, and the remedy."""
         try:
             return cls.model_validate_json(content)
         except ValidationError as e:
@@ -151,9 +151,7 @@ class Record(_Strict):
                     f"{path} is of record format {error['input']!r}, which this version does not know: use the version "
                     "that wrote it, or another paths.runs"
                 ) from None
-            raise ValueError(
-                f"{path} is no valid run record ({where}: {error['msg']}): delete it to run this seed again"
-            ) from None
+            raise ValueError(f"{path} is no valid run record ({where}: {error['msg']}): {remedy}") from None
 
 
 def tested(records: Iterable[Record]) -> list[float]:
