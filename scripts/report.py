@@ -15,6 +15,7 @@ from shlex import join
 from figures import COLOURS, OTHER
 from findings import Findings, Found, Published, Row, Table, published, rules_run
 from tables import (
+    about,
     caption,
     command,
     comparison,
@@ -29,7 +30,6 @@ from tables import (
     sheet,
     signed,
     tests_not_run,
-    unpublished,
 )
 
 from nobackprop.claims import Result
@@ -287,7 +287,8 @@ def page(
     for found in every:
         parts.append(element("h2", escape(found.layout.title), id=found.paper))
         if found.published:
-            parts.append(element("p", ". ".join([named(found.published), *map(escape, unpublished(found))])))
+            parts.append(element("p", named(found.published)))
+        parts.append(element("p", escape(" ".join(about(found)))))
         parts.append(verdicts(found))
         for table in found.layout.tables:
             parts += [section(found, table), drawings(table, drawn[found.paper])]

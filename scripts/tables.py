@@ -213,13 +213,19 @@ def p_value(p: float | None) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def unpublished(found: Findings) -> list[str]:
-    """That there is nothing to compare a paper's tables with, as one sentence, if so."""
-    if found.published is None or found.published.figures:
-        return []
-    return [
-        "No figure of the paper itself is at hand, so none of ours is checked against one: only its claims are tested."
+def about(found: Findings) -> list[str]:
+    """What to know before one reads a paper's tables, in sentences."""
+    told = []
+    if found.published and not found.published.figures:
+        told.append(
+            "No figure of the paper itself is at hand, so no cell is checked against one: only its claims are tested."
+        )
+    records = [
+        r for rows in found.tables.values() for row in rows for cell in row.cells.values() for r in cell.all_seeds
     ]
+    if each := {(r.signature, r.seed): r.wall_s / r.stacked * r.machine.threads for r in records}:
+        told.append(f"The {len(each)} runs behind the tables took {sum(each.values()) / 3600:.1f} core hours.")
+    return told
 
 
 def departures(found: Findings) -> list[str]:
@@ -271,7 +277,7 @@ def how(claims: Claims) -> str:
 def page(found: Findings, drawn: Iterable[str]) -> str:
     """results/tables/<paper>.md, with the figures of these names."""
     parts = [f"# {found.layout.title}", "Made by `make results` from `results/records`; not to be edited."]
-    parts += unpublished(found)
+    parts += [" ".join(about(found))]
     if found.claims:
         claims = [f"- **{c.name}**: {c.text} ({c.source}); test `{c.test}`" for c in found.claims.claims]
         parts += ["## Do we find what the paper claims?", "\n".join(claims), how(found.claims), verdict_table(found)]
@@ -289,7 +295,7 @@ def readme_section(found: Findings) -> str:
     shown = [table for table in found.layout.tables if sheet(found, table)]
     if not shown:
         return "No runs are recorded yet."
-    parts = unpublished(found) + [accuracy_table(found, table, intervals=False) for table in shown]
+    parts = [" ".join(about(found)), *(accuracy_table(found, table, intervals=False) for table in shown)]
     return "\n\n".join([*parts, *([how(found.claims), verdict_table(found)] if found.claims else [])])
 
 

@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import findings as module
@@ -208,6 +209,15 @@ def test_angles_and_pace_are_those_of_all_seeds_of_a_cell(results: Path) -> None
     assert (found.layers, found.seconds) == ([1, 2], 5)
 
 
+def test_every_kind_of_departure_has_a_sign_in_markdown_and_latex() -> None:
+    kinds = ["fewer seeds", "another dataset", "diverged", "tested from before"]
+    row: Any = SimpleNamespace(fewer_epochs=True, cells={"bp": SimpleNamespace(marks=kinds)})
+    signs = tables.marks([row])
+    assert list(signs) == [tables.FEWER, *kinds]
+    assert len(set(signs.values())) == len(signs)
+    assert all(ord(sign) in tables.TEX for sign in signs.values())
+
+
 def test_a_stand_in_is_taken_where_the_papers_images_have_no_runs_and_marked(results: Path) -> None:
     labels = {"net": "mlp_cifar10", "classes": "2", "init": "documented", "rule": "mdfa"}
     jpeg = record("mdfa", labels, 0, 0.7, further=["dataset=cifar10_jpeg"])
@@ -223,6 +233,16 @@ def test_a_stand_in_is_taken_where_the_papers_images_have_no_runs_and_marked(res
     )
     assert (row.cells["mdfa"].mean, row.cells["mdfa"].marks) == (0.8, [])
     assert [f.value for f in row.cells["mdfa"].figures] == [8.5]
+
+
+def test_a_papers_page_says_what_is_not_published_and_what_its_runs_took(results: Path) -> None:
+    records = [lra(seed, 0.9).model_copy(update={"wall_s": 1800.0}) for seed in range(4)]
+    found = findings("lra_e", records, results)
+    unpublished, took = tables.about(found)
+    assert unpublished.startswith("No figure of the paper itself is at hand")
+    assert took == "The 4 runs behind the tables took 2.0 core hours."
+    assert f"{unpublished} {took}" in tables.page(found, [])
+    assert not tables.about(findings("akrout", [], results))
 
 
 def test_verdicts_follow_from_the_records(results: Path) -> None:

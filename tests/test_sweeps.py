@@ -421,7 +421,6 @@ def test_a_cluster_that_does_not_answer_for_a_while_has_not_lost_its_jobs(
         (["launcher=joblib", "launcher.workers=0"], "launcher: workers is 0: 1 or more, or null"),
         (["launcher=slurm", "+launcher.time=3"], "launcher: unknown key time; choose from: executor"),
         (["launcher=slurm", "launcher.hours=long"], "launcher.hours: Input should be a valid number"),
-        (["launcher=slurm_local", "launcher.wait=false"], "launcher: wait is false: here no queue holds jobs back"),
     ],
 )
 def test_a_launchers_keys_are_checked(config: Config, overrides: list[str], message: str) -> None:

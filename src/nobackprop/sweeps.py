@@ -384,10 +384,6 @@ class Cluster:
     wait: bool = True
     options: dict[str, Any] = field(default_factory=dict)  # any other of sbatch's
 
-    def __post_init__(self) -> None:
-        if self.executor == "local" and not self.wait:
-            raise ValueError("wait is false: here no queue holds jobs back until there is a core; use launcher=slurm")
-
     def at_once(self, jobs: Sequence[Job]) -> int:
         most = self.parallel if self.executor == "slurm" else min(self.parallel, _room(jobs))
         return max(1, min(most, len(jobs)))
