@@ -23,6 +23,7 @@ from rich.table import Table
 from nobackprop.claims import interval
 from nobackprop.collecting import Collected, collect
 from nobackprop.records import Record, mean_and_deviation, tested
+from nobackprop.settings import rule_name
 
 
 def read(folder: Path) -> dict[str, list[Record]]:
@@ -54,7 +55,7 @@ def labels(runs: dict[str, list[Record]]) -> dict[str, str]:
 
 def only_run_of(rule: str, runs: dict[str, list[Record]]) -> str:
     """Raises ValueError where not exactly one run has this rule."""
-    rules = {run: records[0].config["rule"]["_target_"].split(".")[-2] for run, records in runs.items()}
+    rules = {run: rule_name(records[0].config["rule"]) for run, records in runs.items()}
     found = [run for run, name in rules.items() if name == rule]
     if len(found) != 1:
         known = ", ".join(sorted(set(rules.values())))

@@ -24,7 +24,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt,
 from nobackprop.claims import Claims, Labels, Result, interval, judge, read
 from nobackprop.cli import CONF
 from nobackprop.records import Record
-from nobackprop.settings import Settings, digest
+from nobackprop.settings import Settings, digest, rule_name
 
 ROOT = Path(__file__).parents[1]
 ANGLE = "angle/update_W"
@@ -451,7 +451,7 @@ def _find(cell: Cell, layout: Layout, runs: Runs, not_run: Sequence[NotRun], kno
         overrides.append(f"dataset={stand_in}")
     return Found(
         cell.labels,
-        identity["rule"]["_target_"].split(".")[-2],
+        rule_name(identity["rule"]),
         overrides,
         records,
         planned_epochs=identity["max_epochs"],

@@ -1,6 +1,7 @@
 """The settings of a run: what may be set, checked at once; and what identifies its result."""
 
 import json
+from collections.abc import Mapping
 from hashlib import sha256
 from inspect import signature
 from math import isfinite
@@ -140,8 +141,7 @@ class Settings(_Strict):
     @property
     def name(self) -> str:
         """`rule_arch_dataset`, as in `lra_e_mlp_mnist`."""
-        rule, arch = self.rule["_target_"].split(".")[-2], self.arch["_target_"].split(".")[-1]
-        return f"{rule}_{arch}_{self.dataset.name}"
+        return f"{rule_name(self.rule)}_{self.arch['_target_'].split('.')[-1]}_{self.dataset.name}"
 
     @property
     def folder(self) -> Path:
@@ -164,6 +164,11 @@ class Settings(_Strict):
     def signature(self) -> str:
         """A hash of `identity`: with the seed it is the key of a record."""
         return digest(self.identity())
+
+
+def rule_name(rule: Mapping[str, Any]) -> str:
+    """What a config's rule is called in conf/rule: the name of its module."""
+    return rule["_target_"].split(".")[-2]
 
 
 def _check_finite(tree: Any, *path: Any) -> None:
