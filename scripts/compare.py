@@ -53,14 +53,14 @@ def labels(runs: dict[str, list[Record]]) -> dict[str, str]:
     return found
 
 
-def only_run_of(rule: str, runs: dict[str, list[Record]]) -> str:
-    """Raises ValueError where not exactly one run has this rule."""
+def only_run_of(rule: str, runs: dict[str, list[Record]]) -> list[Record]:
+    """The records of a rule's run. Raises ValueError where not exactly one run has this rule."""
     rules = {run: rule_name(records[0].config["rule"]) for run, records in runs.items()}
     found = [run for run, name in rules.items() if name == rule]
     if len(found) != 1:
         known = ", ".join(sorted(set(rules.values())))
         raise ValueError(f"--against {rule}: {len(found)} runs have this rule, one is needed; rules here: {known}")
-    return found[0]
+    return runs[found[0]]
 
 
 def paired(records: list[Record], others: list[Record]) -> str:
@@ -92,7 +92,7 @@ def table(runs: dict[str, list[Record]], against: str | None = None) -> Table:
         result.add_column(column, justify="left" if column == "run" else "right")
     accuracies = {run: tested(records) for run, records in runs.items()}
     names = labels(runs)
-    other = [] if against is None else [runs[only_run_of(against, runs)]]
+    other = [] if against is None else [only_run_of(against, runs)]
     for run in sorted(runs, key=lambda run: mean(accuracies[run] or [-1]), reverse=True):
         lost = sum(r.diverged_epoch is not None for r in runs[run])
         cell = mean_and_deviation(accuracies[run]) + (f" ({lost} diverged)" if lost else "")

@@ -96,7 +96,7 @@ def _failed(error: Exception | str) -> Outcome:
     return Outcome("failed", (text.splitlines() or [""])[0], details)
 
 
-def _beside(job: Job, name: str) -> Path:
+def _file_on(job: Job, name: str) -> Path:
     """A file in the run's folder on these seeds alone: jobs of other seeds have the same folder."""
     s = Settings.of(job.config)
     return s.folder / f"{name}_{digest({'seeds': s.seeds})}.txt"
@@ -104,7 +104,7 @@ def _beside(job: Job, name: str) -> Path:
 
 def _note(job: Job, outcome: Outcome) -> None:
     """Leaves the reason of a failure in the run's folder, so that the next attempt can say what it repeats."""
-    path = _beside(job, "error")
+    path = _file_on(job, "error")
     if outcome.state == "finished":
         path.unlink(missing_ok=True)
     elif outcome.state == "failed":
@@ -128,7 +128,7 @@ def look(job: Job) -> Found:
     done = recorded(run)
     missing = [seed for seed in run.settings.seeds if seed not in done]
     before = ""
-    if (error := _beside(job, "error")).exists():
+    if (error := _file_on(job, "error")).exists():
         before = f"failed before ({(error.read_text().strip().splitlines() or [''])[-1]}), is tried again"
     folders = left_off(run, missing, run.source.checksum).values()
     if steps := [checkpoints.step(path) for folder in folders for path in folder.glob("*.ckpt")]:
@@ -406,7 +406,7 @@ class Cluster:
                 assert executor is not None
                 ready = [_beside_others(jobs[i]) if self.executor == "local" else jobs[i] for i in batch]
                 for i, handle in zip(batch, executor.map_array(Task(sys.argv), ready), strict=True):
-                    write_atomically(_beside(jobs[i], "job"), handle.job_id.encode())
+                    write_atomically(_file_on(jobs[i], "job"), handle.job_id.encode())
                     say(i, f"is submitted as job {handle.job_id}")
                     running[i] = Submitted(handle, self.executor == "slurm")
             if not self.wait:
@@ -522,7 +522,7 @@ def _queued_jobs() -> set[str]:
 def _submitted_as(job: Job) -> str | None:
     """The cluster's name of the job that was submitted last for these seeds of this run."""
     with suppress(FileNotFoundError):
-        return _beside(job, "job").read_text()
+        return _file_on(job, "job").read_text()
     return None
 
 
