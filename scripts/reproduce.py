@@ -24,14 +24,14 @@ def run(chosen: Sequence[Cell], further: Sequence[str], console: Console, dry: b
 
     Passes over those that take tuned settings which were not searched yet; raises FileNotFoundError if that is all.
     """
-    from nobackprop import sweeps  # torch takes seconds to import
+    from nobackprop import launchers, sweeps  # torch takes seconds to import
 
     ready = [cell for cell in chosen if cell.tuned is None or cell.tuned.exists()] or chosen
     if left := [str(cell) for cell in chosen if cell not in ready]:
         text = f"passed over until scripts/tune.py has searched their settings, {len(left)} cells: {'; '.join(left)}"
         console.print(text, highlight=False, soft_wrap=True)
-    jobs = [sweeps.Job(str(cell), cell.config(further)) for cell in ready]
-    outcomes = sweeps.run(jobs, sweeps.launcher_of(jobs[0].config), console, dry)
+    jobs = [launchers.Job(str(cell), cell.config(further)) for cell in ready]
+    outcomes = sweeps.run(jobs, launchers.launcher_of(jobs[0].config), console, dry)
     return all(outcome.state != "failed" for outcome in outcomes)
 
 

@@ -15,8 +15,8 @@ from conftest import folder, holders, same_results, small, until
 from rich.console import Console
 
 from nobackprop import records, sweeps
+from nobackprop.launchers import Cluster, Job, Submitted
 from nobackprop.records import Record
-from nobackprop.sweeps import Cluster, Job, Submitted
 from nobackprop.train import train
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "slurm_one_node.sh"

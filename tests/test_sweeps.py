@@ -19,10 +19,10 @@ from conftest import Config, folder, holders, run_config, same_results, small, u
 from omegaconf import DictConfig
 from rich.console import Console
 
-from nobackprop import records, sweeps
+from nobackprop import launchers, records, sweeps
 from nobackprop.callbacks import ResumePoint
+from nobackprop.launchers import Basic, Cluster, Job, Joblib, Outcome, Submitted
 from nobackprop.stopping import Stopped
-from nobackprop.sweeps import Basic, Cluster, Job, Joblib, Outcome, Submitted
 from nobackprop.train import Busy, train
 
 
@@ -339,7 +339,7 @@ def test_ctrl_c_ends_the_processes_too_after_a_checkpoint(config: Config, tmp_pa
 
 
 def test_no_more_processes_than_cores(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nobackprop.sweeps.cores", lambda: 4)
+    monkeypatch.setattr("nobackprop.launchers.cores", lambda: 4)
     jobs = [Job("", config())] * 9
     assert [Joblib(workers).at_once(jobs) for workers in (None, 2, 64)] == [4, 2, 4]
     assert Joblib().at_once([Job("", config("threads=2"))] * 9) == 2
@@ -354,13 +354,13 @@ def test_jobs_of_other_seeds_of_a_run_are_other_jobs(
 ) -> None:
     """They have the run's folder in common."""
     few, more = Job("few", config()), Job("more", config("seeds=3"))
-    sweeps._note(few, Outcome("failed", details="no luck"))
-    sweeps._note(more, Outcome("finished"))
+    launchers.note(few, Outcome("failed", details="no luck"))
+    launchers.note(more, Outcome("finished"))
     assert "no luck" in sweeps.look(few).before
     assert not sweeps.look(more).before
     executor = SimpleNamespace(map_array=lambda _, jobs: [SimpleNamespace(job_id=f"12_{i}") for i in range(len(jobs))])
     monkeypatch.setattr(Cluster, "_executor", lambda *_: executor)
-    monkeypatch.setattr(sweeps, "_queued_jobs", lambda: {"12_0"})
+    monkeypatch.setattr(launchers, "_queued_jobs", lambda: {"12_0"})
     said: list[str] = []
     for job in (few, few, more):
         cluster = Cluster("slurm", wait=False)
@@ -425,12 +425,12 @@ def test_a_cluster_that_does_not_answer_for_a_while_has_not_lost_its_jobs(
 )
 def test_a_launchers_keys_are_checked(config: Config, overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        sweeps.launcher_of(config(*overrides))
+        launchers.launcher_of(config(*overrides))
 
 
 def test_a_copy_of_the_source_knows_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweeps, "source_state", lambda: ("abc", True))
-    path = sweeps.snapshot(tmp_path / "source")
+    monkeypatch.setattr(launchers, "source_state", lambda: ("abc", True))
+    path = launchers.snapshot(tmp_path / "source")
     original = Path(records.__file__).parent
     copied = {file.relative_to(path / "nobackprop") for file in path.rglob("*.py")}
     assert copied == {file.relative_to(original) for file in original.rglob("*.py")}
@@ -441,6 +441,6 @@ def test_a_copy_of_the_source_knows_its_commit(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize(("given", "expected"), [("null", 1), ("2", 2)])
 def test_a_job_beside_others_keeps_its_seeds_in_one_process(given: str, expected: int) -> None:
-    job = sweeps.Job("", run_config(f"workers={given}"))
-    assert sweeps._beside_others(job).config.workers == expected
+    job = launchers.Job("", run_config(f"workers={given}"))
+    assert launchers._beside_others(job).config.workers == expected
     assert job.config.workers == (None if given == "null" else 2)

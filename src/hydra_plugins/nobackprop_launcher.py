@@ -22,11 +22,11 @@ class SweepLauncher(Launcher):
         """Runs a batch of jobs. The value of each is its mean best validation accuracy, None if it failed."""
         from rich.console import Console
 
-        from nobackprop import sweeps  # torch takes seconds to import
+        from nobackprop import launchers, sweeps  # torch takes seconds to import
         from nobackprop.cli import announce_tuned
 
         console = Console()
-        jobs: list[sweeps.Job] = []
+        jobs: list[launchers.Job] = []
         tuned: dict[str, bool] = {}  # whether Hydra found a file of that name
         for overrides in job_overrides:
             config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
@@ -37,7 +37,7 @@ class SweepLauncher(Launcher):
                 del config["hydra"]
             same = {*sys.argv, "dry_run=True"}
             varied = [text for text in filter_overrides(overrides) if text not in same]
-            jobs.append(sweeps.Job(" ".join(varied) or "the run", config))
+            jobs.append(launchers.Job(" ".join(varied) or "the run", config))
         if len(set(tuned.values())) > 1:
             text = "some jobs have such settings and others not; tuned=none compares them with the same"
             console.print(text, soft_wrap=True)
@@ -46,7 +46,7 @@ class SweepLauncher(Launcher):
         trials = OmegaConf.select(self.config, "hydra.sweeper.n_trials")
         if jobs[0].config.dry_run and trials:
             console.print(f"the first {len(jobs)} of a search of {trials} trials:", highlight=False)
-        outcomes = sweeps.run(jobs, sweeps.launcher_of(jobs[0].config), console, jobs[0].config.dry_run)
+        outcomes = sweeps.run(jobs, launchers.launcher_of(jobs[0].config), console, jobs[0].config.dry_run)
         SweepLauncher.failed += sum(outcome.state == "failed" for outcome in outcomes)
         if jobs[0].config.dry_run:
             raise SystemExit(min(SweepLauncher.failed, 1))

@@ -38,9 +38,9 @@ def run(cfg: DictConfig) -> None:
     if "sweep" in choices:
         raise ValueError(f"+sweep={choices.sweep} is for several jobs: add --multirun")
     if cfg.dry_run:
-        from nobackprop import sweeps
+        from nobackprop import launchers, sweeps
 
-        (outcome,) = sweeps.run([sweeps.Job("this run", cfg)], sweeps.Basic(), console, dry_run=True)
+        (outcome,) = sweeps.run([launchers.Job("this run", cfg)], launchers.Basic(), console, dry_run=True)
         if outcome.state == "failed":
             sys.exit(1)
         return

@@ -1,0 +1,384 @@
+"""Where the jobs of a sweep are trained, each class a choice of conf/launcher: here, side by side, or on a cluster."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
+from shutil import copyfile
+from signal import SIGINT, SIGTERM, Signals
+from statistics import mean
+from threading import Thread
+from typing import Any, Literal, Protocol, Self
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from nobackprop.hardware import cores
+from nobackprop.records import Record, source_state, write_atomically
+from nobackprop.settings import Settings, build, digest
+from nobackprop.train import Busy, train
+
+
+@dataclass(frozen=True)
+class Job:
+    """One config of a sweep, and what it is called there."""
+
+    label: str
+    config: DictConfig
+
+    def file(self, name: str) -> Path:
+        """A file in the run's folder on these seeds alone: jobs of other seeds have the same folder."""
+        s = Settings.of(self.config)
+        return s.folder / f"{name}_{digest({'seeds': s.seeds})}.txt"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job. `reason` is one line, `details` all there is to say about a failure."""
+
+    state: Literal["finished", "recorded", "failed", "stopped", "busy", "queued"]
+    reason: str = ""
+    details: str = ""
+    records: Sequence[Record] = ()
+
+    @classmethod
+    def failure(cls, error: Exception | str) -> Self:
+        """Of bad input its message is told, of any other exception the traceback, too."""
+        text = details = str(error)
+        if isinstance(error, Exception) and not isinstance(error, (ValueError, FileNotFoundError)):
+            text, details = f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))
+        return cls("failed", (text.splitlines() or [""])[0], details)
+
+    @property
+    def objective(self) -> float | None:
+        """The mean over the seeds of the best validation accuracy, 0 for one that diverged; None without records."""
+        return mean(r.validation for r in self.records) if self.records else None
+
+
+Say = Callable[[int, str], None]  # a job's number, and what is said of it
+
+
+class Launcher(Protocol):
+    """Where the jobs of a sweep are trained, and how many at a time."""
+
+    def at_once(self, jobs: Sequence[Job]) -> int: ...
+
+    def run(self, jobs: Mapping[int, Job], say: Say, console: Console, wait: bool) -> Iterator[tuple[int, Outcome]]:
+        """The outcome of each job, when it is known; `say` tells the user that a job starts, `console` its progress.
+
+        Without `wait`, a job of which another process trains a seed is busy.
+        """
+        ...
+
+
+def attempt(job: Job, console: Console, wait: bool) -> Outcome:
+    """Trains a job. Whatever goes wrong is an outcome, too."""
+    try:
+        records = train(job.config, console, wait)
+    except Busy as e:
+        return Outcome("busy", str(e))
+    except Exception as e:
+        return Outcome.failure(e)
+    return Outcome("finished", records=records)
+
+
+def note(job: Job, outcome: Outcome) -> None:
+    """Leaves the reason of a failure in the run's folder, so that the next attempt can say what it repeats."""
+    path = job.file("error")
+    if outcome.state == "finished":
+        path.unlink(missing_ok=True)
+    elif outcome.state == "failed":
+        with suppress(OSError):  # a full disk
+            write_atomically(path, outcome.details.encode())
+
+
+@dataclass(frozen=True)
+class Basic:
+    """One job after another, in this process."""
+
+    def at_once(self, jobs: Sequence[Job]) -> int:
+        return 1
+
+    def run(self, jobs: Mapping[int, Job], say: Say, console: Console, wait: bool) -> Iterator[tuple[int, Outcome]]:
+        for i, job in jobs.items():
+            say(i, "starts")
+            yield i, attempt(job, console, wait)
+
+
+@dataclass(frozen=True)
+class Joblib:
+    """A process for each job, `workers` at a time: by default, and at most, what the granted cores have threads for.
+
+    joblib's own pool is not used, since one process that dies takes all others of the pool with it.
+    """
+
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers is {self.workers}: 1 or more, or null for as many as there are cores")
+
+    def at_once(self, jobs: Sequence[Job]) -> int:
+        most = _room(jobs)
+        return min(self.workers or most, most, len(jobs))
+
+    def run(self, jobs: Mapping[int, Job], say: Say, console: Console, wait: bool) -> Iterator[tuple[int, Outcome]]:
+        context = get_context("forkserver")  # so that torch and Lightning are imported once
+        context.set_forkserver_preload([__name__])
+        waiting = deque(jobs)
+        running: dict[Any, tuple[int, Any]] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.at_once(list(jobs.values())):
+                    i = waiting.popleft()
+                    receiver, sender = context.Pipe(duplex=False)
+                    process = context.Process(target=_work, args=(_beside_others(jobs[i]), wait, sender))
+                    say(i, "starts")
+                    process.start()
+                    sender.close()
+                    running[receiver] = i, process
+                ready = connection.wait(list(running))
+                for receiver in [r for r in running if r in ready]:
+                    i, process = running[receiver]
+                    try:
+                        outcome = receiver.recv()
+                        process.join()
+                    except (EOFError, OSError):
+                        process.join()
+                        outcome = _died(process.exitcode)
+                    del running[receiver]
+                    if outcome.state == "stopped":
+                        raise KeyboardInterrupt
+                    yield i, outcome
+        finally:  # all at an end, or the user stopped the sweep: let the others write their checkpoints
+            for _, process in running.values():
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, SIGTERM)
+            for _, process in running.values():
+                process.join()
+
+
+def _room(jobs: Sequence[Job]) -> int:
+    """How many of these jobs the granted cores have threads for."""
+    return max(1, cores() // max(job.config.threads * (job.config.workers or 1) for job in jobs))
+
+
+def _beside_others(job: Job) -> Job:
+    """A job that shares this machine's cores with others: its seeds stay in one process unless `workers` is given."""
+    return replace(job, config=OmegaConf.merge(job.config, {"workers": job.config.workers or 1}))
+
+
+def _work(job: Job, wait: bool, sender: connection.Connection) -> None:
+    """What a worker process does. It ends, after a checkpoint, when the process that started it is gone."""
+    parent = parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        connection.wait([parent.sentinel])
+        os.kill(os.getpid(), SIGTERM)
+
+    Thread(target=follow, daemon=True).start()
+    sender.send(attempt(job, Console(quiet=True), wait))
+
+
+def _died(status: int | None) -> Outcome:
+    """The outcome of a process that told none."""
+    if status in (128 + SIGINT, 128 + SIGTERM):
+        return Outcome("stopped")
+    how = f"was killed by {Signals(-status).name}" if status is not None and status < 0 else f"ended with {status}"
+    return Outcome.failure(f"its process {how}" + (" (out of memory?)" if status == -9 else ""))
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """SLURM jobs by submitit, or (`executor="local"`) processes of its that behave like them.
+
+    A job has `hours`; a run that takes longer writes a checkpoint and goes back into the queue, and so does one that is
+    preempted. `parallel` is how many run at once. Without `wait` the command ends when all are submitted. The jobs run
+    from a copy of this program's source as it is now.
+    """
+
+    executor: Literal["slurm", "local"]
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    hours: float = 24
+    cpus: int = 1
+    gpus: int = 0
+    memory_gb: float = 4
+    parallel: int = 256
+    wait: bool = True
+    options: dict[str, Any] = field(default_factory=dict)  # any other of sbatch's
+
+    def at_once(self, jobs: Sequence[Job]) -> int:
+        most = self.parallel if self.executor == "slurm" else min(self.parallel, _room(jobs))
+        return max(1, min(most, len(jobs)))
+
+    def run(self, jobs: Mapping[int, Job], say: Say, console: Console, wait: bool) -> Iterator[tuple[int, Outcome]]:
+        if not jobs:
+            return
+        queued = _queued_jobs() if self.executor == "slurm" else set()
+        submitted = {i: _submitted_as(job) for i, job in jobs.items()}
+        for i, name in submitted.items():
+            if name in queued:
+                yield i, Outcome("queued", f"as job {name} of an earlier sweep")
+        waiting, running = deque(i for i in jobs if submitted[i] not in queued), {}
+        executor = self._executor(Path(next(iter(jobs.values())).config.paths.runs)) if waiting else None
+        while waiting or running:
+            room = len(waiting)
+            if self.executor == "local":
+                room = self.at_once(list(jobs.values())) - len(running)
+            if batch := [waiting.popleft() for _ in range(min(room, len(waiting)))]:
+                assert executor is not None
+                ready = [_beside_others(jobs[i]) if self.executor == "local" else jobs[i] for i in batch]
+                for i, handle in zip(batch, executor.map_array(Task(sys.argv), ready), strict=True):
+                    write_atomically(jobs[i].file("job"), handle.job_id.encode())
+                    say(i, f"is submitted as job {handle.job_id}")
+                    running[i] = Submitted(handle, self.executor == "slurm")
+            if not self.wait:
+                yield from ((i, Outcome("queued", f"as job {s.handle.job_id}")) for i, s in running.items())
+                return
+            for i in [i for i, s in running.items() if s.over()]:
+                yield i, running.pop(i).outcome(jobs[i])
+            time.sleep(0.5)
+
+    def _executor(self, runs: Path) -> Any:
+        try:
+            import submitit
+        except ImportError:
+            raise ValueError("launcher=slurm needs submitit: pip install submitit") from None
+        folder = runs.absolute() / ".submitit" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
+        source = snapshot(folder / "source")
+        try:
+            executor = submitit.AutoExecutor(folder / "%j", cluster=self.executor, **{_TIMEOUTS[self.executor]: 1000})
+        except RuntimeError as e:
+            raise ValueError(f"launcher=slurm: {e}") from None
+        executor.update_parameters(
+            name="nobackprop",
+            timeout_min=round(60 * self.hours),
+            cpus_per_task=self.cpus,
+            gpus_per_node=self.gpus,
+            mem_gb=self.memory_gb,
+        )
+        path = f"{source}{os.pathsep}{os.environ.get('PYTHONPATH', '')}".rstrip(os.pathsep)
+        if self.executor == "local":
+            os.environ["PYTHONPATH"] = path  # which a local job inherits
+            return executor
+        chosen = {"partition": self.partition, "account": self.account, "qos": self.qos}
+        executor.update_parameters(
+            slurm_array_parallelism=self.parallel,
+            slurm_setup=[f"export PYTHONPATH='{path}'"],
+            slurm_additional_parameters={k: v for k, v in chosen.items() if v is not None} | self.options,
+        )
+        return executor
+
+
+_TIMEOUTS = {"slurm": "slurm_max_num_timeout", "local": "local_max_num_timeout"}
+
+
+class Task:
+    """What a cluster's job calls; called again after a time-out or preemption, it finds the run's checkpoint."""
+
+    def __init__(self, argv: list[str]) -> None:
+        self.argv = argv
+
+    def __call__(self, job: Job) -> Outcome:
+        sys.argv = self.argv  # the command, for the record
+        outcome = attempt(job, Console(), wait=True)
+        note(job, outcome)  # the sweep may no longer be there to do it
+        return outcome
+
+    def checkpoint(self, job: Job) -> Any:
+        """What to put back into the queue: the same. (submitit calls it, and StopSignals have written a checkpoint.)"""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, job)
+
+
+class Submitted:
+    """A cluster's job that is waited for. It is over when there is a result, or when it is gone without one."""
+
+    POLL_S = 10.0
+    queued: tuple[float, set[str] | None] = (0.0, set())  # one look tells of all jobs; None: the look failed
+
+    def __init__(self, handle: Any, slurm: bool) -> None:
+        self.handle, self.slurm = handle, slurm
+        self.seen = time.monotonic()
+
+    def over(self) -> bool:
+        if self.handle.paths.result_pickle.exists():
+            return True
+        if not self.slurm:
+            return self.handle.done()
+        # Without accounting, which not every cluster has, SLURM does not tell how a job ended, but which there are.
+        now = time.monotonic()
+        if now - Submitted.queued[0] > self.POLL_S:
+            try:
+                Submitted.queued = now, _queued_jobs()
+            except ValueError:  # the controller is busy or away for a while; the job is not
+                Submitted.queued = now, None
+        names = Submitted.queued[1]
+        if names is None or self.handle.job_id in names:
+            self.seen = now
+        return now - self.seen > 2 * self.POLL_S
+
+    def outcome(self, job: Job) -> Outcome:
+        if self.handle.paths.result_pickle.exists():
+            try:
+                return self.handle.result()
+            except Exception as e:
+                return Outcome.failure(e)
+        log = self.handle.paths.stderr
+        return Outcome.failure(
+            f"job {self.handle.job_id} ended without a result (killed? out of memory?); its log: {log}"
+        )
+
+
+def _queued_jobs() -> set[str]:
+    """The user's SLURM jobs that run or wait, as 12 or 12_3. Raises ValueError where SLURM does not tell."""
+    command = ["squeue", "--noheader", "--array", "--format=%i", f"--user={os.getuid()}"]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except FileNotFoundError:
+        raise ValueError("launcher=slurm: there is no SLURM here, no command squeue; try launcher=joblib") from None
+    except subprocess.SubprocessError as e:
+        told = (getattr(e, "stderr", None) or str(e)).strip()
+        raise ValueError(f"launcher=slurm: squeue does not answer ({told}): try again later") from None
+    return set(shown.split())
+
+
+def _submitted_as(job: Job) -> str | None:
+    """The cluster's name of the job that was submitted last for these seeds of this run."""
+    with suppress(FileNotFoundError):
+        return job.file("job").read_text()
+    return None
+
+
+def snapshot(folder: Path) -> Path:
+    """Copies the package, as it is in the working tree, into a folder; gives what to put on PYTHONPATH.
+
+    The copy's records name the commit of the original and whether it was changed.
+    """
+    package = Path(__file__).parent
+    for path in package.rglob("*.py"):
+        target = folder / package.name / path.relative_to(package)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        copyfile(path, target)
+    commit, dirty = source_state()
+    write_atomically(folder / package.name / "source.json", json.dumps({"commit": commit, "dirty": dirty}).encode())
+    return folder
+
+
+def launcher_of(config: DictConfig) -> Launcher:
+    """The launcher that a config names. Raises ValueError where its keys don't fit."""
+    node: Any = OmegaConf.to_container(config.launcher, resolve=True)
+    return build(node, "launcher")
