@@ -23,6 +23,7 @@ def test_the_p_value_is_that_of_scipys_paired_t_test() -> None:
     assert p_above(differences, 0) == pytest.approx(stats.ttest_rel(A, B, alternative="greater")[1])
     assert p_above(A, 0.95) == pytest.approx(stats.ttest_1samp(A, 0.95, alternative="greater")[1])
     assert p_above([1, 2, 3], 1) == pytest.approx(0.1127017)  # t = sqrt(3) with 2 degrees of freedom: by hand
+    assert p_above([1, 3], 1) == pytest.approx(0.25)  # t = 1 with 1 degree of freedom
 
 
 def test_the_p_value_where_there_is_no_spread_or_one_seed() -> None:

@@ -68,15 +68,17 @@ def test_an_interrupted_run_is_one_run(config: Config, monkeypatch: pytest.Monke
 
 
 def test_each_seed_is_a_run_with_its_config_and_scores_that_is_finished(config: Config) -> None:
-    cfg = config("seeds=2", "max_epochs=1")
+    cfg = config("seeds=2", "max_epochs=4", "optimizer.lr=0.1")  # the last epoch is not the best
     for record in train(cfg):
         content = offline_run(prepare(cfg).seed_folder(record.seed))
-        assert content["exit"] == [{"exit_code": 0}]
+        assert [end["exit_code"] for end in content["exit"]] == [0]
         given = content["run"][0]["config"]["update"]
         assert (given["seed"], given["arch"]["hidden"]) == (record.seed, [12])
         summary = {name: value for entry in content["summary"] for name, value in entry["update"].items()}
         assert record.test is not None
         assert summary["test/accuracy"] == pytest.approx(record.test["accuracy"])
+        assert summary["val/best_accuracy"] == record.validation
+        assert record.best_epoch != len(record.epochs)
         assert summary["trainer/global_step"] == record.steps
 
 

@@ -309,8 +309,9 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, screen: 
             wall = learner.wall_s
             fitting.test(learner, verbose=False)
             for logger, progress in zip(loggers, learner.progress, strict=bool(loggers)):
-                for name, value in (progress.test or {}).items():
-                    logger.experiment.summary[f"test/{name}"] = value
+                if progress.test:
+                    reached = {f"test/{name}": value for name, value in progress.test.items()}
+                    logger.experiment.summary.update(reached | {"val/best_accuracy": progress.best_accuracy})
         except Stopped:
             last = checkpoints.newest(folder)
             there = f"goes on from step {checkpoints.step(last)}" if last else "starts it again"
