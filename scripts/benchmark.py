@@ -369,7 +369,7 @@ def startup(rounds: int) -> list[dict[str, Any]]:
 
         def command(name: str) -> None:
             runs = f"paths.runs={folder}/{time.monotonic_ns()}"
-            call = [sys.executable, "-m", "nobackprop.cli", *commands[name], *([] if name == "--help" else [runs])]
+            call = [sys.executable, "-m", "nobackprop", *commands[name], *([] if name == "--help" else [runs])]
             subprocess.run(call, check=True, capture_output=True)
 
         measured: dict[str, list[float]] = {name: [] for name in commands}

@@ -335,7 +335,7 @@ def verdicts_of(found: Findings) -> pd.DataFrame:
         {
             "claim": r.trial.claim.name,
             "reading": r.trial.reading,
-            **{"where": place(r)},
+            "where": place(r),
             "test": r.trial.claim.test,
             "epochs": r.epochs,
             "seeds": r.seeds,

@@ -12,10 +12,7 @@ table; exit status 1 if all trials of a cell diverged.
 
 import argparse
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from textwrap import wrap
 from typing import Annotated, Any
@@ -32,9 +29,9 @@ from scipy.stats import qmc
 
 from nobackprop import hardware, records
 from nobackprop.cli import CONF
+from nobackprop.launchers import Job, Joblib
 from nobackprop.preparation import prepare
 from nobackprop.records import Record
-from nobackprop.train import train
 
 Setting = bool | int | float | str
 Point = dict[str, Setting]
@@ -133,12 +130,6 @@ class Search(BaseModel):
         return [*own, *further, *fixed, *(f"{key}={value}" for key, value in point.items())]
 
 
-def run_trial(overrides: Sequence[str]) -> Record:
-    """One trial, in a process of its own."""
-    (record,) = train(Cell({}, overrides).config(), Console(quiet=True))
-    return record
-
-
 @dataclass(frozen=True)
 class Found:
     """What the search of one cell came to: its trials, each a point and its record."""
@@ -193,20 +184,27 @@ def write(found: Found, name: str, search: Search, further: Sequence[str], path:
 def tune(
     name: str, search: Search, chosen: Sequence[Cell], further: Sequence[str], jobs: int, console: Console
 ) -> Iterator[Found]:
-    """Runs every trial that has no record yet; gives each cell as its trials end.
+    """Runs every trial that has no record yet, so many at a time; gives each cell when all its trials have ended.
 
-    Raises ValueError for a space that does not fit a cell, before any trial.
+    Raises ValueError for a space that does not fit a cell, before any trial, and for a trial that fails.
     """
-    planned = [(cell, search.points(cell)) for cell in chosen]
-    trials = [search.overrides(cell, point, further) for cell, points in planned for point in points]
-    for first in trials[:: search.trials]:
-        prepare(Cell({}, first).config())
-    # Fresh processes: a fork of one that has run torch may hang.
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        title = f"{name}: {len(chosen)} cells, {search.trials} trials each"
-        ended = track(pool.map(run_trial, trials), title, len(trials), console=console)
-        for cell, points in planned:
-            yield Found(cell, list(zip(points, ended, strict=False)))
+    trials = [(cell, point) for cell in chosen for point in search.points(cell)]
+    composed = {}
+    for i, (cell, point) in enumerate(track(trials, f"{name}: composing", console=console)):
+        label = " ".join([str(cell), *(f"{key}={value}" for key, value in point.items())])
+        composed[i] = Job(label, Cell({}, search.overrides(cell, point, further)).config())
+        if i % search.trials == 0:
+            prepare(composed[i].config)
+    ended: dict[int, Record] = {}
+    title = f"{name}: {len(chosen)} cells, {search.trials} trials each"
+    outcomes = Joblib(jobs).run(composed, lambda i, text: None, console, wait=True)
+    for i, outcome in track(outcomes, title, len(trials), console=console):
+        if outcome.state == "failed":
+            raise ValueError(f"{composed[i].label}: {outcome.details}")
+        (ended[i],) = outcome.records
+        of_cell = range(first := i - i % search.trials, first + search.trials)
+        if all(k in ended for k in of_cell):
+            yield Found(trials[i][0], [(trials[k][1], ended[k]) for k in of_cell])
 
 
 def table(found: Sequence[Found]) -> Table:
@@ -230,7 +228,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, help="of each cell, instead of the search's")
     parser.add_argument("--epochs", type=int, help="of each trial, instead of the search's")
     parser.add_argument("--jobs", type=int, choices=range(1, cores + 1), default=cores, help="trials at a time")
-    parser.add_argument("--runs", default="runs/tune", help="the folder of the trials (default: %(default)s)")
+    parser.add_argument("--runs", help="the folder of the trials (default: runs/tune/SEARCH)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides for every trial")
     options = parser.parse_args()
     console = Console()
@@ -242,14 +240,16 @@ def main() -> None:
         chosen = select(tuned, options.only)
         for cell in chosen:
             check_replaces(cell, options.search, search, options.set)
-        further = [*options.set, f"paths.runs={options.runs}"]
+        further = [*options.set, f"paths.runs={options.runs or f'runs/tune/{options.search}'}"]
         found = []
         for each in tune(options.search, search, chosen, further, options.jobs, console):
             found.append(each)
             if each.accuracy and each.cell.tuned is not None:
                 write(each, options.search, search, options.set, each.cell.tuned)
-    except (ValueError, FileNotFoundError, HydraException, BrokenProcessPool) as error:
+    except (ValueError, FileNotFoundError, HydraException) as error:
         parser.exit(2, f"{Path(__file__).name}: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{Path(__file__).name}: stopped; the same command goes on from here\n")
     console.print(table(found))
     parser.exit(0 if all(each.accuracy for each in found) else 1)
 

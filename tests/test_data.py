@@ -2,7 +2,9 @@ import os
 import pickle
 import re
 import struct
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import md5
 from io import BytesIO
@@ -137,6 +139,26 @@ def test_missing_files_are_downloaded(tmp_path: Path, monkeypatch: pytest.Monkey
     dataset = Torchvision("MNIST", tmp_path).load()
     assert len(made) == 1
     assert_same_images(dataset.test, made[0][1])
+
+
+def test_one_process_downloads_and_the_others_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, "MNIST", 7, 3)
+    started = []
+
+    def download(self: Any) -> None:
+        started.append(self)
+        write_mnist(Path(self.root))
+        labels = Path(self.root, "MNIST/raw/train-labels-idx1-ubyte")
+        whole = labels.read_bytes()
+        labels.write_bytes(whole[:9])  # as while it is unpacked
+        time.sleep(0.3)
+        labels.write_bytes(whole)
+
+    monkeypatch.setattr(torchvision.datasets.MNIST, "download", download)
+    with ThreadPoolExecutor(4) as pool:
+        pairs = list(pool.map(lambda _: Torchvision("MNIST", tmp_path).read(), range(4)))
+    assert len(started) == 1
+    assert [len(train.labels) for train, _ in pairs] == [7] * 4
 
 
 def test_label_out_of_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ ROOT = CONF.parent
 
 def nobackprop(*overrides: str, cwd: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": "" if path is None else str(path)}
-    command = [sys.executable, "-m", "nobackprop.cli", *overrides]
+    command = [sys.executable, "-m", "nobackprop", *overrides]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -55,9 +55,10 @@ def test_an_editable_install_finds_its_configs_from_anywhere(tmp_path: Path) -> 
         (["rul=bp"], r"There is no 'rul' here; choose from: rule, dataset, arch,"),
         (["+experiment=lra_e/deviaton"], r"Choose from: .*lra_e/variance, .*\. Did you mean lra_e/deviation\?"),
         (["rule.bta=1"], r"There is no 'bta' here; choose from: _target_, beta, gamma, learn_E\. Did you mean beta\?"),
+        (["-m", "rule=lra_e,bp", "rule.bta=1"], r"There is no 'bta' here; choose from: _target_, beta, gamma, "),
         (["rule=dfa", "dataset.clases=2"], r"There is no 'clases' here; choose from: classes, classes_seed,"),
     ],
-    ids=["rule", "group", "experiment", "key", "dataset key"],
+    ids=["rule", "group", "experiment", "key", "key of a sweep", "dataset key"],
 )
 def test_a_mistyped_name_is_answered_with_the_choices(tmp_path: Path, overrides: list[str], message: str) -> None:
     ended = nobackprop(*overrides, cwd=tmp_path)
@@ -89,7 +90,7 @@ def test_a_mistake_in_one_job_of_a_multirun_does_not_stop_the_others(tmp_path: P
 
 def test_ctrl_c_ends_the_command_with_130_and_the_same_command_goes_on(tmp_path: Path) -> None:
     overrides = ["max_epochs=100000", "logger=none", "arch.hidden=[8]", "checkpoint_minutes=0"]
-    command = [sys.executable, "-m", "nobackprop.cli", "--multirun", "rule=bp,dfa", *overrides]
+    command = [sys.executable, "-m", "nobackprop", "--multirun", "rule=bp,dfa", *overrides]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
         until(lambda: list(tmp_path.glob("runs/*/checkpoints/*/*.ckpt")))
         process.send_signal(signal.SIGINT)

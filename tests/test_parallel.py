@@ -226,7 +226,7 @@ def test_a_clusters_tasks_must_be_the_runs_processes(tmp_path: Path, monkeypatch
 
 
 def command(*options: str, launcher: Sequence[str] = (sys.executable, "-m")) -> list[str]:
-    return [*launcher, "nobackprop.cli", *SMALL, *OWN, *DDP, "paths.runs=runs", *options]
+    return [*launcher, "nobackprop", *SMALL, *OWN, *DDP, "paths.runs=runs", *options]
 
 
 def run(command: list[str], folder: Path) -> str:

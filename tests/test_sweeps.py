@@ -284,7 +284,8 @@ def test_a_dry_run_writes_nothing_and_estimates_by_earlier_records(
     assert re.search(r"more +│ 0 recorded, 3 to run +│ +│ 0:06:00", text)  # 3 seeds of 4 epochs of 30 s
     assert re.search(r"shorter +│ 0 recorded, 1 to run +│ +│ 0:00:30", text)
     assert re.search(r"other .*unknown", text)
-    assert "3 of 5 would run, 1 at once: about 0:06:30 by earlier records; no record tells for 1 of them" in text
+    assert "3 of 5 would run, 1 at once: about 0:06:30 by earlier records, with one seed of a run after" in text
+    assert "; no record tells for 1 of them" in text
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -369,6 +370,30 @@ def test_jobs_of_other_seeds_of_a_run_are_other_jobs(
     assert said == ["is submitted as job 12_0", "as job 12_0", "as job 12_0 of an earlier sweep", *said[:2]]
 
 
+def test_jobs_of_a_cluster_go_on_when_the_sweep_is_stopped_and_what_it_refuses_is_told(
+    config: Config, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("sbatch: error: invalid partition specified: typo")
+
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    jobs = [Job("a", config()), Job("b", config("rule=fa"))]
+    monkeypatch.setattr(launchers, "_queued_jobs", set)
+    monkeypatch.setattr(Cluster, "_executor", lambda *_: SimpleNamespace(map_array=refuse))
+    with pytest.raises(ValueError, match="launcher=slurm: sbatch: error: invalid partition specified: typo"):
+        sweeps.run(jobs, Cluster("slurm"), console)
+    executor = SimpleNamespace(map_array=lambda _, jobs: [SimpleNamespace(job_id=f"7_{i}") for i in range(len(jobs))])
+    monkeypatch.setattr(Cluster, "_executor", lambda *_: executor)
+    monkeypatch.setattr(Submitted, "over", lambda _: False)
+    monkeypatch.setattr("time.sleep", interrupt)
+    outcomes = sweeps.run(jobs, Cluster("slurm"), console)
+    assert [(o.state, o.reason) for o in outcomes] == [
+        ("queued", f"as job 7_{i}, which goes on (scancel ends it)") for i in range(2)
+    ]
+
+
 def test_a_stack_goes_on_from_its_checkpoint_when_seeds_are_added(
     config: Config, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -421,6 +446,8 @@ def test_a_cluster_that_does_not_answer_for_a_while_has_not_lost_its_jobs(
         (["launcher=joblib", "launcher.workers=0"], "launcher: workers is 0: 1 or more, or null"),
         (["launcher=slurm", "+launcher.time=3"], "launcher: unknown key time; choose from: executor"),
         (["launcher=slurm", "launcher.hours=long"], "launcher.hours: Input should be a valid number"),
+        (["launcher=slurm", "launcher.hours=0"], "launcher: hours is 0: it must be above 0"),
+        (["launcher=slurm", "launcher.cpus=0", "launcher.gpus=-1"], "launcher: cpus is 0, gpus is -1: at least 1, of"),
     ],
 )
 def test_a_launchers_keys_are_checked(config: Config, overrides: list[str], message: str) -> None:

@@ -330,3 +330,11 @@ def test_a_record_does_not_say_where_things_are(monkeypatch: pytest.MonkeyPatch)
     places = ["paths.runs=/a", "dataset.source.root=/b", "--runs", "/c", "--runs=/d"]
     monkeypatch.setattr("sys.argv", ["/e/tune.py", "compare", *places, "--only", "rule=bp"])
     assert _command() == "tune.py compare --only rule=bp"
+    for arguments, kept in {
+        "reproduce.py mdfa --set paths.runs=/a --epochs 3": "reproduce.py mdfa --epochs 3",
+        "reproduce.py mdfa --set paths.runs=/a": "reproduce.py mdfa",
+        "reproduce.py mdfa --set paths.runs=/a workers=1 --epochs 3": "reproduce.py mdfa --set workers=1 --epochs 3",
+        "/e/nobackprop/__main__.py rule=bp paths.data=/a": "nobackprop rule=bp",
+    }.items():
+        monkeypatch.setattr("sys.argv", arguments.split())
+        assert _command() == kept

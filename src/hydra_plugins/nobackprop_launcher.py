@@ -50,6 +50,11 @@ class SweepLauncher(Launcher):
         SweepLauncher.failed += sum(outcome.state == "failed" for outcome in outcomes)
         if jobs[0].config.dry_run:
             raise SystemExit(min(SweepLauncher.failed, 1))
+        if trials and (queued := sum(outcome.state == "queued" for outcome in outcomes)):
+            raise ValueError(
+                f"a search goes on from what its trials came to, and {queued} are left to the cluster: use "
+                "launcher.wait=true, or give the same command again when they have ended"
+            )
         return [
             JobReturn(overrides=overrides, cfg=job.config, status=JobStatus.COMPLETED, _return_value=outcome.objective)
             for overrides, job, outcome in zip(job_overrides, jobs, outcomes, strict=True)

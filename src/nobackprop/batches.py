@@ -62,22 +62,17 @@ def task(
 
     `validation` is a fraction of the training images of these classes, or how many; the rest trains. They are drawn by
     the seed, or (`split`) they are the "first" or "last" of the file. A data set that validates on its test images has
-    no use for either: all training images train. Raises ValueError where no image is left on one side, or the data set
-    doesn't have that many classes.
+    no use for either: all training images train. Raises ValueError where no image is left on one side.
     """
     if classes is None:
         chosen = torch.arange(dataset.num_classes)
-    elif 2 <= classes <= dataset.num_classes:
+    else:
         draw = stream(seed if classes_seed is None else classes_seed, "classes")
         chosen = torch.randperm(dataset.num_classes, generator=draw)[:classes]
-    else:
-        raise ValueError(f"classes is {classes}; {dataset.name} allows 2 to {dataset.num_classes}, or null for all")
     relabel = torch.full((dataset.num_classes,), -1)
     relabel[chosen] = torch.arange(len(chosen))
     selected, test = ((relabel[images.labels] >= 0).nonzero().flatten() for images in (dataset.train, dataset.test))
     n = len(selected)
-    if isinstance(validation, float) and not 0 < validation < 1:
-        raise ValueError(f"validation is {validation}; allowed: a fraction between 0 and 1, or a number of images")
     count = round(validation * n) if isinstance(validation, float) else validation
     if dataset.validate_on_test:
         count = 0
@@ -184,8 +179,8 @@ class TrainBatches:
     nothing comes after `max_steps` mini-batches in all. Process `rank` of `ranks` gets its part of each mini-batch,
     N = batch_size / ranks images.
 
-    Raises ValueError for a batch size above the number of training images or that the ranks can't divide, and for tasks
-    whose epochs are not equally many mini-batches.
+    Raises ValueError for a batch size above the number of training images. The tasks' epochs must be equally many
+    mini-batches.
     """
 
     dataset: Dataset
@@ -198,18 +193,6 @@ class TrainBatches:
     crop: int = 0
     rank: int = 0
     ranks: int = 1
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.crop < 0:
-            raise ValueError(f"batch_size is {self.batch_size} and crop {self.crop}; allowed: at least 1 and 0")
-        if self.batch_size % self.ranks:
-            raise ValueError(f"batch_size is {self.batch_size}, which {self.ranks} devices can't divide evenly")
-        lengths = {task.seed: batches_per_epoch(task, self.batch_size) for task in self.tasks}
-        if len({*lengths.values()}) > 1:
-            raise ValueError(
-                f"seeds trained together need equally many mini-batches an epoch, but have (by seed) {lengths}; train "
-                "them one by one, or give them the same classes with `dataset.classes_seed`"
-            )
 
     @property
     def per_epoch(self) -> int:

@@ -10,6 +10,8 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -104,6 +106,7 @@ def _choices(message: str) -> str:
     *parents, key = match[1].split(".")
     others = [text for text in sys.argv[1:] if "=" in text and not re.match(rf"[~+]*{re.escape(match[1])}=", text)]
     try:
+        others = [_first(override) for override in OverridesParser.create().parse_overrides(others)]
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = hydra.compose("train", others)
     except HydraException:
@@ -113,9 +116,12 @@ def _choices(message: str) -> str:
     return f"\nThere is no {key!r} here; choose from: {', '.join(names)}{_close(key, names)}"
 
 
+def _first(override: Override) -> str:
+    """An override; of one that a multirun sweeps over its first choice."""
+    if not override.is_sweep_override():
+        return str(override.input_line)
+    return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
+
+
 def _close(name: str, names: Sequence[str]) -> str:
     return "".join(f". Did you mean {close}?" for close in get_close_matches(name, names, 1))
-
-
-if __name__ == "__main__":
-    main()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from nobackprop.pixels import Pixels
@@ -229,6 +230,29 @@ class Torchvision(Source):
 
     def _provide(self, cls: Any, root: Path) -> None:
         """Checks the files that are there (torchvision doesn't notice a cut idx file), downloads those that are not."""
+        missing, wrong = self._faults(cls)
+        cause, failed = None, ""
+        if (missing or wrong) and self.download:
+            try:
+                root.mkdir(parents=True, exist_ok=True)
+                with FileLock(root / f".{self.dataset}.lock"):  # of the jobs of a sweep one downloads, the others wait
+                    missing, wrong = self._faults(cls)
+                    if missing and not wrong:
+                        cls(root, download=True)
+                        missing = []
+            except (OSError, RuntimeError, HTTPException) as error:
+                cause, failed = error, " ".join(str(error).split())
+        if wrong:
+            raise ValueError(f"{self.name} can't be read: {'; '.join(wrong)}. {self.remedy}")
+        if missing:
+            text = f"{self.name} needs the files {', '.join(missing)} in {self.where}"
+            if self.download:
+                remedy = f"Run again with a network, copy the files there, or {self._elsewhere}."
+                raise FileNotFoundError(f"{text}, and the download failed: {failed}. {remedy}") from cause
+            raise FileNotFoundError(f"{text}. Set `dataset.source.download=true`, or {self._elsewhere}.")
+
+    def _faults(self, cls: Any) -> tuple[list[str], list[str]]:
+        """The names of the files that are missing, and what is wrong with others."""
         needed = _cifar_files(cls) if hasattr(cls, "train_list") else self._idx_files()
         missing, wrong = [], []
         for name, right in needed.items():
@@ -237,19 +261,7 @@ class Torchvision(Source):
                 missing.append(name)
             elif fault := _md5_fault(path, right) if isinstance(right, str) else _idx_fault(path, right):
                 wrong.append(f"{path} {fault}")
-        if wrong:
-            raise ValueError(f"{self.name} can't be read: {'; '.join(wrong)}. {self.remedy}")
-        if not missing:
-            return
-        need = f"{self.name} needs the files {', '.join(missing)} in {self.where}"
-        if not self.download:
-            raise FileNotFoundError(f"{need}. Set `dataset.source.download=true`, or {self._elsewhere}.")
-        try:
-            cls(root, download=True)
-        except (OSError, RuntimeError, HTTPException) as error:
-            said = " ".join(str(error).split())
-            remedy = f"Run again with a network, copy the files there, or {self._elsewhere}."
-            raise FileNotFoundError(f"{need}, and the download failed: {said}. {remedy}") from error
+        return missing, wrong
 
     def _idx_files(self) -> dict[str, tuple[int, ...]]:
         """The name of each file of MNIST's format and the sizes in its header."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from math import ceil
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from shutil import copyfile
@@ -219,6 +220,13 @@ class Cluster:
     wait: bool = True
     options: dict[str, Any] = field(default_factory=dict)  # any other of sbatch's
 
+    def __post_init__(self) -> None:
+        least = {"cpus": 1, "gpus": 0, "parallel": 1}
+        if wrong := [f"{name} is {getattr(self, name)}" for name, low in least.items() if getattr(self, name) < low]:
+            raise ValueError(f"{', '.join(wrong)}: at least 1, of gpus 0")
+        if wrong := [f"{name} is {getattr(self, name)}" for name in ("hours", "memory_gb") if getattr(self, name) <= 0]:
+            raise ValueError(f"{', '.join(wrong)}: it must be above 0")
+
     def at_once(self, jobs: Sequence[Job]) -> int:
         most = self.parallel if self.executor == "slurm" else min(self.parallel, _room(jobs))
         return max(1, min(most, len(jobs)))
@@ -240,16 +248,28 @@ class Cluster:
             if batch := [waiting.popleft() for _ in range(min(room, len(waiting)))]:
                 assert executor is not None
                 ready = [_beside_others(jobs[i]) if self.executor == "local" else jobs[i] for i in batch]
-                for i, handle in zip(batch, executor.map_array(Task(sys.argv), ready), strict=True):
+                try:
+                    handles = executor.map_array(ClusterTask(sys.argv), ready)
+                except RuntimeError as e:  # what sbatch says
+                    raise ValueError(f"launcher={self.executor}: {e}") from None
+                for i, handle in zip(batch, handles, strict=True):
                     write_atomically(jobs[i].file("job"), handle.job_id.encode())
                     say(i, f"is submitted as job {handle.job_id}")
                     running[i] = Submitted(handle, self.executor == "slurm")
             if not self.wait:
                 yield from ((i, Outcome("queued", f"as job {s.handle.job_id}")) for i, s in running.items())
                 return
-            for i in [i for i, s in running.items() if s.over()]:
-                yield i, running.pop(i).outcome(jobs[i])
-            time.sleep(0.5)
+            try:
+                over = [i for i, s in running.items() if s.over()]
+                time.sleep(0.5)
+            except KeyboardInterrupt:
+                if self.executor == "local":
+                    raise
+                goes_on = "which goes on (scancel ends it)"
+                yield from ((i, Outcome("queued", f"as job {s.handle.job_id}, {goes_on}")) for i, s in running.items())
+                return
+            for i in over:
+                yield i, running.pop(i).outcome()
 
     def _executor(self, runs: Path) -> Any:
         try:
@@ -264,7 +284,7 @@ class Cluster:
             raise ValueError(f"launcher=slurm: {e}") from None
         executor.update_parameters(
             name="nobackprop",
-            timeout_min=round(60 * self.hours),
+            timeout_min=ceil(60 * self.hours),
             cpus_per_task=self.cpus,
             gpus_per_node=self.gpus,
             mem_gb=self.memory_gb,
@@ -285,7 +305,7 @@ class Cluster:
 _TIMEOUTS = {"slurm": "slurm_max_num_timeout", "local": "local_max_num_timeout"}
 
 
-class Task:
+class ClusterTask:
     """What a cluster's job calls; called again after a time-out or preemption, it finds the run's checkpoint."""
 
     def __init__(self, argv: list[str]) -> None:
@@ -331,7 +351,7 @@ class Submitted:
             self.seen = now
         return now - self.seen > 2 * self.POLL_S
 
-    def outcome(self, job: Job) -> Outcome:
+    def outcome(self) -> Outcome:
         if self.handle.paths.result_pickle.exists():
             try:
                 return self.handle.result()

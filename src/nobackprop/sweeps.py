@@ -141,7 +141,7 @@ def _show_plan(jobs: Sequence[Job], found: Mapping[int, Found], launcher: Launch
     n = launcher.at_once([jobs[i] for i in found]) if found else 1
     text = f"{len(found)} of {len(jobs)} would run, {n} at once"
     if unknown < len(found):
-        text += f": about {_duration(known / n)} by earlier records"
+        text += f": about {_duration(known / n)} by earlier records, with one seed of a run after another"
     if unknown:
         text += f"; no record tells for {unknown} of them"
     console.print(text, highlight=False, soft_wrap=True)

@@ -207,7 +207,10 @@ def left_off(run: Run, missing: Iterable[int], fingerprint: str | None) -> dict[
     """
     found = {}
     for path in sorted(run.folder.glob(f"checkpoints/*_{fingerprint or '*'}/{SEEDS}")):
-        seeds = json.loads(path.read_text())
+        try:
+            seeds = json.loads(path.read_text())
+        except FileNotFoundError:  # another process has just recorded them
+            continue
         if set(seeds) <= set(missing) and (len(seeds) == 1 or stacks(run)):
             found[tuple(seeds)] = path.parent
     return found
@@ -376,7 +379,9 @@ def _command() -> str:
     """The command of this process, without what says where things are on this machine."""
     pairs = zip(sys.argv, sys.argv[1:], strict=False)
     kept = [text for before, text in pairs if not LOCAL.search(text) and before != "--runs"]
-    return shlex.join([Path(sys.argv[0]).name, *kept])
+    kept = [text for text, after in zip(kept, [*kept[1:], "--"], strict=True) if (text, after[:2]) != ("--set", "--")]
+    name = Path(sys.argv[0]).name
+    return shlex.join(["nobackprop" if name == "__main__.py" else name, *kept])
 
 
 def summary(seeds: Sequence[Record]) -> Table:
