@@ -121,17 +121,22 @@ def test_a_signal_ends_a_run_after_a_checkpoint(
     assert same_results(tmp_path / "alone", tmp_path / "runs") == 1
 
 
-def test_a_second_ctrl_c_does_not_wait(config: Config, monkeypatch: pytest.MonkeyPatch, console: Console) -> None:
+@pytest.mark.parametrize(("seconds", "said"), [(0.9, "goes on from step 100"), (1.1, "starts it again")])
+def test_a_second_ctrl_c_does_not_wait_but_one_passed_on_twice_is_one(
+    config: Config, monkeypatch: pytest.MonkeyPatch, console: Console, seconds: float, said: str
+) -> None:
     def twice() -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        now = time.monotonic()
+        with monkeypatch.context() as context:
+            context.setattr("nobackprop.stopping.time", SimpleNamespace(monotonic=lambda: now))
+            os.kill(os.getpid(), signal.SIGINT)
+            now += seconds
+            os.kill(os.getpid(), signal.SIGINT)
 
     at_save(monkeypatch, 1, twice)
-    cfg = config("checkpoint_minutes=60")
     with pytest.raises(Stopped):
-        train(cfg, console)
-    assert "stopped; the same command starts it again" in shown(console)
-    assert not list(folder(cfg).glob("checkpoints/*/*.ckpt"))
+        train(config("checkpoint_minutes=60"), console)
+    assert f"stopped; the same command {said}" in shown(console)
 
 
 def test_a_clusters_notice_writes_a_checkpoint_before_its_own_handler_has_its_turn(

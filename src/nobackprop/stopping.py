@@ -2,8 +2,11 @@
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
+
+AGAIN_S = 1.0  # seconds between two Ctrl-C
 
 
 class Stopped(SystemExit):
@@ -16,13 +19,15 @@ class Stopped(SystemExit):
 class StopSignals:
     """While this context is open, signals are noted and wait for `check`, called where nothing can be lost.
 
-    SIGINT (Ctrl-C) and SIGTERM end the run; a second Ctrl-C ends it at once. Under a cluster's launcher, which handles
-    signals of its own, SIGUSR2 means that time is up: `check` raises Stopped, and the launcher's handler, called when
-    the context closes, puts the job back into the queue. There SIGTERM is only a warning: `due` asks for a checkpoint.
+    SIGINT (Ctrl-C) and SIGTERM end the run; a second Ctrl-C, a second later, ends it at once. (Sooner, it may be the
+    same one, passed on by what started this process.) Under a cluster's launcher, which handles signals of its own,
+    SIGUSR2 means that time is up: `check` raises Stopped, and the launcher's handler, called when the context closes,
+    puts the job back into the queue. There SIGTERM is only a warning: `due` asks for a checkpoint.
     """
 
     def __enter__(self) -> "StopSignals":
         self.signum: int | None = None
+        self.at = 0.0
         self.due = False
         self.before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():  # others can't, and get no signals
@@ -43,8 +48,10 @@ class StopSignals:
         if signum == signal.SIGTERM and callable(self.before[signum]):
             return
         if self.signum == signum == signal.SIGINT:
-            raise Stopped(signum)
-        self.signum = signum
+            if time.monotonic() - self.at > AGAIN_S:
+                raise Stopped(signum)
+            return
+        self.signum, self.at = signum, time.monotonic()
 
     def check(self) -> None:
         """Raises Stopped where a signal asked for it."""
