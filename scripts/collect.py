@@ -25,7 +25,7 @@ def main() -> None:
         found = collect(options.runs, options.into)
         if options.table:
             write_table(table(found.records.values()), options.table)
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, OSError) as e:
         parser.exit(2, f"collect.py: {e}\n")
     if not found.records and not found.unreadable:
         parser.exit(2, f"collect.py: no run records in {', '.join(map(str, options.runs))}\n")

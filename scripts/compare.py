@@ -124,21 +124,22 @@ def figure(runs: dict[str, list[Record]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, help="a folder of runs, as given to nobackprop with paths.runs=")
+    parser.add_argument("runs", type=Path, help="a folder of runs, as given to paths.runs=, or a file of records")
     parser.add_argument("--against", metavar="RULE", help="add the difference to this rule's run, paired over seeds")
-    parser.add_argument("--figure", type=Path, help="where to write the figure (default: learning_curves.png in RUNS)")
+    parser.add_argument("--figure", type=Path, help="where to write the figure (default: learning_curves.png there)")
     options = parser.parse_args()
     try:
         runs = read(options.runs)
         shown = table(runs, options.against)
-    except (FileNotFoundError, ValueError) as e:
+        folder = options.runs if options.runs.is_dir() else options.runs.parent
+        path = options.figure or folder / "learning_curves.png"
+        console = Console()
+        console.print(shown)
+        if differ := differences(runs):
+            console.print(differ, highlight=False, soft_wrap=True)
+        figure(runs, path)
+    except (OSError, ValueError) as e:
         parser.exit(1, f"compare.py: {e}\n")
-    path = options.figure or options.runs / "learning_curves.png"
-    console = Console()
-    console.print(shown)
-    if differ := differences(runs):
-        console.print(differ, highlight=False, soft_wrap=True)
-    figure(runs, path)
     console.print(f"learning curves: {path}", highlight=False, soft_wrap=True)
 
 

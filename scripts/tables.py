@@ -33,7 +33,7 @@ def read_records(results: Path) -> list[Record]:
     """All of results/records. Raises ValueError for a damaged line or two records of one run and seed that differ."""
     found = collect(sorted((results / "records").glob("*.jsonl")))
     if found.conflicts:
-        raise ValueError("; ".join(found.conflicts))
+        raise ValueError(f"{'; '.join(found.conflicts)}: keep one line of each in {results / 'records'}")
     return list(found.records.values())
 
 

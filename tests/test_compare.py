@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 from test_records import RECORD
 
+from nobackprop.collecting import collect
 from nobackprop.records import Record
 
 Write = Callable[..., None]
@@ -50,6 +51,20 @@ def test_runs_of_one_name_are_told_apart_and_diverged_seeds_counted(write: Write
     (total,) = [line for line in text.splitlines() if "bp_mlp_digits update=sum " in line]
     assert "50.00% (1 diverged)" in mean
     assert "- (1 diverged)" in total
+
+
+def test_a_file_of_records_is_compared_too(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write("a" * 12, 0)
+    collect([tmp_path], tmp_path / "a.jsonl")
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(tmp_path / "a.jsonl")])
+    compare.main()
+    assert (tmp_path / "learning_curves.png").exists()
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(tmp_path / "a.jsonl"), "--figure", str(tmp_path / "a.xyz")])
+    with pytest.raises(SystemExit, match="1"):
+        compare.main()
+    assert "compare.py: Format 'xyz' is not supported" in capsys.readouterr().err
 
 
 def test_differences_to_a_rule_are_paired_over_common_seeds(write: Write, tmp_path: Path) -> None:

@@ -306,11 +306,13 @@ def test_parquet_errors_name_file_and_row(tmp_path: Path) -> None:
     path = tmp_path / "p/train-1.parquet"
     where = re.escape(str(path))
     good, big = encoded(random_images(1, (3, 5, 4), 2).pixels[0]), encoded(random_images(1, (3, 4, 4), 2).pixels[0])
+    Image.fromarray(np.full((5, 4), 40_000, np.uint16)).save(deep := BytesIO(), "PNG")
     source = parquet_source(tmp_path)
     cases: list[tuple[list[bytes | None], list[Any], str]] = [
         ([good, b"no image"], [0, 1], rf"{where}, row 1 is not a readable image: cannot identify.*Correct"),
         ([good, good, good[:70]], [0, 1, 1], rf"{where}, row 2 is not a readable image"),
         ([None, good], [0, 1], rf"{where}, row 0 is not a readable image: it has no bytes"),
+        ([good, deep.getvalue()], [0, 1], rf"{where}, row 1 is not a readable image: it has more than 8 bits"),
         ([good, big], [0, 1], rf"{where}, row 1 is 4 x 4 pixels; allowed: 5 x 4\."),
         ([good, good], [0, None], rf"{where}, row 1 has no label"),
         ([good, good], ["a", "b"], rf"{where}: column 'img' is struct.* and 'label' is string; allowed"),

@@ -174,6 +174,13 @@ def test_odd_metadata_passes_in_silence(tree: Path) -> None:
 # What interrupts it
 
 
+def test_a_name_that_is_not_utf8_is_told_before_the_cache_is_made(tree: Path) -> None:
+    (tree / os.fsdecode(b"train/n00/caf\xe9.png")).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"six: in '.*/train/n00' the name 'caf\\udce9\.png' is not UTF-8: rename it"):
+        source(tree).load()
+    assert not (tree.parent / "cache").exists()
+
+
 def test_a_corrupt_file_is_named_and_the_build_goes_on(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "cores", lambda: 1)
     whole = source(tree, cache=tree.parent / "whole").load()

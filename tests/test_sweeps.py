@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conftest import Config, folder, holders, run_config, same_results, small, until
 from omegaconf import DictConfig
 from rich.console import Console
@@ -22,6 +23,7 @@ from rich.console import Console
 from nobackprop import launchers, records, sweeps
 from nobackprop.callbacks import ResumePoint
 from nobackprop.launchers import Basic, Cluster, Job, Joblib, Outcome, Submitted
+from nobackprop.rules.dfa import DFA
 from nobackprop.stopping import Stopped
 from nobackprop.train import Busy, train
 
@@ -92,6 +94,23 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_is_used(
     assert ("goes on from step 161" in shown(console)) == (damaged == 1)
     assert same_results(tmp_path / "alone", tmp_path / "runs") == 1
     assert not list(folder(cfg).glob("checkpoints/*"))
+
+
+def test_a_checkpoint_of_other_code_is_told(config: Config, monkeypatch: pytest.MonkeyPatch, console: Console) -> None:
+    cfg = config("rule=dfa", "checkpoint_minutes=0")
+    at_save(monkeypatch, 4, raise_killed)
+    with pytest.raises(Killed):
+        train(cfg)
+    monkeypatch.undo()
+    feedback = DFA.feedback
+    monkeypatch.setattr(DFA, "feedback", lambda *args: feedback(*args) | {"C1": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"\.ckpt is another version's, with other weights: delete .* to start from"):
+        train(cfg)
+    monkeypatch.undo()
+    before = records.source_state()[0]
+    monkeypatch.setattr(records, "source_state", lambda: ("abc", True))
+    train(cfg, console)
+    assert f"goes on from step 261, trained so far by commit {before}, from here by abc" in shown(console)
 
 
 # Signals
@@ -294,6 +313,12 @@ def test_a_dry_run_writes_nothing_and_estimates_by_earlier_records(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_brackets_in_labels_and_reasons_are_shown(config: Config, console: Console) -> None:
+    jobs, outcome = [Job("logger.tags=[a,b]", config())], Outcome("failed", "no memory at [/data/x]")
+    console.print(sweeps.table(jobs, [outcome]))
+    assert re.search(r"logger\.tags=\[a,b\] .* no memory at \[/data/x\]", shown(console))
+
+
 def test_ctrl_c_ends_a_sweep_with_a_table(config: Config, console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = [Job("first", config("rule=bp")), Job("second", config("rule=dfa")), Job("third", config("rule=fa"))]
     at_save(monkeypatch, 6, lambda: os.kill(os.getpid(), signal.SIGINT))
@@ -387,16 +412,16 @@ def test_jobs_of_a_cluster_go_on_when_the_sweep_is_stopped_and_what_it_refuses_i
     jobs = [Job("a", config()), Job("b", config("rule=fa"))]
     monkeypatch.setattr(launchers, "_queued_jobs", set)
     monkeypatch.setattr(Cluster, "_executor", lambda *_: SimpleNamespace(map_array=refuse))
-    with pytest.raises(ValueError, match="launcher=slurm: sbatch: error: invalid partition specified: typo"):
+    with pytest.raises(ValueError, match="launcher: sbatch: error: invalid partition specified: typo"):
         sweeps.run(jobs, Cluster("slurm"), console)
     executor = SimpleNamespace(map_array=lambda _, jobs: [SimpleNamespace(job_id=f"7_{i}") for i in range(len(jobs))])
     monkeypatch.setattr(Cluster, "_executor", lambda *_: executor)
     monkeypatch.setattr(Submitted, "over", lambda _: False)
     monkeypatch.setattr("time.sleep", interrupt)
-    outcomes = sweeps.run(jobs, Cluster("slurm"), console)
-    assert [(o.state, o.reason) for o in outcomes] == [
-        ("queued", f"as job 7_{i}, which goes on (scancel ends it)") for i in range(2)
-    ]
+    with pytest.raises(Stopped):
+        sweeps.run(jobs, Cluster("slurm"), console)
+    assert [f"queued as job 7_{i}, which goes on (scancel ends it)" in shown(console) for i in range(2)] == [True] * 2
+    assert "2 queued" in shown(console)
 
 
 def test_a_stack_goes_on_from_its_checkpoint_when_seeds_are_added(

@@ -106,6 +106,13 @@ def test_every_config_composes(config: Config, tmp_path: Path, group: str, optio
         (["schedule=multistep", "schedule.milestones=5"], "schedule: "),
         (["schedule=multistep", "schedule.milestones=[1,2]", "schedule.gamma=-1"], "schedule: the rate becomes -0.0"),
         (["schedule=multistep", "schedule.milestones=[1]", "schedule.gamma=abc"], "schedule: "),
+        (
+            ["dataset.crop=8"],
+            "dataset.crop is 8: images are shifted by up to as many pixels, so write fewer than the 8",
+        ),
+        (["arch.hidden=[3000000000000]"], "arch, init or rule: "),
+        (["init=uniform", "init.forward.power=1e300"], "arch, init or rule: "),
+        (["init.forward=U1e39"], "init.forward: initializer 'U1e39': a float32 has no such weights"),
         (["dataset.name=a/b"], "dataset.name: String should match pattern"),
         (["logger=wandb", "logger.mode=foo"], "logger.mode: Input should be 'online', 'offline' or 'disabled'"),
         (["diagnostics=alignment", "diagnostics.samples=0"], "diagnostics.samples is 0: it must be 1 or more"),
@@ -331,6 +338,8 @@ def test_a_record_does_not_say_where_things_are(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("sys.argv", ["/e/tune.py", "compare", *places, "--only", "rule=bp"])
     assert _command() == "tune.py compare --only rule=bp"
     for arguments, kept in {
+        "nobackprop": "nobackprop",
+        "/e/nobackprop paths.runs=/a": "nobackprop",
         "reproduce.py mdfa --set paths.runs=/a --epochs 3": "reproduce.py mdfa --epochs 3",
         "reproduce.py mdfa --set paths.runs=/a": "reproduce.py mdfa",
         "reproduce.py mdfa --set paths.runs=/a workers=1 --epochs 3": "reproduce.py mdfa --set workers=1 --epochs 3",

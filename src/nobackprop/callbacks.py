@@ -43,7 +43,7 @@ class Screen:
         self.bars.stop()
 
     def print(self, text: str) -> None:
-        self.bars.console.print(text, highlight=False, soft_wrap=True)
+        self.bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def bar(self, title: str, **fields: Any) -> None:
         """Draws a bar, a new one if need be: its `total`, how much is `completed`, its `state` in words."""

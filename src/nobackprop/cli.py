@@ -49,7 +49,7 @@ def run(cfg: DictConfig) -> None:
     recorded = train(cfg, console)
     console.print(summary(recorded))
     folder = Path(cfg.paths.runs) / f"{recorded[0].name}-{recorded[0].signature}"
-    console.print(f"records and weights: {folder}", highlight=False, soft_wrap=True)
+    console.print(f"records and weights: {folder}", markup=False, highlight=False, soft_wrap=True)
 
 
 def announce_tuned(runtime: Any, console: Any) -> bool:

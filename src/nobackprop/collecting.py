@@ -16,6 +16,7 @@ import pandas as pd
 from nobackprop.records import Record
 
 Key = tuple[str, int]
+RESULTS = ("data", "steps", "epochs", "best_epoch", "diverged_epoch", "test")  # that a run made again must have, too
 
 
 @dataclass
@@ -30,8 +31,7 @@ class Collected:
     def add(self, record: Record, origin: str) -> bool:
         """Takes a record unless its key has one already, which stays; whether it was taken."""
         first = self.records.setdefault((record.signature, record.seed), record)
-        if first != record:
-            fields = [name for name in Record.model_fields if getattr(first, name) != getattr(record, name)]
+        if fields := [name for name in RESULTS if getattr(first, name) != getattr(record, name)]:
             accuracies = " and ".join(f"{r.test['accuracy']:.2%}" if r.test else "none" for r in (first, record))
             self.conflicts.append(
                 f"{origin}: another record of seed {record.seed} of {record.name}-{record.signature} was there first, "
@@ -44,9 +44,9 @@ def collect(sources: Iterable[Path], into: Path | None = None) -> Collected:
     """Gathers the records in folders and files of lines; with `into`, appends what is new there to that file.
 
     A folder is one of runs, of one run, or of one seed; a seed without a record is still being trained and is passed
-    over. A record that can't be read is named in the result and passed over too; one that differs from an earlier one
-    of the same run and seed is named and does not replace it. Several may gather into one file at once: they wait for
-    each other. Raises FileNotFoundError for a source that does not exist, and ValueError, naming the line, for a
+    over. A record that can't be read is named in the result and passed over too; one with other results than an earlier
+    one of the same run and seed is named and does not replace it. Several may gather into one file at once: they wait
+    for each other. Raises FileNotFoundError for a source that does not exist, and ValueError, naming the line, for a
     damaged line in a file of lines; only the last line of `into` may be cut off (a crash while it was written), and is
     then removed, or completed where nothing but its end is missing.
     """

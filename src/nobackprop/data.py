@@ -388,6 +388,8 @@ def open_image(source: bytes | Path | None, where: str, remedy: str, mode: str =
         if source is None:
             raise ValueError("it has no bytes")
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as file:
+            if file.mode == "F" or file.mode.startswith("I"):  # which Pillow would clip, not scale
+                raise ValueError("it has more than 8 bits a channel")
             return file.convert(mode)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all that Pillow raises for it
         raise ValueError(f"{where} is not a readable image: {error}. {remedy}") from error

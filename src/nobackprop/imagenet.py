@@ -255,6 +255,10 @@ class ImageNet(Source):
                 if not files:
                     folder = Path(self.where, FOLDERS[split], name)
                     raise FileNotFoundError(f"{self.name}: no .jpg, .jpeg or .png file in {folder}. {self.remedy}")
+                for text in (name, *files):
+                    if not text.isascii() and any("\udc80" <= c <= "\udcff" for c in text):
+                        folder = str(Path(self.where, FOLDERS[split], name))
+                        raise ValueError(f"{self.name}: in {folder!a} the name {text!a} is not UTF-8: rename it")
         self._cache.mkdir(parents=True, exist_ok=True)
         with FileLock(self._cache / "lock"):
             if self._index() is None:  # else: another process made it meanwhile

@@ -155,6 +155,8 @@ def from_string(text: str | float) -> Initializer:
     if match is None or (match[1] and match[2] in "NA"):
         raise ValueError(f"unknown initializer {text!r}: write one of {STRINGS}")
     literal, letter, value = match[1], match[2], float(match[3])
+    if value > 1e30:
+        raise ValueError(f"initializer {text!r}: a float32 has no such weights")
     if letter == "N":
         return Normal(value)
     if letter == "A":

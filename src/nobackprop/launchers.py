@@ -251,7 +251,7 @@ class Cluster:
                 try:
                     handles = executor.map_array(ClusterTask(sys.argv), ready)
                 except RuntimeError as e:  # what sbatch says
-                    raise ValueError(f"launcher={self.executor}: {e}") from None
+                    raise ValueError(f"launcher: {e}") from None
                 for i, handle in zip(batch, handles, strict=True):
                     write_atomically(jobs[i].file("job"), handle.job_id.encode())
                     say(i, f"is submitted as job {handle.job_id}")
@@ -267,7 +267,7 @@ class Cluster:
                     raise
                 goes_on = "which goes on (scancel ends it)"
                 yield from ((i, Outcome("queued", f"as job {s.handle.job_id}, {goes_on}")) for i, s in running.items())
-                return
+                raise
             for i in over:
                 yield i, running.pop(i).outcome()
 

@@ -76,6 +76,11 @@ def prepare(cfg: DictConfig) -> Run:
             f"dataset.classes is {s.dataset.classes}: {source.name} has {source.num_classes} classes, "
             f"so 2 to {source.num_classes}, or null for all of them"
         )
+    if s.dataset.crop >= min(source.shape[1:]):
+        raise ValueError(
+            f"dataset.crop is {s.dataset.crop}: images are shifted by up to as many pixels, so write fewer than the "
+            f"{min(source.shape[1:])} that they have"
+        )
     rule = build(s.rule, "rule")
     loss = build(s.loss, "loss", s.dataset.classes or source.num_classes)
     net = build(s.arch, "arch", source.shape, loss.outputs)
@@ -133,10 +138,13 @@ def _check_processes(run: Run) -> None:
 
 def _try_step(run: Run) -> None:
     """One step on two blank images: finds what does not go together before any data is loaded."""
-    w = initial_weights(run.net, run.rule, run.forward, run.backward, 0)
-    x, y = torch.zeros(2, *run.net.in_shape), torch.zeros(2, run.loss.outputs)
-    noise = {name: torch.zeros(shape) for name, shape in run.rule.noise(run.net, len(x)).items()}
-    grads, _ = run.rule.all_grads(run.net, w, Batch(x, y, run.loss, noise))
+    try:
+        w = initial_weights(run.net, run.rule, run.forward, run.backward, 0)
+        x, y = torch.zeros(2, *run.net.in_shape), torch.zeros(2, run.loss.outputs)
+        noise = {name: torch.zeros(shape) for name, shape in run.rule.noise(run.net, len(x)).items()}
+        grads, _ = run.rule.all_grads(run.net, w, Batch(x, y, run.loss, noise))
+    except (RuntimeError, ArithmeticError, MemoryError) as e:
+        raise ValueError(f"arch, init or rule: {str(e).splitlines()[0]}") from e
     if unknown := grads.keys() - w.keys():
         raise ValueError(f"rule {type(run.rule).__name__} gives gradients of {sorted(unknown)}, which are no weights")
     weights = [torch.nn.Parameter(t, requires_grad=False) for t in w.values()]

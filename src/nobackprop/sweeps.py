@@ -17,6 +17,7 @@ from statistics import mean
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from nobackprop import checkpoints
@@ -121,7 +122,7 @@ def table(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> Table:
     for job, o in zip(jobs, outcomes, strict=True):
         accuracy = mean_and_deviation(tested(o.records)) if o.records else o.reason
         seconds = f"{sum(r.wall_s / r.stacked for r in o.records):.0f}" if o.records else ""
-        result.add_row(job.label, o.state, str(len(o.records) or ""), accuracy, seconds)
+        result.add_row(escape(job.label), o.state, str(len(o.records) or ""), escape(accuracy), seconds)
     return result
 
 
@@ -136,7 +137,9 @@ def _show_plan(jobs: Sequence[Job], found: Mapping[int, Found], launcher: Launch
         known += (seconds or 0) * f.missing
         unknown += seconds is None
         estimate = "unknown" if seconds is None else _duration(seconds * f.missing)
-        shown.add_row(jobs[i].label, f"{len(f.records)} recorded, {f.missing} to run", f.before, estimate)
+        shown.add_row(
+            escape(jobs[i].label), f"{len(f.records)} recorded, {f.missing} to run", escape(f.before), estimate
+        )
     console.print(shown)
     n = launcher.at_once([jobs[i] for i in found]) if found else 1
     text = f"{len(found)} of {len(jobs)} would run, {n} at once"

@@ -41,7 +41,7 @@ from nobackprop.workers import side_by_side, workers
 # Mini-batches from which compiling, half a minute once, is repaid: it saves 0.3 ms each on a small net, 3 ms on a
 # convolutional one.
 COMPILE_FROM = {False: 100_000, True: 10_000}
-SEEDS = "seeds.json"  # beside checkpoints: whose they are
+ABOUT = "about.json"  # beside checkpoints: whose they are
 LOCAL = re.compile(r"^paths\.|\.(root|cache)=|^--runs\b")  # arguments that say where things are on this machine
 
 
@@ -95,6 +95,8 @@ def train(cfg: DictConfig, console: Console | None = None, wait: bool = True) ->
         dataset = run.source.load()
         _check_data(run, done.values(), dataset.fingerprint)
         tasks = _tasks(run, dataset, missing)
+        for t in tasks:
+            batches_per_epoch(t, s.batch_size)  # refuses too large ones here, not in the processes of ddp
         # Processes that are still to be started are started once, for all seeds.
         groups = [tasks]
         if not to_start(run.strategy):
@@ -206,9 +208,9 @@ def left_off(run: Run, missing: Iterable[int], fingerprint: str | None) -> dict[
     The fingerprint is that of the images; None: of any.
     """
     found = {}
-    for path in sorted(run.folder.glob(f"checkpoints/*_{fingerprint or '*'}/{SEEDS}")):
+    for path in sorted(run.folder.glob(f"checkpoints/*_{fingerprint or '*'}/{ABOUT}")):
         try:
-            seeds = json.loads(path.read_text())
+            seeds = json.loads(path.read_text())["seeds"]
         except FileNotFoundError:  # another process has just recorded them
             continue
         if set(seeds) <= set(missing) and (len(seeds) == 1 or stacks(run)):
@@ -287,8 +289,11 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, screen: 
         compile=s.compile if s.compile is not None else _repaid(run, steps),
     )
     folder = run.folder / "checkpoints" / f"{digest({'seeds': seeds})}_{dataset.fingerprint}"
+    commit, before = records.source_state()[0], None
     if run.rank == 0:
-        records.write_atomically(folder / SEEDS, json.dumps(seeds).encode())
+        if (about := folder / ABOUT).exists():
+            before = json.loads(about.read_text())["commit"]
+        records.write_atomically(about, json.dumps({"seeds": seeds, "commit": commit}).encode())
     loggers = []
     with StopSignals() as signals:
         try:
@@ -307,14 +312,22 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, screen: 
                 ],
             )
             if resumed := run.strategy.broadcast(checkpoints.newest(folder) if run.rank == 0 else None):
-                screen.print(f"{title}: goes on from step {checkpoints.step(resumed)}")
-            fitting.fit(learner, ckpt_path=resumed, weights_only=True)
+                so_far = f", trained so far by commit {before}, from here by {commit}" if before != commit else ""
+                screen.print(f"{title}: goes on from step {checkpoints.step(resumed)}{so_far if before else ''}")
+            try:
+                fitting.fit(learner, ckpt_path=resumed, weights_only=True)
+            except RuntimeError as e:
+                if "loading state_dict" not in str(e):
+                    raise
+                raise ValueError(
+                    f"{resumed} is another version's, with other weights: delete {folder} to start from the beginning"
+                ) from e
             wall = learner.wall_s
             fitting.test(learner, verbose=False)
             for logger, progress in zip(loggers, learner.progress, strict=bool(loggers)):
-                if progress.test:
-                    reached = {f"test/{name}": value for name, value in progress.test.items()}
-                    logger.experiment.summary.update(reached | {"val/best_accuracy": progress.best_accuracy})
+                reached = {f"test/{name}": value for name, value in (progress.test or {}).items()}
+                best = 0.0 if progress.diverged_epoch else progress.best_accuracy  # as `Record.validation`
+                logger.experiment.summary.update(reached | {"val/best_accuracy": best})
         except Stopped:
             last = checkpoints.newest(folder)
             there = f"goes on from step {checkpoints.step(last)}" if last else "starts it again"
@@ -379,7 +392,8 @@ def _command() -> str:
     """The command of this process, without what says where things are on this machine."""
     pairs = zip(sys.argv, sys.argv[1:], strict=False)
     kept = [text for before, text in pairs if not LOCAL.search(text) and before != "--runs"]
-    kept = [text for text, after in zip(kept, [*kept[1:], "--"], strict=True) if (text, after[:2]) != ("--set", "--")]
+    followed = zip(kept, [*kept[1:], "--"], strict=False)
+    kept = [text for text, after in followed if text != "--set" or not after.startswith("--")]
     name = Path(sys.argv[0]).name
     return shlex.join(["nobackprop" if name == "__main__.py" else name, *kept])
 
