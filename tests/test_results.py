@@ -220,7 +220,7 @@ def test_every_kind_of_departure_has_a_sign_in_markdown_and_latex() -> None:
 
 def test_a_stand_in_is_taken_where_the_papers_images_have_no_runs_and_marked(results: Path) -> None:
     labels = {"net": "mlp_cifar10", "classes": "2", "init": "documented", "rule": "mdfa"}
-    jpeg = record("mdfa", labels, 0, 0.7, further=["dataset=cifar10_jpeg"])
+    jpeg = record("mdfa", labels, 0, 0.7, epochs=10, further=["dataset=cifar10_jpeg"])
     figure = PUBLISHED | {"cell": {"net": "mlp_cifar10", "rule": "mdfa"}}
     publish(results, figure, paper="mdfa")
     found = findings("mdfa", [jpeg], results)
@@ -229,7 +229,10 @@ def test_a_stand_in_is_taken_where_the_papers_images_have_no_runs_and_marked(res
     assert "| 70.00‡; published 91.50 |" in tables.accuracy_table(found, found.layout.tables[0])  # of other images
     assert row.cells["bp"].overrides == cell("mdfa", labels | {"rule": "bp"}).overrides
     row = shown(
-        findings("mdfa", [jpeg, record("mdfa", labels, 0, 0.8)], results), "documented", net="mlp_cifar10", classes="2"
+        findings("mdfa", [jpeg, record("mdfa", labels, 0, 0.8, epochs=10)], results),
+        "documented",
+        net="mlp_cifar10",
+        classes="2",
     )
     assert (row.cells["mdfa"].mean, row.cells["mdfa"].marks) == (0.8, [])
     assert [f.value for f in row.cells["mdfa"].figures] == [8.5]
