@@ -144,7 +144,8 @@ def _try_step(run: Run) -> None:
         noise = {name: torch.zeros(shape) for name, shape in run.rule.noise(run.net, len(x)).items()}
         grads, _ = run.rule.all_grads(run.net, w, Batch(x, y, run.loss, noise))
     except (RuntimeError, ArithmeticError, MemoryError) as e:
-        raise ValueError(f"arch, init or rule: {str(e).splitlines()[0]}") from e
+        told = str(e).splitlines() or [type(e).__name__]  # a MemoryError may say nothing
+        raise ValueError(f"arch, init or rule: {told[0]}") from e
     if unknown := grads.keys() - w.keys():
         raise ValueError(f"rule {type(run.rule).__name__} gives gradients of {sorted(unknown)}, which are no weights")
     weights = [torch.nn.Parameter(t, requires_grad=False) for t in w.values()]

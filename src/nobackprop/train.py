@@ -312,8 +312,9 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, screen: 
                 ],
             )
             if resumed := run.strategy.broadcast(checkpoints.newest(folder) if run.rank == 0 else None):
-                so_far = f", trained so far by commit {before}, from here by {commit}" if before != commit else ""
-                screen.print(f"{title}: goes on from step {checkpoints.step(resumed)}{so_far if before else ''}")
+                other = before not in (None, commit)
+                so_far = f", trained so far by commit {before}, from here by {commit}" if other else ""
+                screen.print(f"{title}: goes on from step {checkpoints.step(resumed)}{so_far}")
             try:
                 fitting.fit(learner, ckpt_path=resumed, weights_only=True)
             except RuntimeError as e:
