@@ -29,6 +29,7 @@ from tables import (
     place,
     sheet,
     signed,
+    summary,
     tests_not_run,
 )
 
@@ -210,7 +211,10 @@ def verdicts(found: Findings) -> str:
     below = listed((departures(found) if run else []) + tests_not_run(found))
     header = ["claim", "settings", "where", "verdict", "epochs", "seeds", "difference", "p, holds", "p, fails"]
     shown = sortable(header, map(verdict, run), 5) if run else ""
-    return "\n".join([element("ul", claims), element("p", escape(how(found.claims)), _class="soft"), shown, below])
+    head, *lines = summary(found)
+    in_short = sortable(head, [[cell(escape(text)) for text in line] for line in lines], 0)
+    explained = element("p", escape(how(found.claims)), _class="soft")
+    return "\n".join([element("ul", claims), in_short, explained, shown, below])
 
 
 def runs(found: Findings, sources: Mapping[str, str]) -> str:

@@ -4,8 +4,8 @@
 
 Nothing is trained and nothing is downloaded: all comes from results/records, results/published, results/not_run.yaml,
 results/benchmark.csv and conf/. The same files give the same bytes. Writes results/tables/<paper>.md, .csv, .tex and
-<paper>_verdicts.csv, results/figures/<paper>/*.svg, and the tables in README.md between `<!-- table: <paper> -->` and
-`<!-- end -->`.
+<paper>_verdicts.csv, results/figures/<paper>/*.svg, and in README.md and results/README.md what stands between
+`<!-- tables: <paper> -->` or `<!-- verdicts: <paper> -->` and `<!-- end -->`.
 """
 
 import argparse
@@ -94,15 +94,19 @@ def missing(rows: Iterable[Row]) -> list[str]:
         whole = not row.run and len({cell.reason for cell in row.cells.values()}) == 1
         for rule, cell in row.cells.items():
             if not cell.records:
-                place = " ".join(f"{axis}={choice}" for axis, choice in row.labels.items())
+                place = _choices(row.labels)
                 reasons.setdefault(cell.reason, []).append(place if whole else f"{place} rule={rule}")
     return [f"{reason}: {_together(places)}" for reason, places in reasons.items()]
+
+
+def _choices(labels: Mapping[str, str]) -> str:
+    return " ".join(f"{axis}={choice}" for axis, choice in labels.items())
 
 
 def _together(places: Sequence[str]) -> str:
     """Places as `net=mlp_mnist classes=2,3`, those that differ in the last axes only in one."""
     unique = [tuple(place.split(" ")) for place in dict.fromkeys(places)]
-    for axis in range(max(len(place) for place in unique) - 1, -1, -1):
+    for axis in range(max(map(len, unique), default=0) - 1, -1, -1):
         groups: dict[tuple[str, ...], list[str]] = {}
         for place in unique:
             if axis < len(place):
@@ -254,6 +258,23 @@ def verdict_table(found: Findings) -> str:
     return "\n".join([*lines, *(f"- {line}" for line in tests_not_run(found))]).rstrip()
 
 
+def summary(found: Findings) -> list[list[str]]:
+    """A head and a line for each claim and reading, a column for each verdict: where the tests have that verdict."""
+    lines: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for r in found.verdicts:
+        lines[r.trial.claim.name, r.trial.reading][r.verdict.partition(" at ")[0]].append(_choices(r.trial.at))
+    kinds = ["holds", "fails", "undecided"]
+    kinds += ["not run"] if any("not run" in places for places in lines.values()) else []
+    body = [[*line, *(_together(places[kind]) for kind in kinds)] for line, places in lines.items()]
+    return [["claim", "settings", *kinds], *body]
+
+
+def verdict_summary(found: Findings) -> str:
+    """The same in Markdown."""
+    head, *body = summary(found)
+    return markdown(head, body, len(head))
+
+
 def tests_not_run(found: Findings) -> list[str]:
     """The tests without runs, put together by reason, in sentences."""
     reasons: dict[str, list[str]] = defaultdict(list)
@@ -280,7 +301,8 @@ def page(found: Findings, drawn: Iterable[str]) -> str:
     parts += [" ".join(about(found))]
     if found.claims:
         claims = [f"- **{c.name}**: {c.text} ({c.source}); test `{c.test}`" for c in found.claims.claims]
-        parts += ["## Do we find what the paper claims?", "\n".join(claims), how(found.claims), verdict_table(found)]
+        parts += ["## Do we find what the paper claims?", "\n".join(claims), verdict_summary(found)]
+        parts += ["### Every test", how(found.claims), verdict_table(found)]
     parts += ["## Tables"]
     for table in found.layout.tables:
         parts.append(accuracy_table(found, table))
@@ -290,13 +312,12 @@ def page(found: Findings, drawn: Iterable[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def readme_section(found: Findings) -> str:
-    """What README.md shows of a paper."""
+def readme_tables(found: Findings) -> str:
+    """What README.md shows of a paper's tables."""
     shown = [table for table in found.layout.tables if sheet(found, table)]
     if not shown:
         return "No runs are recorded yet."
-    parts = [" ".join(about(found)), *(accuracy_table(found, table, intervals=False) for table in shown)]
-    return "\n\n".join([*parts, *([how(found.claims), verdict_table(found)] if found.claims else [])])
+    return "\n\n".join([" ".join(about(found)), *(accuracy_table(found, table, intervals=False) for table in shown)])
 
 
 def rows_of(found: Findings) -> pd.DataFrame:
@@ -388,20 +409,22 @@ def generated(every: Sequence[Findings], results: Path, readme: Path) -> dict[Pa
             files[tables / f"{found.paper}_verdicts.csv"] = verdicts.encode()
         for name, svg in drawn.items():
             files[results / "figures" / found.paper / f"{name}.svg"] = svg
-    sections = {found.paper: readme_section(found) for found in every}
-    files[readme] = with_sections(readme.read_text(), sections).encode()
+    sections = {f"tables: {found.paper}": readme_tables(found) for found in every}
+    sections |= {f"verdicts: {found.paper}": verdict_summary(found) for found in every if found.claims}
+    for text in (readme, results / "README.md"):
+        files[text] = with_sections(text.read_text(), sections).encode()
     return files
 
 
 def with_sections(text: str, sections: Mapping[str, str]) -> str:
-    """A text with what stands between `<!-- table: <paper> -->` and `<!-- end -->` replaced."""
+    """A text with what stands between a place such as `<!-- tables: lra_e -->` and `<!-- end -->` replaced."""
 
     def section(match: re.Match[str]) -> str:
         if match[1] not in sections:
-            raise ValueError(f"<!-- table: {match[1]} --> names no paper; choose from {', '.join(sections)}")
-        return f"<!-- table: {match[1]} -->\n{sections[match[1]]}\n<!-- end -->"
+            raise ValueError(f"<!-- {match[1]} --> names nothing that is made here; choose from {', '.join(sections)}")
+        return f"<!-- {match[1]} -->\n{sections[match[1]]}\n<!-- end -->"
 
-    return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", section, text, flags=re.DOTALL)
+    return re.sub(r"<!-- (\w+: \S+) -->\n.*?<!-- end -->", section, text, flags=re.DOTALL)
 
 
 def replace_with(files: Mapping[Path, bytes], results: Path) -> None:

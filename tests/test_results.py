@@ -49,6 +49,7 @@ def results(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "results" / "published", folder / "published")
     shutil.copy(ROOT / "results" / "not_run.yaml", folder / "not_run.yaml")
     (folder / "records").mkdir()
+    (folder / "README.md").write_text("What we find\n<!-- verdicts: lra_e -->\n<!-- end -->\n")
     return folder
 
 
@@ -271,6 +272,10 @@ def test_verdicts_follow_from_the_records(results: Path) -> None:
     line = "| stable over depth | as quoted | mnist | 2 | 4 | +0.02 (-0.02 to +0.07) | < 0.001 | 1.000 | **holds** |"
     assert line in shown
     assert "- These runs depart from the paper: fewer epochs than planned" in shown
+    stable, *_, target = tables.verdict_summary(found).splitlines()[2:-1]
+    assert stable == "| stable over depth | as quoted | dataset=mnist |  |  | dataset=fashion_mnist |"
+    nowhere = "dataset=mnist,fashion_mnist hidden_layers=3,5,8"
+    assert target == f"| best against target and equilibrium propagation | as quoted |  |  |  | {nowhere} |"
     assert f"{best} (as quoted, mnist, 5 hidden layers); " in shown[shown.index("- Not tested, not run yet: ") :]
 
 
@@ -308,7 +313,7 @@ def test_a_published_figure_is_shown_where_nothing_was_run(results: Path) -> Non
     text = tables.accuracy_table(found, found.layout.tables[0])
     assert text.count("| -; published 91.50 |") == 4  # of every reading
     assert tables.accuracy_table(found, found.layout.tables[2]).startswith("**Fashion-MNIST**: no runs yet.")
-    assert "-; published 91.50" in tables.readme_section(found)
+    assert "-; published 91.50" in tables.readme_tables(found)
     assert "published 91.50" in report.section(found, found.layout.tables[0])
 
 
@@ -378,7 +383,7 @@ def filled(results: Path) -> Path:
     ]
     (results / "records" / "a.jsonl").write_bytes(b"".join(lines))
     readme = results.parent / "README.md"
-    readme.write_text("before\n<!-- table: lra_e -->\nold\n<!-- end -->\nafter\n")
+    readme.write_text("before\n<!-- tables: lra_e -->\nold\n<!-- end -->\nafter\n")
     return readme
 
 
@@ -390,13 +395,13 @@ def test_all_that_is_generated_comes_back_byte_for_byte(results: Path) -> None:
     assert kinds == {".md", ".csv", ".tex", ".svg", ".html"}
     names = {path.name for path in files}
     assert {"mnist_error.svg", "mnist_curves.svg", "mnist_time.svg", "mnist_angles.svg", "report.html"} <= names
-    assert readme.read_text().startswith("before\n<!-- table: lra_e -->\nNo figure of the paper itself is at hand")
+    assert readme.read_text().startswith("before\n<!-- tables: lra_e -->\nNo figure of the paper itself is at hand")
     assert "\n\n**MNIST.** Test accuracy" in readme.read_text()
     assert readme.read_text().endswith("<!-- end -->\nafter\n")
     left_over = results / "figures" / "lra_e" / "old.svg"
     left_over.write_text("")
     for path in files:
-        if path != readme:
+        if path.name != "README.md":
             path.unlink()
     again = report.everything(results, readme)
     assert again == files
@@ -415,9 +420,9 @@ def test_what_is_generated_is_up_to_date() -> None:
     assert made <= set(files)
 
 
-def test_a_place_for_a_table_that_names_no_paper_is_refused() -> None:
-    with pytest.raises(ValueError, match="table: lra --> names no paper; choose from lra_e"):
-        tables.with_sections("<!-- table: lra -->\n<!-- end -->", {"lra_e": ""})
+def test_a_place_that_names_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="tables: lra --> names nothing that is made here; choose from tables: lra_e"):
+        tables.with_sections("<!-- tables: lra -->\n<!-- end -->", {"tables: lra_e": ""})
 
 
 def test_records_that_differ_are_refused(results: Path) -> None:
