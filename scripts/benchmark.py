@@ -29,6 +29,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from grid import composed
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import Image
@@ -206,8 +207,7 @@ def rules(rounds: int) -> list[dict[str, Any]]:
     every = {"bp": BP(), **configured_rules()}
     rows = []
     for title in COMPARED:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            run = prepare(compose("train", [f"+experiment=compare/{title}", "logger=none"]))
+        run = prepare(composed([f"+experiment=compare/{title}", "logger=none"]))
         batch = run.settings.batch_size
         pixels = torch.randint(256, (batch, *run.net.in_shape), dtype=torch.uint8)
         made = partial(our_step, pixels=pixels, labels=torch.randint(run.loss.classes, (batch,)))
@@ -385,8 +385,7 @@ def startup(rounds: int) -> list[dict[str, Any]]:
 def whole_run(folder: Path, *overrides: str) -> float:
     """Seconds that a run of LRA-E on MNIST takes, all included."""
     fixed = ["rule=lra_e", "dataset=mnist", "arch.hidden=[256,256,256,256]", "batch_size=50"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", [*fixed, f"paths.runs={folder}/{time.monotonic_ns()}", *overrides])
+    cfg = composed([*fixed, f"paths.runs={folder}/{time.monotonic_ns()}", *overrides])
     return seconds(partial(train, cfg, Console(quiet=True)), 1)
 
 

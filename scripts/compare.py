@@ -33,7 +33,7 @@ def read(folder: Path) -> dict[str, list[Record]]:
         warn(problem, stacklevel=2)
     runs = defaultdict(list)
     for record in found.records.values():
-        runs[f"{record.name}-{record.signature}"].append(record)
+        runs[record.run].append(record)
     if not runs:
         raise FileNotFoundError(f"no run records in {folder}/*/seed*/: train something with paths.runs={folder} first")
     return runs
@@ -42,8 +42,8 @@ def read(folder: Path) -> dict[str, list[Record]]:
 def labels(runs: dict[str, list[Record]]) -> dict[str, str]:
     """What to call each run: its name, and where others share it the settings in which they differ."""
     by_name = defaultdict(list)
-    for run in runs:
-        by_name[run.rsplit("-", 1)[0]].append(run)
+    for run, records in runs.items():
+        by_name[records[0].name].append(run)
     found = {}
     for name, same in by_name.items():
         configs = pd.json_normalize([runs[run][0].config for run in same]).astype(str)
@@ -96,7 +96,7 @@ def table(runs: dict[str, list[Record]], against: str | None = None) -> Table:
     for run in sorted(runs, key=lambda run: mean(accuracies[run] or [-1]), reverse=True):
         lost = sum(r.diverged_epoch is not None for r in runs[run])
         cell = mean_and_deviation(accuracies[run]) + (f" ({lost} diverged)" if lost else "")
-        wall = sum(r.wall_s / r.stacked for r in runs[run])
+        wall = sum(r.seconds for r in runs[run])
         result.add_row(
             names[run], str(len(runs[run])), cell, *(paired(runs[run], records) for records in other), f"{wall:.1f} s"
         )

@@ -15,13 +15,22 @@ from statistics import mean, stdev
 from typing import Annotated, Any, Literal
 
 import pandas as pd
-from grid import Cell, cells
+from grid import Cell, cells, load
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
-from nobackprop.claims import Claims, Labels, Result, interval, judge, read
+from nobackprop.claims import Claims, Labels, Result, interval, judge
 from nobackprop.cli import CONF
 from nobackprop.records import Record
 from nobackprop.settings import Settings, digest, rule_name
@@ -101,6 +110,16 @@ class Layout(_Strict):
     tables: list[Table] = Field(min_length=1)
 
 
+def read(model: Any, path: Path) -> Any:
+    """A YAML file as a type or model, such as Claims. Raises ValueError, naming file and key, where it is not valid."""
+    try:
+        return TypeAdapter(model).validate_python(load(path))
+    except ValidationError as e:
+        error = e.errors()[0]
+        where = ".".join(str(part) for part in error["loc"]) or "the file"
+        raise ValueError(f"{path}: {where}: {error['msg'].removeprefix('Value error, ')}") from None
+
+
 def published(folder: Path) -> dict[str, Published]:
     """Everything in results/published, by paper."""
     return {path.stem: read(Published, path) for path in sorted(folder.glob("*.yaml"))}
@@ -166,7 +185,7 @@ class Found:
     @property
     def seconds(self) -> float:
         """An epoch's, in the fastest seed; the others shared the machine with more."""
-        return min(r.wall_s / r.stacked / max(len(r.epochs), 1) for r in self.all_seeds)
+        return min(r.seconds / max(len(r.epochs), 1) for r in self.all_seeds)
 
     @property
     def layers(self) -> list[int]:

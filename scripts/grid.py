@@ -1,11 +1,12 @@
 """A paper's experiments as cells of its grid, conf/grid/<paper>.yaml."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
@@ -31,15 +32,28 @@ class Cell:
         return CONF / "tuned" / f"{names[-1]}.yaml" if names else None
 
     def config(self, further: Sequence[str] = ()) -> DictConfig:
-        """The composed config; of several overrides of one key the last one counts.
+        """The composed config, with further overrides.
 
         Raises FileNotFoundError where it takes tuned settings that were not searched yet.
         """
         if self.tuned is not None and not self.tuned.exists():
             raise FileNotFoundError(f"{self.tuned} is not there yet: scripts/tune.py makes it")
-        by_key = {text.split("=", 1)[0]: text for text in (*self.overrides, *further)}
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return compose("train", list(by_key.values()))
+        return composed([*self.overrides, *further])
+
+
+def composed(overrides: Iterable[str]) -> DictConfig:
+    """The config of these overrides; of several of one key the last one counts."""
+    by_key = {text.split("=", 1)[0]: text for text in overrides}
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", list(by_key.values()))
+
+
+def load(path: Path) -> Any:
+    """A YAML file's content. Raises ValueError, naming file and line, where it is none, or has a key twice."""
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OSError) as e:
+        raise ValueError(" ".join(f"{path}: {e}".split())) from None
 
 
 def cells(paper: str) -> Iterator[Cell]:
@@ -50,8 +64,7 @@ def cells(paper: str) -> Iterator[Cell]:
     papers = sorted(path.stem for path in (CONF / "grid").glob("*.yaml"))
     if paper not in papers:
         raise ValueError(f"no grid for paper {paper!r}: choose one of {', '.join(papers)}")
-    grids: Any = OmegaConf.to_container(OmegaConf.load(CONF / "grid" / f"{paper}.yaml"))
-    for grid in grids:
+    for grid in load(CONF / "grid" / f"{paper}.yaml"):
         for choices in product(*(axis.items() for axis in grid.values())):
             labels = {axis: str(label) for axis, (label, _) in zip(grid, choices, strict=True)}
             yield Cell(labels, [text.format(**labels) for _, overrides in choices for text in overrides])

@@ -17,8 +17,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Annotated, Any
 
-import yaml
-from grid import TUNED, Cell, cells, select
+from grid import TUNED, Cell, cells, composed, load, select
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
@@ -83,11 +82,7 @@ class Search(BaseModel):
         if name not in names:
             raise ValueError(f"no search {name!r}: choose one of {', '.join(names)}")
         path = CONF / "search" / f"{name}.yaml"
-        try:
-            content = OmegaConf.to_container(OmegaConf.load(path))
-        except yaml.YAMLError as e:
-            raise ValueError(" ".join(f"{path}: {e}".split())) from None
-        search = cls.of(content, str(path))
+        search = cls.of(load(path), str(path))
         known = {choice for cell in cells(name) for choice in cell.labels.items()}
         for key, dimension in search.space.items():
             for axis, choices in dimension.when.items():
@@ -189,18 +184,18 @@ def tune(
     Raises ValueError for a space that does not fit a cell, before any trial, and for a trial that fails.
     """
     trials = [(cell, point) for cell in chosen for point in search.points(cell)]
-    composed = {}
+    ready = {}
     for i, (cell, point) in enumerate(track(trials, f"{name}: composing", console=console)):
         label = " ".join([str(cell), *(f"{key}={value}" for key, value in point.items())])
-        composed[i] = Job(label, Cell({}, search.overrides(cell, point, further)).config())
+        ready[i] = Job(label, composed(search.overrides(cell, point, further)))
         if i % search.trials == 0:
-            prepare(composed[i].config)
+            prepare(ready[i].config)
     ended: dict[int, Record] = {}
     title = f"{name}: {len(chosen)} cells, {search.trials} trials each"
-    outcomes = Joblib(jobs).run(composed, lambda i, text: None, console, wait=True)
+    outcomes = Joblib(jobs).run(ready, lambda i, text: None, console, wait=True)
     for i, outcome in track(outcomes, title, len(trials), console=console):
         if outcome.state == "failed":
-            raise ValueError(f"{composed[i].label}: {outcome.details}")
+            raise ValueError(f"{ready[i].label}: {outcome.details}")
         (ended[i],) = outcome.records
         of_cell = range(first := i - i % search.trials, first + search.trials)
         if all(k in ended for k in of_cell):
@@ -213,7 +208,7 @@ def table(found: Sequence[Found]) -> Table:
     for each in found:
         settings = " ".join(f"{key}={value}" for key, value in each.best[0].items()) if each.accuracy else "-"
         every = [record for _, record in each.trials]
-        diverged, seconds = sum(r.diverged_epoch is not None for r in every), sum(r.wall_s for r in every)
+        diverged, seconds = sum(r.diverged_epoch is not None for r in every), sum(r.seconds for r in every)
         result.add_row(
             str(each.cell), f"{each.accuracy:.2%}", settings, *map(str, (len(every), diverged, round(seconds)))
         )

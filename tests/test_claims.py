@@ -5,13 +5,13 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+import findings
 import numpy as np
 import pytest
 import yaml
 from conftest import CONF, options
 from scipy import stats
 
-from nobackprop import claims
 from nobackprop.claims import Claims, Labels, holm, interval, judge, p_above, trials
 
 A = [0.95, 0.97, 0.96, 0.99, 0.94]
@@ -186,7 +186,7 @@ def test_the_claims_of_a_paper_name_cells_of_its_grid(paper: str) -> None:
     for part in grid:
         for axis, named in part.items():
             choices.setdefault(axis, set()).update(str(choice) for choice in named)
-    file = claims.read(Claims, CONF / "claims" / f"{paper}.yaml")
+    file = findings.read(Claims, CONF / "claims" / f"{paper}.yaml")
     every = trials(file)
     assert len(every) > 10
     for trial in every:
@@ -214,4 +214,20 @@ def test_a_file_that_is_not_valid_is_refused(tmp_path: Path, change: dict[str, A
     path = tmp_path / "x.yaml"
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match=r"x\.yaml: " + message):
-        claims.read(Claims, path)
+        findings.read(Claims, path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("alpha: 0.05\nmargin: 1\nalpha: 0.1\n", "found duplicate key alpha .*line 3"),
+        ("alpha: [0.05\n", "line 2"),
+        ("0.05\n", "Invalid loaded object type: float"),
+    ],
+    ids=["twice", "open", "number"],
+)
+def test_a_file_that_is_no_yaml_mapping_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"x\.yaml: .*{message}"):
+        findings.read(Claims, path)

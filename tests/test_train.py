@@ -17,7 +17,7 @@ from nobackprop.callbacks import ResumePoint
 from nobackprop.data import Digits
 from nobackprop.preparation import prepare
 from nobackprop.records import Record
-from nobackprop.train import _command, summary, train
+from nobackprop.train import summary, train
 
 GROUPS = (
     "rule",
@@ -336,7 +336,7 @@ def test_a_damaged_record_is_named(config: Config) -> None:
 def test_a_record_does_not_say_where_things_are(monkeypatch: pytest.MonkeyPatch) -> None:
     places = ["paths.runs=/a", "dataset.source.root=/b", "--runs", "/c", "--runs=/d"]
     monkeypatch.setattr("sys.argv", ["/e/tune.py", "compare", *places, "--only", "rule=bp"])
-    assert _command() == "tune.py compare --only rule=bp"
+    assert records.command() == "tune.py compare --only rule=bp"
     for arguments, kept in {
         "nobackprop": "nobackprop",
         "/e/nobackprop paths.runs=/a": "nobackprop",
@@ -346,4 +346,4 @@ def test_a_record_does_not_say_where_things_are(monkeypatch: pytest.MonkeyPatch)
         "/e/nobackprop/__main__.py rule=bp paths.data=/a": "nobackprop rule=bp",
     }.items():
         monkeypatch.setattr("sys.argv", arguments.split())
-        assert _command() == kept
+        assert records.command() == kept

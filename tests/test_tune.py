@@ -39,7 +39,7 @@ def test_every_trial_of_a_search_is_a_valid_config(name: str) -> None:
         points = search.points(cell)
         assert len({str(point) for point in points}) == search.trials
         assert all("optimizer.lr" in point for point in points)
-        trial = Settings.of(grid.Cell({}, search.overrides(cell, points[0], [])).config())
+        trial = Settings.of(grid.composed(search.overrides(cell, points[0], [])))
         assert trial.optimizer["lr"] == points[0]["optimizer.lr"]
         assert (trial.seeds, trial.max_epochs) == ([search.seed], search.epochs)
 
@@ -48,7 +48,7 @@ def test_every_trial_of_a_search_is_a_valid_config(name: str) -> None:
 def test_no_experiment_uses_the_seed_of_the_trials(name: str) -> None:
     seed = tune.Search.read(name).seed
     for experiment in {cell.overrides[0] for cell in grid.cells(name)}:
-        assert seed not in Settings.of(grid.Cell({}, [experiment]).config()).seeds
+        assert seed not in Settings.of(grid.composed([experiment])).seeds
 
 
 @pytest.mark.parametrize("name", SEARCHES)

@@ -25,12 +25,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import inf, sqrt
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from scipy import stats
 
 Labels = dict[
@@ -71,16 +69,6 @@ class Claims(_Strict):
     margin: float = Field(gt=0, description="percentage points")
     readings: dict[str, Labels] = Field(min_length=1)
     claims: list[Claim] = Field(min_length=1)
-
-
-def read(model: Any, path: Path) -> Any:
-    """A YAML file as a type or model, such as Claims. Raises ValueError, naming file and key, where it is not valid."""
-    try:
-        return TypeAdapter(model).validate_python(yaml.safe_load(path.read_text()))
-    except ValidationError as e:
-        error = e.errors()[0]
-        where = ".".join(str(part) for part in error["loc"]) or "the file"
-        raise ValueError(f"{path}: {where}: {error['msg'].removeprefix('Value error, ')}") from None
 
 
 @dataclass(frozen=True)

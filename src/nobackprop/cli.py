@@ -48,7 +48,7 @@ def run(cfg: DictConfig) -> None:
         return
     recorded = train(cfg, console)
     console.print(summary(recorded))
-    folder = Path(cfg.paths.runs) / f"{recorded[0].name}-{recorded[0].signature}"
+    folder = Path(cfg.paths.runs) / recorded[0].run
     console.print(f"records and weights: {folder}", markup=False, highlight=False, soft_wrap=True)
 
 

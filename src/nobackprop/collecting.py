@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -34,7 +33,7 @@ class Collected:
         if fields := [name for name in RESULTS if getattr(first, name) != getattr(record, name)]:
             accuracies = " and ".join(f"{r.test['accuracy']:.2%}" if r.test else "none" for r in (first, record))
             self.conflicts.append(
-                f"{origin}: another record of seed {record.seed} of {record.name}-{record.signature} was there first, "
+                f"{origin}: another record of seed {record.seed} of {record.run} was there first, "
                 f"and stays; they differ in {', '.join(fields)} (test accuracies {accuracies})"
             )
         return first is record
@@ -113,32 +112,17 @@ def _lines(path: Path) -> Iterator[tuple[Record, str]]:
 
 def table(records: Iterable[Record]) -> pd.DataFrame:
     """One row per run and seed: what was run, where, and what it reached; each setting is a column `config.<key>`."""
-    rows = []
-    for r in records:
-        best = r.epochs[r.best_epoch - 1] if r.best_epoch else {}
-        rows.append(
-            {"name": r.name, "signature": r.signature, "seed": r.seed}
-            | {f"test.{name}": value for name, value in (r.test or {}).items()}
-            | {f"best.{name}": value for name, value in best.items()}
-            | r.model_dump(include={"best_epoch", "diverged_epoch", "steps", "wall_s", "stacked", "precision"})
-            | {"epochs": len(r.epochs)}
-            | r.model_dump(include={"finished", "commit", "dirty", "command"})
-            | _flat("data", r.data.model_dump())
-            | _flat("machine", r.machine.model_dump())
-            | _flat("versions", r.versions)
-            | _flat("config", r.config)
-        )
-    frame = pd.DataFrame(rows)
-    if rows:
-        frame = frame.sort_values(["name", "signature", "seed"], ignore_index=True)
-    return frame
-
-
-def _flat(prefix: str, tree: Any) -> dict[str, Any]:
-    """A nested mapping as one of dotted keys; lists become text, so that every column can be compared and written."""
-    if isinstance(tree, dict):
-        return {name: leaf for key, value in tree.items() for name, leaf in _flat(f"{prefix}.{key}", value).items()}
-    return {prefix: str(tree) if isinstance(tree, list) else tree}
+    rows = [
+        {"name": r.name, "signature": r.signature, "seed": r.seed, "test": r.test or {}, "best": r.best}
+        | {"epochs": len(r.epochs)}
+        | r.model_dump(exclude={"format", "name", "signature", "seed", "test", "epochs"})
+        for r in records
+    ]
+    if not rows:
+        return pd.DataFrame()
+    # Lists become text, so that every column can be compared and written.
+    frame = pd.json_normalize(rows).map(lambda value: str(value) if isinstance(value, list) else value)
+    return frame.sort_values(["name", "signature", "seed"], ignore_index=True)
 
 
 def write_table(frame: pd.DataFrame, path: Path) -> None:

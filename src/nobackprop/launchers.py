@@ -21,6 +21,7 @@ from threading import Thread
 from typing import Any, Literal, Protocol, Self
 
 from omegaconf import DictConfig, OmegaConf
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from rich.console import Console
 
 from nobackprop.hardware import cores
@@ -122,24 +123,21 @@ class Joblib:
     joblib's own pool is not used, since one process that dies takes all others of the pool with it.
     """
 
-    workers: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers is {self.workers}: 1 or more, or null for as many as there are cores")
+    workers: PositiveInt | None = None
 
     def at_once(self, jobs: Sequence[Job]) -> int:
         most = _room(jobs)
-        return min(self.workers or most, most, len(jobs))
+        return max(1, min(self.workers or most, most, len(jobs)))
 
     def run(self, jobs: Mapping[int, Job], say: Say, console: Console, wait: bool) -> Iterator[tuple[int, Outcome]]:
         context = get_context("forkserver")  # so that torch and Lightning are imported once
         context.set_forkserver_preload([__name__])
         waiting = deque(jobs)
         running: dict[Any, tuple[int, Any]] = {}
+        most = self.at_once(list(jobs.values()))
         try:
             while waiting or running:
-                while waiting and len(running) < self.at_once(list(jobs.values())):
+                while waiting and len(running) < most:
                     i = waiting.popleft()
                     receiver, sender = context.Pipe(duplex=False)
                     process = context.Process(target=_work, args=(_beside_others(jobs[i]), wait, sender))
@@ -170,7 +168,7 @@ class Joblib:
 
 def _room(jobs: Sequence[Job]) -> int:
     """How many of these jobs the granted cores have threads for."""
-    return max(1, cores() // max(job.config.threads * (job.config.workers or 1) for job in jobs))
+    return max(1, cores() // max((job.config.threads * (job.config.workers or 1) for job in jobs), default=1))
 
 
 def _beside_others(job: Job) -> Job:
@@ -212,20 +210,13 @@ class Cluster:
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
-    hours: float = 24
-    cpus: int = 1
-    gpus: int = 0
-    memory_gb: float = 4
-    parallel: int = 256
+    hours: PositiveFloat = 24
+    cpus: PositiveInt = 1
+    gpus: NonNegativeInt = 0
+    memory_gb: PositiveFloat = 4
+    parallel: PositiveInt = 256
     wait: bool = True
     options: dict[str, Any] = field(default_factory=dict)  # any other of sbatch's
-
-    def __post_init__(self) -> None:
-        least = {"cpus": 1, "gpus": 0, "parallel": 1}
-        if wrong := [f"{name} is {getattr(self, name)}" for name, low in least.items() if getattr(self, name) < low]:
-            raise ValueError(f"{', '.join(wrong)}: at least 1, of gpus 0")
-        if wrong := [f"{name} is {getattr(self, name)}" for name in ("hours", "memory_gb") if getattr(self, name) <= 0]:
-            raise ValueError(f"{', '.join(wrong)}: it must be above 0")
 
     def at_once(self, jobs: Sequence[Job]) -> int:
         most = self.parallel if self.executor == "slurm" else min(self.parallel, _room(jobs))
@@ -241,11 +232,9 @@ class Cluster:
                 yield i, Outcome("queued", f"as job {name} of an earlier sweep")
         waiting, running = deque(i for i in jobs if submitted[i] not in queued), {}
         executor = self._executor(Path(next(iter(jobs.values())).config.paths.runs)) if waiting else None
+        most = self.at_once(list(jobs.values())) if self.executor == "local" else len(jobs)
         while waiting or running:
-            room = len(waiting)
-            if self.executor == "local":
-                room = self.at_once(list(jobs.values())) - len(running)
-            if batch := [waiting.popleft() for _ in range(min(room, len(waiting)))]:
+            if batch := [waiting.popleft() for _ in range(min(most - len(running), len(waiting)))]:
                 assert executor is not None
                 ready = [_beside_others(jobs[i]) if self.executor == "local" else jobs[i] for i in batch]
                 try:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import isqrt, prod
-from typing import Any
+from typing import Any, get_args
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -111,7 +111,7 @@ class Network:
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> "Network":
         """The net that `describe` described. Raises ValueError for a layer type it does not know."""
-        types = {"Dense": Dense, "Conv": Conv}
+        types = {kind.__name__: kind for kind in get_args(Layer)}
         layers = []
         for fields in description["layers"]:
             fields = dict(fields)

@@ -3,7 +3,10 @@
 import json
 import os
 import platform
+import re
+import shlex
 import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -24,6 +27,8 @@ from pydantic import (
     ValidationError,
 )
 from pydantic_core import to_json
+
+LOCAL = re.compile(r"^paths\.|\.(root|cache)=|^--runs\b")  # arguments that say where things are on this machine
 
 
 class _Strict(BaseModel):
@@ -113,11 +118,24 @@ class Record(_Strict):
     test: dict[str, float] | None  # None where the run diverged before any epoch was over
 
     @property
+    def run(self) -> str:
+        """The name of the run's folder."""
+        return f"{self.name}-{self.signature}"
+
+    @property
+    def seconds(self) -> float:
+        """This seed's share of the wall time."""
+        return self.wall_s / self.stacked
+
+    @property
+    def best(self) -> dict[str, int | float | None]:
+        """The epoch with the best validation accuracy; empty where the run diverged before any was over."""
+        return self.epochs[self.best_epoch - 1] if self.best_epoch else {}
+
+    @property
     def validation(self) -> float:
         """The best validation accuracy; 0 where the run diverged."""
-        if self.diverged_epoch is not None or self.best_epoch is None:
-            return 0.0
-        return self.epochs[self.best_epoch - 1]["val/accuracy"] or 0.0
+        return 0.0 if self.diverged_epoch else self.best.get("val/accuracy") or 0.0
 
     def write(self, path: Path) -> None:
         """Writes the record as one line, atomically: a reader, or a power cut, finds all of it or nothing."""
@@ -183,6 +201,16 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)  # there only where something went wrong, such as a full disk
+
+
+def command() -> str:
+    """The command of this process, without what says where things are on this machine."""
+    pairs = zip(sys.argv, sys.argv[1:], strict=False)
+    kept = [text for before, text in pairs if not LOCAL.search(text) and before != "--runs"]
+    followed = zip(kept, [*kept[1:], "--"], strict=False)
+    kept = [text for text, after in followed if text != "--set" or not after.startswith("--")]
+    name = Path(sys.argv[0]).name
+    return shlex.join(["nobackprop" if name == "__main__.py" else name, *kept])
 
 
 @cache

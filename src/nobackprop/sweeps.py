@@ -121,7 +121,7 @@ def table(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> Table:
         result.add_column(column, justify="right" if column in ("seeds", "seconds") else "left")
     for job, o in zip(jobs, outcomes, strict=True):
         accuracy = mean_and_deviation(tested(o.records)) if o.records else o.reason
-        seconds = f"{sum(r.wall_s / r.stacked for r in o.records):.0f}" if o.records else ""
+        seconds = f"{sum(r.seconds for r in o.records):.0f}" if o.records else ""
         result.add_row(escape(job.label), o.state, str(len(o.records) or ""), escape(accuracy), seconds)
     return result
 
@@ -141,7 +141,7 @@ def _show_plan(jobs: Sequence[Job], found: Mapping[int, Found], launcher: Launch
             escape(jobs[i].label), f"{len(f.records)} recorded, {f.missing} to run", escape(f.before), estimate
         )
     console.print(shown)
-    n = launcher.at_once([jobs[i] for i in found]) if found else 1
+    n = launcher.at_once([jobs[i] for i in found])
     text = f"{len(found)} of {len(jobs)} would run, {n} at once"
     if unknown < len(found):
         text += f": about {_duration(known / n)} by earlier records, with one seed of a run after another"
@@ -161,9 +161,8 @@ def _speeds(folders: Iterable[Path]) -> dict[str, list[tuple[float, float]]]:
     for path in (path for folder in folders for path in folder.glob("*/seed*/record.json")):
         with suppress(ValueError):
             r = Record.read(path)
-            seconds = r.wall_s / r.stacked
             for key in (_kind(r.name, r.config), r.name):
-                speeds[key].append((seconds / len(r.epochs), seconds / max(r.steps, 1)))
+                speeds[key].append((r.seconds / len(r.epochs), r.seconds / max(r.steps, 1)))
     return speeds
 
 

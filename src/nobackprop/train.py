@@ -1,8 +1,6 @@
 """Runs one config: loads the data, trains every seed that has no record yet, and writes the records."""
 
 import json
-import re
-import shlex
 import sys
 import time
 from collections import defaultdict
@@ -42,7 +40,6 @@ from nobackprop.workers import side_by_side, workers
 # convolutional one.
 COMPILE_FROM = {False: 100_000, True: 10_000}
 ABOUT = "about.json"  # beside checkpoints: whose they are
-LOCAL = re.compile(r"^paths\.|\.(root|cache)=|^--runs\b")  # arguments that say where things are on this machine
 
 
 class Busy(Exception):
@@ -172,7 +169,7 @@ def recorded(run: Run) -> dict[int, Record]:
     for seed, record in found.items():
         if (record.seed, record.signature) != (seed, run.settings.signature):
             raise ValueError(
-                f"{paths[seed]} is the record of seed {record.seed} of {record.name}-{record.signature}: "
+                f"{paths[seed]} is the record of seed {record.seed} of {record.run}: "
                 "it was put in the wrong folder; move it away"
             )
     return found
@@ -262,25 +259,21 @@ def _lock(run: Run, tasks: Sequence[Task], locks: ExitStack) -> bool:
     return True
 
 
-def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, screen: Screen) -> list[Record]:
-    """Trains a group of seeds, from its last checkpoint if there is one, and writes their weights and records."""
+def _learner(run: Run, dataset: Dataset, tasks: Sequence[Task], steps: int) -> Learner:
+    """What trains a group of seeds, for that many mini-batches, from their initial weights."""
     s = run.settings
-    seeds = [t.seed for t in tasks]
-    per_epoch = batches_per_epoch(tasks[0], s.batch_size)
-    steps = min(s.max_epochs * per_epoch, s.max_steps or s.max_epochs * per_epoch)
-    pixels = dataset.normalized if s.dataset.normalize else Pixels()
     relabels = [t.relabel for t in tasks]
-    learner = Learner(
+    return Learner(
         run.net,
         run.rule,
         run.loss,
-        {seed: initial_weights(run.net, run.rule, run.forward, run.backward, seed) for seed in seeds},
+        {t.seed: initial_weights(run.net, run.rule, run.forward, run.backward, t.seed) for t in tasks},
         batches=partial(
             TrainBatches, dataset, tasks, s.batch_size, max_steps=s.max_steps, flip=s.dataset.flip, crop=s.dataset.crop
         ),
         validation=partial(EvalBatches, dataset.validation, [t.validation for t in tasks], relabels),
         test=partial(EvalBatches, dataset.test, [t.test for t in tasks], relabels),
-        pixels=pixels,
+        pixels=dataset.normalized if s.dataset.normalize else Pixels(),
         optimizer=run.optimizer,
         schedule=run.schedule,
         update=s.update,
@@ -288,6 +281,15 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, screen: 
         patience=s.patience,
         compile=s.compile if s.compile is not None else _repaid(run, steps),
     )
+
+
+def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, screen: Screen) -> list[Record]:
+    """Trains a group of seeds, from its last checkpoint if there is one, and writes their weights and records."""
+    s = run.settings
+    seeds = [t.seed for t in tasks]
+    per_epoch = batches_per_epoch(tasks[0], s.batch_size)
+    steps = min(s.max_epochs * per_epoch, s.max_steps or s.max_epochs * per_epoch)
+    learner = _learner(run, dataset, tasks, steps)
     folder = run.folder / "checkpoints" / f"{digest({'seeds': seeds})}_{dataset.fingerprint}"
     commit, before = records.source_state()[0], None
     if run.rank == 0:
@@ -325,10 +327,10 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, screen: 
                 ) from e
             wall = learner.wall_s
             fitting.test(learner, verbose=False)
-            for logger, progress in zip(loggers, learner.progress, strict=bool(loggers)):
-                reached = {f"test/{name}": value for name, value in (progress.test or {}).items()}
-                best = 0.0 if progress.diverged_epoch else progress.best_accuracy  # as `Record.validation`
-                logger.experiment.summary.update(reached | {"val/best_accuracy": best})
+            finished = [_record(run, dataset, t, learner, i, wall) for i, t in enumerate(tasks)]
+            for logger, record in zip(loggers, finished, strict=bool(loggers)):
+                reached = {f"test/{name}": value for name, value in (record.test or {}).items()}
+                logger.experiment.summary.update(reached | {"val/best_accuracy": record.validation})
         except Stopped:
             last = checkpoints.newest(folder)
             there = f"goes on from step {checkpoints.step(last)}" if last else "starts it again"
@@ -337,18 +339,23 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, screen: 
         finally:
             for logger in loggers:
                 logger.experiment.finish(exit_code=int(sys.exc_info()[0] is not None))
-        finished = [_record(run, dataset, t, learner, i, wall) for i, t in enumerate(tasks)]
         if run.rank == 0:
-            for i, (t, record) in enumerate(zip(tasks, finished, strict=True)):
-                if record.best_epoch is not None:
-                    weights = {name: p[i].cpu() for name, p in learner.best.items()}
-                    save(run.seed_folder(t.seed) / "best.pt", run.net, run.rule, weights, run.loss, pixels, t.classes)
-            for t, record in zip(tasks, finished, strict=True):  # last: a seed with a record is complete
-                record.write(run.seed_folder(t.seed) / "record.json")
+            _write(run, tasks, learner, finished)
             rmtree(folder, ignore_errors=True)
         finished = run.strategy.broadcast(finished)  # also: all processes wait until they are written
         signals.check()
     return finished
+
+
+def _write(run: Run, tasks: Sequence[Task], learner: Learner, finished: Sequence[Record]) -> None:
+    """Writes the best weights and, last, since a seed with a record is complete, the record of each seed."""
+    for i, (t, record) in enumerate(zip(tasks, finished, strict=True)):
+        if record.best_epoch is not None:
+            weights = {name: p[i].cpu() for name, p in learner.best.items()}
+            path = run.seed_folder(t.seed) / "best.pt"
+            save(path, run.net, run.rule, weights, run.loss, learner.pixels, t.classes)
+    for t, record in zip(tasks, finished, strict=True):
+        record.write(run.seed_folder(t.seed) / "record.json")
 
 
 def _repaid(run: Run, steps: int) -> bool:
@@ -364,7 +371,7 @@ def _record(run: Run, dataset: Dataset, t: Task, learner: Learner, i: int, wall:
         seed=t.seed,
         name=run.settings.name,
         config=run.settings.identity(),
-        command=_command(),
+        command=records.command(),
         commit=commit,
         dirty=dirty,
         versions=records.versions(),
@@ -389,23 +396,13 @@ def _record(run: Run, dataset: Dataset, t: Task, learner: Learner, i: int, wall:
     )
 
 
-def _command() -> str:
-    """The command of this process, without what says where things are on this machine."""
-    pairs = zip(sys.argv, sys.argv[1:], strict=False)
-    kept = [text for before, text in pairs if not LOCAL.search(text) and before != "--runs"]
-    followed = zip(kept, [*kept[1:], "--"], strict=False)
-    kept = [text for text, after in followed if text != "--set" or not after.startswith("--")]
-    name = Path(sys.argv[0]).name
-    return shlex.join(["nobackprop" if name == "__main__.py" else name, *kept])
-
-
 def summary(seeds: Sequence[Record]) -> Table:
     """A table of the seeds of one run and their mean."""
     table = Table(title=f"{seeds[0].name}  {seeds[0].signature}")
     for column in ("seed", "best epoch", "validation", "test", "wall time"):
         table.add_column(column, justify="right")
     for r in seeds:
-        best = "-" if r.best_epoch is None else f"{r.epochs[r.best_epoch - 1]['val/accuracy']:.2%}"
+        best = f"{r.best['val/accuracy']:.2%}" if r.best else "-"
         test = "-" if r.test is None else f"{r.test['accuracy']:.2%}"
         note = f" (diverged in {r.diverged_epoch})" if r.diverged_epoch else ""
         table.add_row(str(r.seed), f"{r.best_epoch or '-'}{note}", best, test, f"{r.wall_s:.1f} s")

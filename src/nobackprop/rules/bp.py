@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from nobackprop.network import Network, Weights
 from nobackprop.rule import Batch, Grads, Rule
 
@@ -18,6 +20,11 @@ class BP(Rule):
         d = batch.error(z[net.L])  # (N, outputs)
         g = net.hebbian(net.L, h[net.L - 1], d)
         for l in range(net.L, 1, -1):
-            d = net.feedback(l, w[f"W{l}"], d, like=z[l - 1]) * net.df(z[l - 1], h[l - 1])  # (N, *shape of layer l-1)
+            below = net.feedback(l, self.down(l, w, batch), d, like=z[l - 1])
+            d = below * net.df(z[l - 1], h[l - 1])  # (N, *shape of layer l-1)
             g |= net.hebbian(l - 1, h[l - 2], d)
         return g, z[net.L]
+
+    def down(self, l: int, w: Weights, batch: Batch) -> Tensor:
+        """What errors of layer l go down through, in the shape of W: here W itself (used transposed)."""
+        return w[f"W{l}"]
