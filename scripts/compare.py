@@ -2,13 +2,15 @@
 
     python scripts/compare.py runs/demo [--against bp] [--figure FILE]
 
-One row and one curve a run (a config with all its seeds), and in a sentence in what else than the rule runs differ.
-With `--against` the table has the difference to a rule's run, paired over the seeds that both have: the same seed is
-the same split, batch order and initial W. Nothing is trained: all comes from the run records.
+One row and one curve a run (a config with all its seeds): mean and standard deviation over seeds; and in a sentence in
+what else than the rule runs differ. With `--against` the table has the difference to a rule's run, with its 95 %
+interval, paired over the seeds that both have: the same seed is the same split, batch order and initial W. Nothing is
+trained: all comes from the run records.
 """
 
 import argparse
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 from warnings import warn
@@ -39,6 +41,12 @@ def read(folder: Path) -> dict[str, list[Record]]:
     return runs
 
 
+def settings(runs: Iterable[list[Record]]) -> pd.DataFrame:
+    """The config of each run as text, a column a key; a dash where a run has no such key."""
+    configs = [pd.json_normalize(records[0].config).iloc[0] for records in runs]
+    return pd.DataFrame([{key: str(value) for key, value in config.items()} for config in configs]).fillna("-")
+
+
 def labels(runs: dict[str, list[Record]]) -> dict[str, str]:
     """What to call each run: its name, and where others share it the settings in which they differ."""
     by_name = defaultdict(list)
@@ -46,7 +54,7 @@ def labels(runs: dict[str, list[Record]]) -> dict[str, str]:
         by_name[records[0].name].append(run)
     found = {}
     for name, same in by_name.items():
-        configs = pd.json_normalize([runs[run][0].config for run in same]).astype(str)
+        configs = settings(runs[run] for run in same)
         differ = configs.columns[configs.nunique() > 1]
         for run, (_, config) in zip(same, configs.iterrows(), strict=True):
             found[run] = " ".join([name, *(f"{key}={config[key]}" for key in differ)])
@@ -59,7 +67,10 @@ def only_run_of(rule: str, runs: dict[str, list[Record]]) -> list[Record]:
     found = [run for run, name in rules.items() if name == rule]
     if len(found) != 1:
         known = ", ".join(sorted(set(rules.values())))
-        raise ValueError(f"--against {rule}: {len(found)} runs have this rule, one is needed; rules here: {known}")
+        raise ValueError(
+            f"--against {rule}: {len(found)} runs here have this rule, one is needed; rules here: {known}. "
+            "Where one rule has several runs, give each setting a folder of its own (paths.runs)"
+        )
     return runs[found[0]]
 
 
@@ -74,7 +85,7 @@ def paired(records: list[Record], others: list[Record]) -> str:
 
 def differences(runs: dict[str, list[Record]]) -> str:
     """In what else than the rule runs differ, in a sentence; empty where in nothing."""
-    configs = pd.json_normalize([records[0].config for records in runs.values()]).astype(str)
+    configs = settings(runs.values())
     configs["seeds"] = [",".join(str(seed) for seed in sorted(r.seed for r in records)) for records in runs.values()]
     several = configs.columns[configs.nunique() > 1]
     differ = [f"{key} ({'; '.join(configs[key].unique())})" for key in several if not key.startswith("rule.")]
@@ -82,13 +93,13 @@ def differences(runs: dict[str, list[Record]]) -> str:
 
 
 def table(runs: dict[str, list[Record]], against: str | None = None) -> Table:
-    """Test accuracy (mean and standard deviation over the seeds) and wall time of each run, best first.
+    """Test accuracy (mean and standard deviation over the seeds) and seconds of all seeds of each run, best first.
 
     With the difference to the run of the rule `against`. Raises ValueError where not exactly one run has that rule.
     """
     result = Table(title="test accuracy of the weights that were best on validation")
-    difference = [] if against is None else [f"less {against}'s (95 %)"]
-    for column in ("run", "seeds", "test accuracy", *difference, "wall time"):
+    difference = [] if against is None else [f"points ahead of {against} (95 % interval)"]
+    for column in ("run", "seeds", "test accuracy", *difference, "seconds, all seeds"):
         result.add_column(column, justify="left" if column == "run" else "right")
     accuracies = {run: tested(records) for run, records in runs.items()}
     names = labels(runs)
@@ -96,10 +107,8 @@ def table(runs: dict[str, list[Record]], against: str | None = None) -> Table:
     for run in sorted(runs, key=lambda run: mean(accuracies[run] or [-1]), reverse=True):
         lost = sum(r.diverged_epoch is not None for r in runs[run])
         cell = mean_and_deviation(accuracies[run]) + (f" ({lost} diverged)" if lost else "")
-        wall = sum(r.seconds for r in runs[run])
-        result.add_row(
-            names[run], str(len(runs[run])), cell, *(paired(runs[run], records) for records in other), f"{wall:.1f} s"
-        )
+        spent = f"{sum(r.seconds for r in runs[run]):.1f}"
+        result.add_row(names[run], str(len(runs[run])), cell, *(paired(runs[run], records) for records in other), spent)
     return result
 
 

@@ -27,6 +27,7 @@ from tables import (
     p_value,
     percent,
     place,
+    readings,
     sheet,
     signed,
     summary,
@@ -213,6 +214,7 @@ def verdicts(found: Findings) -> str:
     shown = sortable(header, map(verdict, run), 5) if run else ""
     head, *lines = summary(found)
     in_short = sortable(head, [[cell(escape(text)) for text in line] for line in lines], 0)
+    in_short += element("p", escape(readings(found)), _class="soft")
     explained = element("p", escape(how(found.claims)), _class="soft")
     return "\n".join([element("ul", claims), in_short, explained, shown, below])
 

@@ -269,10 +269,17 @@ def summary(found: Findings) -> list[list[str]]:
     return [["claim", "settings", *kinds], *body]
 
 
+def readings(found: Findings) -> str:
+    """What each reading of a paper's settings is, as a sentence."""
+    assert found.claims is not None
+    told = (f"{name}: {_choices(labels)}" for name, labels in found.claims.readings.items())
+    return f"Settings {'; '.join(told)}."
+
+
 def verdict_summary(found: Findings) -> str:
-    """The same in Markdown."""
+    """The same in Markdown, with what the settings are."""
     head, *body = summary(found)
-    return markdown(head, body, len(head))
+    return f"{markdown(head, body, len(head))}\n\n{readings(found)}"
 
 
 def tests_not_run(found: Findings) -> list[str]:

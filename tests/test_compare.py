@@ -37,8 +37,8 @@ def test_the_table_has_mean_and_standard_deviation_best_first(write: Write, tmp_
         write("a" * 12, seed, name="bp_mlp_digits", test={"accuracy": accuracy})
     write("b" * 12, 0, name="fa_mlp_digits", test={"accuracy": 0.95}, stacked=3, wall_s=6.0)
     rows = [line for line in shown(tmp_path).splitlines() if "_mlp_" in line]
-    assert [cell.strip() for cell in rows[0].strip("│").split("│")] == ["fa_mlp_digits", "1", "95.00%", "2.0 s"]
-    assert [c.strip() for c in rows[1].strip("│").split("│")] == ["bp_mlp_digits", "3", "92.00% ± 2.00%", "4.5 s"]
+    assert [cell.strip() for cell in rows[0].strip("│").split("│")] == ["fa_mlp_digits", "1", "95.00%", "2.0"]
+    assert [c.strip() for c in rows[1].strip("│").split("│")] == ["bp_mlp_digits", "3", "92.00% ± 2.00%", "4.5"]
 
 
 def test_runs_of_one_name_are_told_apart_and_diverged_seeds_counted(write: Write, tmp_path: Path) -> None:
@@ -77,7 +77,9 @@ def test_differences_to_a_rule_are_paired_over_common_seeds(write: Write, tmp_pa
     console = Console(width=120, file=io.StringIO(), record=True)
     console.print(compare.table(runs, "bp"))
     assert "+2.50 ± 19.06" in console.export_text()  # 12.706 sqrt(4.5 / 2), by hand
-    with pytest.raises(ValueError, match=r"--against dfa: 0 runs have this rule, one is needed; rules here: bp, fa"):
+    with pytest.raises(
+        ValueError, match=r"--against dfa: 0 runs here have this rule, one is needed; rules here: bp, fa"
+    ):
         compare.table(runs, "dfa")
     assert compare.differences(runs) == "not only the rule differs: seeds (0,1,2; 0,1)"
 
@@ -88,6 +90,17 @@ def test_what_else_differs_is_said(write: Write, tmp_path: Path) -> None:
     assert not compare.differences(compare.read(tmp_path))
     write("c" * 12, 0, config={"rule": {"_target_": "nobackprop.rules.fa.X"}, "optimizer": {"lr": 0.5}})
     assert compare.differences(compare.read(tmp_path)) == "not only the rule differs: optimizer.lr (0.1; 0.5)"
+
+
+def test_a_key_that_one_run_lacks_or_has_as_null_differs(write: Write, tmp_path: Path) -> None:
+    rule = {"_target_": "nobackprop.rules.bp.BP"}
+    configs = {"classes": None}, {"classes": 2}, {"classes": 3, "crop": 4}
+    for signature, data in zip(("a" * 12, "b" * 12, "c" * 12), configs, strict=True):
+        write(signature, 0, config={"rule": rule, "dataset": data})
+    runs = compare.read(tmp_path)
+    differ = "not only the rule differs: dataset.classes (None; 2; 3), dataset.crop (-; 4)"
+    assert compare.differences(runs) == differ
+    assert "bp_mlp_digits dataset.classes=3 dataset.crop=4" in compare.labels(runs).values()
 
 
 def test_the_figure_is_written_where_it_says(

@@ -56,9 +56,12 @@ def test_an_editable_install_finds_its_configs_from_anywhere(tmp_path: Path) -> 
         (["+experiment=lra_e/deviaton"], r"Choose from: .*lra_e/variance, .*\. Did you mean lra_e/deviation\?"),
         (["rule.bta=1"], r"There is no 'bta' here; choose from: _target_, beta, gamma, learn_E\. Did you mean beta\?"),
         (["-m", "rule=lra_e,bp", "rule.bta=1"], r"There is no 'bta' here; choose from: _target_, beta, gamma, "),
+        (["lr=0.1"], r"There is no 'lr' here; choose from: rule, .*\. Did you mean optimizer\.lr\?"),
+        (["schedule.milestones=[1]"], r"There is no 'milestones' here\. It is a key of schedule=multistep"),
+        (["experiment=debug"], r"append to your default list use \+experiment=debug$"),
         (["rule=dfa", "dataset.clases=2"], r"There is no 'clases' here; choose from: classes, classes_seed,"),
     ],
-    ids=["rule", "group", "experiment", "key", "key of a sweep", "dataset key"],
+    ids=["rule", "group", "experiment", "key", "key of a sweep", "bare key", "other choice", "no plus", "dataset key"],
 )
 def test_a_mistyped_name_is_answered_with_the_choices(tmp_path: Path, overrides: list[str], message: str) -> None:
     ended = nobackprop(*overrides, cwd=tmp_path)
@@ -126,8 +129,13 @@ def test_tuned_settings_are_announced_and_a_mistyped_one_is_refused(tmp_path: Pa
     ended = nobackprop(*image, cwd=tmp_path)
     assert "/conf/tuned/mdfa_allconv_cifar10_jpeg_adamw.yaml; tuned=none" in ended.stdout
     assert "\nnobackprop: cifar10_jpeg: no file" in ended.stderr
-    ended = nobackprop("tuned=compare/mlp_bp", "--dry-run", "logger=none", cwd=tmp_path)
+    ended = nobackprop("rule=bp", "tuned=compare/mlp_bp", "--dry-run", "logger=none", cwd=tmp_path)
     assert "/conf/tuned/compare/mlp_bp.yaml; tuned=none" in ended.stdout
+    searched = ["+experiment=compare/mlp", "rule=bp", "dataset=digits", "--dry-run", "logger=none"]
+    ended = nobackprop(*searched, "+tuned@_global_=compare/mlp_bp", cwd=tmp_path)
+    assert "/conf/tuned/compare/mlp_bp.yaml\n" in ended.stdout
+    ended = nobackprop(*searched, "+tuned@_global_=compare/mlp_bp", "optimizer.lr=9", cwd=tmp_path)
+    assert "/mlp_bp.yaml, but for optimizer.lr, set by an experiment or the command\n" in ended.stdout
 
 
 def test_tuned_settings_of_ones_own_are_announced_too(tmp_path: Path) -> None:

@@ -119,6 +119,16 @@ def test_the_commit_is_that_of_the_packages_own_checkout(
         assert records.source_state()[1] is True
 
 
+def test_records_of_other_code_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "source_state", lambda: ("a" * 40, False))
+    made = [Record(**RECORD | {"commit": c and c * 40, "dirty": dirty}) for c, dirty in (("a", False), ("b", False))]
+    assert not records.other_code(made[:1])
+    assert records.other_code(made) == "commit bbbbbbb"
+    edited = Record(**RECORD | {"commit": "a" * 40, "dirty": True})
+    monkeypatch.setattr(records, "source_state", lambda: ("a" * 40, True))
+    assert records.other_code([edited, edited]) == "commit aaaaaaa with edits"
+
+
 def test_the_machine_is_described() -> None:
     machine = records.machine(torch.device("cpu"))
     assert machine.device == "cpu"

@@ -290,9 +290,11 @@ def test_a_sweep_skips_repeats_goes_on_and_tells(
 def test_a_dry_run_writes_nothing_and_estimates_by_earlier_records(
     config: Config, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (record,) = train(config("rule=bp"))
-    path = folder(config("rule=bp")) / "seed0" / "record.json"
-    record.model_copy(update={"wall_s": 60.0}).write(path)
+    for cut_short in ([], ["max_steps=10"]):  # which says as much of a step
+        cfg = config("rule=bp", *cut_short)
+        (record,) = train(cfg)
+        wall = 60.0 * record.steps / (2 * 161)
+        record.model_copy(update={"wall_s": wall}).write(folder(cfg) / "seed0" / "record.json")
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr("nobackprop.train._fit", lambda *_: pytest.fail("was trained"))
     jobs = [
@@ -308,7 +310,7 @@ def test_a_dry_run_writes_nothing_and_estimates_by_earlier_records(
     assert re.search(r"more +│ 0 recorded, 3 to run +│ +│ 0:06:00", text)  # 3 seeds of 4 epochs of 30 s
     assert re.search(r"shorter +│ 0 recorded, 1 to run +│ +│ 0:00:30", text)
     assert re.search(r"other .*unknown", text)
-    assert "3 of 5 would run, 1 at once: about 0:06:30 by earlier records, with one seed of a run after" in text
+    assert "3 of 5 would run, 1 at once: roughly 0:06:30 by earlier records, with one seed of a run after" in text
     assert "; no record tells for 1 of them" in text
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -475,6 +477,7 @@ def test_a_cluster_that_does_not_answer_for_a_while_has_not_lost_its_jobs(
     [
         (["launcher=joblib", "launcher.workers=0"], "launcher.workers: Input should be greater than 0, got 0"),
         (["launcher=slurm", "+launcher.time=3"], "launcher: unknown key time; choose from: executor"),
+        (["launcher=slurm", "launcher.options=a100"], "launcher.options: Input should be an object, got 'a100'"),
         (["launcher=slurm", "launcher.hours=long"], "launcher.hours: Input should be a valid number"),
         (["launcher=slurm", "launcher.hours=0"], "launcher.hours: Input should be greater than 0, got 0"),
         (["launcher=slurm", "launcher.gpus=-1"], "launcher.gpus: Input should be greater than or equal to 0, got -1"),
@@ -483,6 +486,14 @@ def test_a_cluster_that_does_not_answer_for_a_while_has_not_lost_its_jobs(
 def test_a_launchers_keys_are_checked(config: Config, overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         launchers.launcher_of(config(*overrides))
+
+
+def test_a_sweep_is_tried_here_with_the_keys_of_the_cluster(config: Config) -> None:
+    given = ["launcher.partition=gpu", "launcher.wait=false", "launcher.options={constraint:a100}"]
+    executors: dict[str, Any] = {"slurm": "slurm", "slurm_local": "local"}
+    for name, executor in executors.items():
+        made = launchers.launcher_of(config(f"launcher={name}", *given))
+        assert made == Cluster(executor, partition="gpu", wait=False, options={"constraint": "a100"})
 
 
 def test_a_copy_of_the_source_knows_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

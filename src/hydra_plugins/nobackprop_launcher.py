@@ -32,11 +32,11 @@ class SweepLauncher(Launcher):
             config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
             runtime: Any = config.hydra.runtime
             if runtime.choices.tuned not in tuned:
-                tuned[runtime.choices.tuned] = announce_tuned(runtime, console)
+                tuned[runtime.choices.tuned] = announce_tuned(runtime, config, console)
             with open_dict(config):
                 del config["hydra"]
-            same = {*sys.argv, "dry_run=True"}
-            varied = [text for text in filter_overrides(overrides) if text not in same]
+            same = {text.lower() for text in (*sys.argv, "dry_run=true")}  # Hydra writes False for false
+            varied = [text for text in filter_overrides(overrides) if text.lower() not in same]
             jobs.append(launchers.Job(" ".join(varied) or "the run", config))
         if len(set(tuned.values())) > 1:
             text = "some jobs have such settings and others not; tuned=none compares them with the same"

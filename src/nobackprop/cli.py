@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def run(cfg: DictConfig) -> None:
 
     console = Console(quiet=rank_zero_only.rank > 0)  # started by srun or torchrun, as one of several
     runtime: Any = HydraConfig.get().runtime
-    announce_tuned(runtime, console)
+    announce_tuned(runtime, cfg, console)
     choices = runtime.choices
     if choices.launcher != "basic":
         raise ValueError(f"launcher={choices.launcher} is for several jobs: add --multirun")
@@ -52,8 +52,8 @@ def run(cfg: DictConfig) -> None:
     console.print(f"records and weights: {folder}", markup=False, highlight=False, soft_wrap=True)
 
 
-def announce_tuned(runtime: Any, console: Any) -> bool:
-    """Says which tuned file is in use; whether one is.
+def announce_tuned(runtime: Any, cfg: DictConfig, console: Any) -> bool:
+    """Says which tuned files are in use, and what of them is not in effect; whether `tuned` is one.
 
     Raises ValueError for a name that is no file's: to Hydra it is optional.
     """
@@ -61,10 +61,17 @@ def announce_tuned(runtime: Any, console: Any) -> bool:
     folders = [Path(source.path) / "tuned" for source in runtime.config_sources if source.schema == "file"]
     files = {str(path.relative_to(f).with_suffix("")): path for f in reversed(folders) for path in f.rglob("*.yaml")}
     used = choices.tuned in files and choices.tuned != "none"
-    if used:
-        text = f"with the settings in {files[choices.tuned]}; tuned=none keeps the defaults"
+    chosen = [choices.tuned] if used else []
+    chosen += [choices[key] for key in choices if key == "tuned@_global_"]
+    for name in chosen:
+        others = [key for key, value in leaves(_file(files[name])) if OmegaConf.select(cfg, key) != value]
+        but = f", but for {', '.join(others)}, set by an experiment or the command" if others else ""
+        text = f"with the settings in {files[name]}{but}{'; tuned=none keeps the defaults' if used else ''}"
         console.print(text, highlight=False, soft_wrap=True)
-    elif choices.tuned not in {"none", f"{choices.rule}_{choices.arch}_{choices.dataset}_{choices.optimizer}"}:
+    if not used and choices.tuned not in {
+        "none",
+        f"{choices.rule}_{choices.arch}_{choices.dataset}_{choices.optimizer}",
+    }:
         raise ValueError(f"no such tuned settings, {choices.tuned!r}: choose one of {', '.join(sorted(files))}")
     return used
 
@@ -96,6 +103,8 @@ def _choices(message: str) -> str:
     """For Hydra's message on a key that does not exist, the keys that do; for a plugin that does not, how to get it."""
     if "'hydra/sweeper/optuna'" in message:
         return "\nIt comes with: pip install hydra-optuna-sweeper"
+    if "append to your default list" in message:  # which says how
+        return ""
     if experiment := re.search(r"Could not find 'experiment/(.+?)'", message):
         folder = CONF / "experiment"
         files = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
@@ -112,8 +121,29 @@ def _choices(message: str) -> str:
     except HydraException:
         return ""  # another mistake comes first
     node = OmegaConf.select(cfg, ".".join(parents)) if parents else cfg
-    names = [str(name) for name in node or ()]
-    return f"\nThere is no {key!r} here; choose from: {', '.join(names)}{_close(key, names)}"
+    names = [str(name) for name in node or ()] + ([] if parents else ["tuned"])
+    text = f"\nThere is no {key!r} here" + (f"; choose from: {', '.join(names)}{_close(key, names)}" if names else "")
+    if same := [path for path, _ in leaves(cfg) if path.endswith(f".{key}") and not parents]:
+        return f"{text}. Did you mean {', '.join(same)}?"
+    files = sorted((CONF / "/".join(parents)).glob("*.yaml")) if parents else []
+    if having := [f"{'.'.join(parents)}={path.stem}" for path in files if key in _file(path)]:
+        return f"{text}. It is a key of {', '.join(having)}"
+    return text
+
+
+def leaves(node: DictConfig, *parents: str) -> Iterator[tuple[str, Any]]:
+    """The keys of a config that are no mappings, as `optimizer.lr`, with their values."""
+    for name, value in node.items():
+        if OmegaConf.is_dict(value):
+            yield from leaves(value, *parents, str(name))
+        else:
+            yield ".".join([*parents, str(name)]), value
+
+
+def _file(path: Path) -> DictConfig:
+    content = OmegaConf.load(path)
+    assert isinstance(content, DictConfig)
+    return content
 
 
 def _first(override: Override) -> str:

@@ -39,7 +39,7 @@ class Collected:
         return first is record
 
 
-def collect(sources: Iterable[Path], into: Path | None = None) -> Collected:
+def collect(sources: Iterable[str | Path], into: Path | None = None) -> Collected:
     """Gathers the records in folders and files of lines; with `into`, appends what is new there to that file.
 
     A folder is one of runs, of one run, or of one seed; a seed without a record is still being trained and is passed
@@ -49,7 +49,7 @@ def collect(sources: Iterable[Path], into: Path | None = None) -> Collected:
     damaged line in a file of lines; only the last line of `into` may be cut off (a crash while it was written), and is
     then removed, or completed where nothing but its end is missing.
     """
-    sources = list(sources)
+    sources = [Path(source) for source in sources]
     for source in sources:
         if not source.exists():
             raise FileNotFoundError(

@@ -9,7 +9,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from math import ceil
 from multiprocessing import connection, get_context, parent_process
@@ -202,8 +202,8 @@ class Cluster:
     """SLURM jobs by submitit, or (`executor="local"`) processes of its that behave like them.
 
     A job has `hours`; a run that takes longer writes a checkpoint and goes back into the queue, and so does one that is
-    preempted. `parallel` is how many run at once. Without `wait` the command ends when all are submitted. The jobs run
-    from a copy of this program's source as it is now.
+    preempted. `parallel` is how many run at once. Without `wait` the command ends when all are submitted (to SLURM).
+    The jobs run from a copy of this program's source as it is now.
     """
 
     executor: Literal["slurm", "local"]
@@ -216,7 +216,7 @@ class Cluster:
     memory_gb: PositiveFloat = 4
     parallel: PositiveInt = 256
     wait: bool = True
-    options: dict[str, Any] = field(default_factory=dict)  # any other of sbatch's
+    options: dict[str, Any] | None = None  # any others of sbatch's
 
     def at_once(self, jobs: Sequence[Job]) -> int:
         most = self.parallel if self.executor == "slurm" else min(self.parallel, _room(jobs))
@@ -245,7 +245,7 @@ class Cluster:
                     write_atomically(jobs[i].file("job"), handle.job_id.encode())
                     say(i, f"is submitted as job {handle.job_id}")
                     running[i] = Submitted(handle, self.executor == "slurm")
-            if not self.wait:
+            if not self.wait and self.executor == "slurm":
                 yield from ((i, Outcome("queued", f"as job {s.handle.job_id}")) for i, s in running.items())
                 return
             try:
@@ -286,7 +286,7 @@ class Cluster:
         executor.update_parameters(
             slurm_array_parallelism=self.parallel,
             slurm_setup=[f"export PYTHONPATH='{path}'"],
-            slurm_additional_parameters={k: v for k, v in chosen.items() if v is not None} | self.options,
+            slurm_additional_parameters={k: v for k, v in chosen.items() if v is not None} | (self.options or {}),
         )
         return executor
 

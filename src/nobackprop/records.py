@@ -237,6 +237,20 @@ def source_state() -> tuple[str | None, bool | None]:
         return None, None
 
 
+def other_code(records: Iterable[Record]) -> str:
+    """Which other commits made records, as in `commit 1a2b3c4 with edits`; empty where it was this code.
+
+    A record's key is its config and seed; that says nothing of the code. Edits can't be compared, so they always count.
+    """
+    now = source_state()
+    others = {(r.commit, r.dirty) for r in records if (r.commit, r.dirty) != now or r.dirty}
+    return ", ".join(
+        sorted(
+            f"commit {commit[:7]}{' with edits' * bool(dirty)}" if commit else "no commit" for commit, dirty in others
+        )
+    )
+
+
 @cache
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that compute."""

@@ -23,7 +23,7 @@ from rich.table import Table
 from nobackprop import checkpoints
 from nobackprop.launchers import Job, Launcher, Outcome, note
 from nobackprop.preparation import prepare
-from nobackprop.records import Record, mean_and_deviation, tested
+from nobackprop.records import Record, mean_and_deviation, other_code, tested
 from nobackprop.settings import Settings
 from nobackprop.stopping import Stopped
 from nobackprop.train import left_off, recorded
@@ -74,7 +74,8 @@ def run(jobs: Sequence[Job], launcher: Launcher, console: Console, dry_run: bool
             continue
         if not found[i].missing:
             outcomes[i] = Outcome("recorded", records=found[i].records)
-            say(i, "is recorded already")
+            other = other_code(found[i].records)
+            say(i, f"is recorded already{f', by {other}' if other else ''}")
 
     def starting(i: int, text: str) -> None:
         say(i, f"{text}; {found[i].before}" if found[i].before else text)
@@ -140,11 +141,12 @@ def _show_plan(jobs: Sequence[Job], found: Mapping[int, Found], launcher: Launch
         shown.add_row(
             escape(jobs[i].label), f"{len(f.records)} recorded, {f.missing} to run", escape(f.before), estimate
         )
-    console.print(shown)
+    if found:
+        console.print(shown)
     n = launcher.at_once([jobs[i] for i in found])
     text = f"{len(found)} of {len(jobs)} would run, {n} at once"
     if unknown < len(found):
-        text += f": about {_duration(known / n)} by earlier records, with one seed of a run after another"
+        text += f": roughly {_duration(known / n)} by earlier records, with one seed of a run after another"
     if unknown:
         text += f"; no record tells for {unknown} of them"
     console.print(text, highlight=False, soft_wrap=True)
@@ -161,8 +163,10 @@ def _speeds(folders: Iterable[Path]) -> dict[str, list[tuple[float, float]]]:
     for path in (path for folder in folders for path in folder.glob("*/seed*/record.json")):
         with suppress(ValueError):
             r = Record.read(path)
+            step = r.seconds / max(r.steps, 1)
+            epoch = step * (r.data.train // r.config["batch_size"])  # the recorded one may have been cut short
             for key in (_kind(r.name, r.config), r.name):
-                speeds[key].append((r.seconds / len(r.epochs), r.seconds / max(r.steps, 1)))
+                speeds[key].append((epoch, step))
     return speeds
 
 

@@ -79,6 +79,8 @@ def train(cfg: DictConfig, console: Console | None = None, wait: bool = True) ->
     _check_data(run, done.values(), run.source.checksum)
     if done:
         text = f"{s.name}: {len(done)} of {len(s.seeds)} seeds are recorded already in {run.folder}"
+        if other := records.other_code(done.values()):
+            text += f", trained by {other} (another paths.runs trains them again)"
         if run.diagnostics:
             text += ", and stay without diagnostics if they were trained without: use another paths.runs to have them"
         console.print(text, highlight=False, soft_wrap=True)
