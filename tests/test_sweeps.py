@@ -239,6 +239,7 @@ def test_a_busy_job_comes_last(config: Config, console: Console) -> None:
     assert [o.state for o in outcomes] == ["finished", "finished"]
     order = re.findall(r"^\d/2 (\w): (another|finished)", shown(console), re.MULTILINE)
     assert order == [("a", "another"), ("b", "finished"), ("a", "finished")]
+    assert re.findall(r"^\d/2 (\w): .*; about 0:00:\d\d for the other 1$", shown(console), re.MULTILINE) == ["a"]
 
 
 # Sweeps

@@ -90,8 +90,8 @@ def run(jobs: Sequence[Job], launcher: Launcher, console: Console, dry_run: bool
             for i, outcome in launcher.run(left, starting, console, wait):
                 outcomes[i] = outcome
                 note(jobs[i], outcome)
-                over = sum(outcomes[k].state != "busy" for k in found if k in outcomes and found[k].missing)
-                rest = (time.monotonic() - start) / max(over, 1) * (to_run - over)
+                over = sum(found[k].missing > 0 for k in outcomes if k in found)  # busy ones too: little is left
+                rest = (time.monotonic() - start) / over * (to_run - over)
                 ahead = f"; about {_duration(rest)} for the other {to_run - over}" if over < to_run else ""
                 text = {
                     "finished": f"finished, {mean_and_deviation(tested(outcome.records))} on the test images",
