@@ -97,9 +97,11 @@ def table(runs: dict[str, list[Record]], against: str | None = None) -> Table:
 
     With the difference to the run of the rule `against`. Raises ValueError where not exactly one run has that rule.
     """
-    result = Table(title="test accuracy of the weights that were best on validation")
-    difference = [] if against is None else [f"points ahead of {against} (95 % interval)"]
-    for column in ("run", "seeds", "test accuracy", *difference, "seconds, all seeds"):
+    difference = [] if against is None else [f"ahead of {against}"]
+    caption = "± standard deviation over seeds; seconds are of all seeds"
+    caption += f"; {difference[0]}: in points, ± 95 % interval" if difference else ""
+    result = Table(title="test accuracy of the weights that were best on validation", caption=caption)
+    for column in ("run", "seeds", "test accuracy", *difference, "seconds"):
         result.add_column(column, justify="left" if column == "run" else "right")
     accuracies = {run: tested(records) for run, records in runs.items()}
     names = labels(runs)

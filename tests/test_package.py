@@ -56,7 +56,7 @@ def test_an_editable_install_finds_its_configs_from_anywhere(tmp_path: Path) -> 
         (["+experiment=lra_e/deviaton"], r"Choose from: .*lra_e/variance, .*\. Did you mean lra_e/deviation\?"),
         (["rule.bta=1"], r"There is no 'bta' here; choose from: _target_, beta, gamma, learn_E\. Did you mean beta\?"),
         (["-m", "rule=lra_e,bp", "rule.bta=1"], r"There is no 'bta' here; choose from: _target_, beta, gamma, "),
-        (["lr=0.1"], r"There is no 'lr' here; choose from: rule, .*\. Did you mean optimizer\.lr\?"),
+        (["dataset=folder", "lr=0.1"], r"There is no 'lr' here; choose from: rule, .*\. Did you mean optimizer\.lr\?"),
         (["schedule.milestones=[1]"], r"There is no 'milestones' here\. It is a key of schedule=multistep"),
         (["experiment=debug"], r"append to your default list use \+experiment=debug$"),
         (["rule=dfa", "dataset.clases=2"], r"There is no 'clases' here; choose from: classes, classes_seed,"),

@@ -61,18 +61,15 @@ def announce_tuned(runtime: Any, cfg: DictConfig, console: Any) -> bool:
     folders = [Path(source.path) / "tuned" for source in runtime.config_sources if source.schema == "file"]
     files = {str(path.relative_to(f).with_suffix("")): path for f in reversed(folders) for path in f.rglob("*.yaml")}
     used = choices.tuned in files and choices.tuned != "none"
-    chosen = [choices.tuned] if used else []
-    chosen += [choices[key] for key in choices if key == "tuned@_global_"]
-    for name in chosen:
-        others = [key for key, value in leaves(_file(files[name])) if OmegaConf.select(cfg, key) != value]
-        but = f", but for {', '.join(others)}, set by an experiment or the command" if others else ""
-        text = f"with the settings in {files[name]}{but}{'; tuned=none keeps the defaults' if used else ''}"
-        console.print(text, highlight=False, soft_wrap=True)
-    if not used and choices.tuned not in {
-        "none",
-        f"{choices.rule}_{choices.arch}_{choices.dataset}_{choices.optimizer}",
-    }:
+    default = f"{choices.rule}_{choices.arch}_{choices.dataset}_{choices.optimizer}"
+    if not used and choices.tuned not in {"none", default}:
         raise ValueError(f"no such tuned settings, {choices.tuned!r}: choose one of {', '.join(sorted(files))}")
+    for name in [choices.tuned] * used + [choices[key] for key in choices if key == "tuned@_global_"]:
+        set_there = leaves(OmegaConf.to_container(OmegaConf.load(files[name])))
+        others = [key for key, value in set_there if OmegaConf.select(cfg, key) != value]
+        but = f", but for {', '.join(others)}, set by an experiment or the command" if others else ""
+        instead = "; tuned=none keeps the defaults" if name == choices.tuned else ""
+        console.print(f"with the settings in {files[name]}{but}{instead}", highlight=False, soft_wrap=True)
     return used
 
 
@@ -123,27 +120,21 @@ def _choices(message: str) -> str:
     node = OmegaConf.select(cfg, ".".join(parents)) if parents else cfg
     names = [str(name) for name in node or ()] + ([] if parents else ["tuned"])
     text = f"\nThere is no {key!r} here" + (f"; choose from: {', '.join(names)}{_close(key, names)}" if names else "")
-    if same := [path for path, _ in leaves(cfg) if path.endswith(f".{key}") and not parents]:
+    if same := [path for path, _ in leaves(OmegaConf.to_container(cfg)) if path.endswith(f".{key}") and not parents]:
         return f"{text}. Did you mean {', '.join(same)}?"
     files = sorted((CONF / "/".join(parents)).glob("*.yaml")) if parents else []
-    if having := [f"{'.'.join(parents)}={path.stem}" for path in files if key in _file(path)]:
+    if having := [f"{'.'.join(parents)}={path.stem}" for path in files if key in OmegaConf.load(path)]:
         return f"{text}. It is a key of {', '.join(having)}"
     return text
 
 
-def leaves(node: DictConfig, *parents: str) -> Iterator[tuple[str, Any]]:
-    """The keys of a config that are no mappings, as `optimizer.lr`, with their values."""
-    for name, value in node.items():
-        if OmegaConf.is_dict(value):
-            yield from leaves(value, *parents, str(name))
+def leaves(tree: Any, *parents: str) -> Iterator[tuple[str, Any]]:
+    """The keys of a nested mapping that are none themselves, as `optimizer.lr`, with their values."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, *parents, name)
         else:
-            yield ".".join([*parents, str(name)]), value
-
-
-def _file(path: Path) -> DictConfig:
-    content = OmegaConf.load(path)
-    assert isinstance(content, DictConfig)
-    return content
+            yield ".".join([*parents, name]), value
 
 
 def _first(override: Override) -> str:
