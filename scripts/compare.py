@@ -43,8 +43,7 @@ def read(folder: Path) -> dict[str, list[Record]]:
 
 def settings(runs: Iterable[list[Record]]) -> pd.DataFrame:
     """The config of each run as text, a column a key; a dash where a run has no such key."""
-    configs = [pd.json_normalize(records[0].config).iloc[0] for records in runs]
-    return pd.DataFrame([{key: str(value) for key, value in config.items()} for config in configs]).fillna("-")
+    return pd.DataFrame([pd.json_normalize(records[0].config).iloc[0].map(str) for records in runs]).fillna("-")
 
 
 def labels(runs: dict[str, list[Record]]) -> dict[str, str]:

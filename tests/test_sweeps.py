@@ -481,6 +481,7 @@ def test_a_cluster_that_does_not_answer_for_a_while_has_not_lost_its_jobs(
         (["launcher=slurm", "launcher.options=a100"], "launcher.options: Input should be an object, got 'a100'"),
         (["launcher=slurm", "launcher.hours=long"], "launcher.hours: Input should be a valid number"),
         (["launcher=slurm", "launcher.hours=0"], "launcher.hours: Input should be greater than 0, got 0"),
+        (["launcher=slurm", "launcher.cpus=0"], "launcher.cpus: Input should be greater than 0, got 0"),
         (["launcher=slurm", "launcher.gpus=-1"], "launcher.gpus: Input should be greater than or equal to 0, got -1"),
     ],
 )

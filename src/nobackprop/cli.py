@@ -65,7 +65,7 @@ def announce_tuned(runtime: Any, cfg: DictConfig, console: Any) -> bool:
     if not used and choices.tuned not in {"none", default}:
         raise ValueError(f"no such tuned settings, {choices.tuned!r}: choose one of {', '.join(sorted(files))}")
     for name in [choices.tuned] * used + [choices[key] for key in choices if key == "tuned@_global_"]:
-        set_there = leaves(OmegaConf.to_container(OmegaConf.load(files[name])))
+        set_there = _leaves(OmegaConf.to_container(OmegaConf.load(files[name])))
         others = [key for key, value in set_there if OmegaConf.select(cfg, key) != value]
         but = f", but for {', '.join(others)}, set by an experiment or the command" if others else ""
         instead = "; tuned=none keeps the defaults" if name == choices.tuned else ""
@@ -120,7 +120,7 @@ def _choices(message: str) -> str:
     node = OmegaConf.select(cfg, ".".join(parents)) if parents else cfg
     names = [str(name) for name in node or ()] + ([] if parents else ["tuned"])
     text = f"\nThere is no {key!r} here" + (f"; choose from: {', '.join(names)}{_close(key, names)}" if names else "")
-    if same := [path for path, _ in leaves(OmegaConf.to_container(cfg)) if path.endswith(f".{key}") and not parents]:
+    if same := [path for path, _ in _leaves(OmegaConf.to_container(cfg)) if path.endswith(f".{key}") and not parents]:
         return f"{text}. Did you mean {', '.join(same)}?"
     files = sorted((CONF / "/".join(parents)).glob("*.yaml")) if parents else []
     if having := [f"{'.'.join(parents)}={path.stem}" for path in files if key in OmegaConf.load(path)]:
@@ -128,11 +128,11 @@ def _choices(message: str) -> str:
     return text
 
 
-def leaves(tree: Any, *parents: str) -> Iterator[tuple[str, Any]]:
+def _leaves(tree: Any, *parents: str) -> Iterator[tuple[str, Any]]:
     """The keys of a nested mapping that are none themselves, as `optimizer.lr`, with their values."""
     for name, value in tree.items():
         if isinstance(value, dict):
-            yield from leaves(value, *parents, name)
+            yield from _leaves(value, *parents, name)
         else:
             yield ".".join([*parents, name]), value
 
