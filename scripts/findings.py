@@ -15,7 +15,7 @@ from statistics import mean, stdev
 from typing import Annotated, Any, Literal
 
 import pandas as pd
-from grid import Cell, cells, load
+from grid import Cell, by_key, cells, load
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
@@ -286,7 +286,7 @@ class Composer:
         self.parser = OverridesParser.create()
 
     def identity(self, overrides: Iterable[str]) -> dict[str, Any]:
-        """What identifies the config of these overrides; of several of one key the last one counts."""
+        """What identifies the config of these overrides."""
         groups, values = self._split(overrides)
         content = deepcopy(self._parent(groups)[0])
         for override in self.parser.parse_overrides(values):
@@ -304,9 +304,9 @@ class Composer:
         return self.identity([f"{group}={choice}" for group, choice in choices.items() if group != "experiment"])
 
     def _split(self, overrides: Iterable[str]) -> tuple[tuple[str, ...], list[str]]:
-        by_key = {text.split("=", 1)[0]: text for text in overrides}
-        groups = {name: text for name, text in by_key.items() if (CONF / name.lstrip("+").partition("@")[0]).is_dir()}
-        return tuple(groups.values()), [text for name, text in by_key.items() if name not in groups]
+        every = by_key(overrides)
+        groups = {name: text for name, text in every.items() if (CONF / name.lstrip("+").partition("@")[0]).is_dir()}
+        return tuple(groups.values()), [text for name, text in every.items() if name not in groups]
 
     def _parent(self, groups: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
         if groups not in self.parents:

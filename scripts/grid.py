@@ -42,10 +42,14 @@ class Cell:
 
 
 def composed(overrides: Iterable[str]) -> DictConfig:
-    """The config of these overrides; of several of one key the last one counts."""
-    by_key = {text.split("=", 1)[0]: text for text in overrides}
+    """The config of these overrides."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", list(by_key.values()))
+        return compose("train", list(by_key(overrides).values()))
+
+
+def by_key(overrides: Iterable[str]) -> dict[str, str]:
+    """Overrides by their keys; of several of one key the last one counts."""
+    return {text.split("=", 1)[0]: text for text in overrides}
 
 
 def load(path: Path) -> Any:

@@ -126,7 +126,7 @@ class Search(BaseModel):
 
 
 @dataclass(frozen=True)
-class Found:
+class Searched:
     """What the search of one cell came to: its trials, each a point and its record."""
 
     cell: Cell
@@ -158,7 +158,7 @@ def check_replaces(cell: Cell, name: str, search: Search, further: Sequence[str]
         raise ValueError(f"{cell.tuned} was found by `{before}`: delete it to search it in another way")
 
 
-def write(found: Found, name: str, search: Search, further: Sequence[str], path: Path) -> None:
+def write(found: Searched, name: str, search: Search, further: Sequence[str], path: Path) -> None:
     """Writes what was found as a file of conf/tuned: only what was searched, under a header that says how."""
     within = search.within(found.cell)
     told = (
@@ -178,7 +178,7 @@ def write(found: Found, name: str, search: Search, further: Sequence[str], path:
 
 def tune(
     name: str, search: Search, chosen: Sequence[Cell], further: Sequence[str], jobs: int, console: Console
-) -> Iterator[Found]:
+) -> Iterator[Searched]:
     """Runs every trial that has no record yet, so many at a time; gives each cell when all its trials have ended.
 
     Raises ValueError for a space that does not fit a cell, before any trial, and for a trial that fails.
@@ -192,17 +192,17 @@ def tune(
             prepare(ready[i].config)
     ended: dict[int, Record] = {}
     title = f"{name}: {len(chosen)} cells, {search.trials} trials each"
-    outcomes = Joblib(jobs).run(ready, lambda i, text: None, console, wait=True)
+    outcomes = Joblib(jobs).run(ready, lambda i, text: None, console, wait_for_others=True)
     for i, outcome in track(outcomes, title, len(trials), console=console):
         if outcome.state == "failed":
             raise ValueError(f"{ready[i].label}: {outcome.details}")
         (ended[i],) = outcome.records
         of_cell = range(first := i - i % search.trials, first + search.trials)
         if all(k in ended for k in of_cell):
-            yield Found(trials[i][0], [(trials[k][1], ended[k]) for k in of_cell])
+            yield Searched(trials[i][0], [(trials[k][1], ended[k]) for k in of_cell])
 
 
-def table(found: Sequence[Found]) -> Table:
+def table(found: Sequence[Searched]) -> Table:
     """Of every cell its best validation accuracy, the settings that gave it, and how the trials went."""
     result = Table("cell", "validation", "best settings", "trials", "diverged", "seconds")
     for each in found:

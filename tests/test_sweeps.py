@@ -193,9 +193,9 @@ def test_a_seed_that_another_process_trains_is_left_to_it(config: Config, monkey
     cfg = config("seeds=2")
     with training_elsewhere(cfg):
         with pytest.raises(Busy, match="another process is training seed 0"):
-            train(cfg, wait=False)
+            train(cfg, wait_for_others=False)
         assert sorted(path.parent.name for path in folder(cfg).glob("*/record.json")) == ["seed1"]
-    assert [r.seed for r in train(cfg, wait=False)] == [0, 1]  # the lock went with its holder
+    assert [r.seed for r in train(cfg, wait_for_others=False)] == [0, 1]  # the lock went with its holder
 
 
 def test_what_another_process_has_trained_meanwhile_is_not_trained_again(
@@ -398,7 +398,7 @@ def test_jobs_of_other_seeds_of_a_run_are_other_jobs(
     said: list[str] = []
     for job in (few, few, more):
         cluster = Cluster("slurm", wait=False)
-        ((_, outcome),) = cluster.run({0: job}, lambda _, text: said.append(text), console, wait=True)
+        ((_, outcome),) = cluster.run({0: job}, lambda _, text: said.append(text), console, wait_for_others=True)
         said.append(outcome.reason)
     assert said == ["is submitted as job 12_0", "as job 12_0", "as job 12_0 of an earlier sweep", *said[:2]]
 
@@ -468,9 +468,9 @@ def test_a_cluster_that_does_not_answer_for_a_while_has_not_lost_its_jobs(
         pytest.fail(text)
 
     (tmp_path / "status").write_text("1")
-    assert list(Cluster("slurm").run({}, say, console, wait=True)) == []
+    assert list(Cluster("slurm").run({}, say, console, wait_for_others=True)) == []
     with pytest.raises(ValueError, match=r"squeue does not answer \(Unable to contact slurm controller\): try again"):
-        list(Cluster("slurm").run({0: Job("", config())}, say, console, wait=True))
+        list(Cluster("slurm").run({0: Job("", config())}, say, console, wait_for_others=True))
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_validation_decides_and_a_trial_that_diverged_counts_as_zero() -> None:
         record(0.8, test={"accuracy": 1.0}),
     ]
     assert [trial.validation for trial in trials] == [0.6, 0.8, 0.0, 0.0, 0.8]
-    found = tune.Found(grid.Cell({}, []), [({"optimizer.lr": i}, trial) for i, trial in enumerate(trials)])
+    found = tune.Searched(grid.Cell({}, []), [({"optimizer.lr": i}, trial) for i, trial in enumerate(trials)])
     assert found.best == ({"optimizer.lr": 1}, trials[1])
     assert found.accuracy == 0.8
 

@@ -74,18 +74,20 @@ class Launcher(Protocol):
 
     def at_once(self, jobs: Sequence[Job]) -> int: ...
 
-    def run(self, jobs: Mapping[int, Job], say: Say, console: Console, wait: bool) -> Iterator[tuple[int, Outcome]]:
+    def run(
+        self, jobs: Mapping[int, Job], say: Say, console: Console, wait_for_others: bool
+    ) -> Iterator[tuple[int, Outcome]]:
         """The outcome of each job, when it is known; `say` tells the user that a job starts, `console` its progress.
 
-        Without `wait`, a job of which another process trains a seed is busy.
+        Without `wait_for_others`, a job of which another process trains a seed is busy.
         """
         ...
 
 
-def attempt(job: Job, console: Console, wait: bool) -> Outcome:
+def attempt(job: Job, console: Console, wait_for_others: bool) -> Outcome:
     """Trains a job. Whatever goes wrong is an outcome, too."""
     try:
-        records = train(job.config, console, wait)
+        records = train(job.config, console, wait_for_others)
     except Busy as e:
         return Outcome("busy", str(e))
     except Exception as e:
@@ -110,10 +112,12 @@ class Basic:
     def at_once(self, jobs: Sequence[Job]) -> int:
         return 1
 
-    def run(self, jobs: Mapping[int, Job], say: Say, console: Console, wait: bool) -> Iterator[tuple[int, Outcome]]:
+    def run(
+        self, jobs: Mapping[int, Job], say: Say, console: Console, wait_for_others: bool
+    ) -> Iterator[tuple[int, Outcome]]:
         for i, job in jobs.items():
             say(i, "starts")
-            yield i, attempt(job, console, wait)
+            yield i, attempt(job, console, wait_for_others)
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,9 @@ class Joblib:
         most = _room(jobs)
         return max(1, min(self.workers or most, most, len(jobs)))
 
-    def run(self, jobs: Mapping[int, Job], say: Say, console: Console, wait: bool) -> Iterator[tuple[int, Outcome]]:
+    def run(
+        self, jobs: Mapping[int, Job], say: Say, console: Console, wait_for_others: bool
+    ) -> Iterator[tuple[int, Outcome]]:
         context = get_context("forkserver")  # so that torch and Lightning are imported once
         context.set_forkserver_preload([__name__])
         waiting = deque(jobs)
@@ -140,7 +146,7 @@ class Joblib:
                 while waiting and len(running) < most:
                     i = waiting.popleft()
                     receiver, sender = context.Pipe(duplex=False)
-                    process = context.Process(target=_work, args=(_beside_others(jobs[i]), wait, sender))
+                    process = context.Process(target=_work, args=(_beside_others(jobs[i]), wait_for_others, sender))
                     say(i, "starts")
                     process.start()
                     sender.close()
@@ -176,7 +182,7 @@ def _beside_others(job: Job) -> Job:
     return replace(job, config=OmegaConf.merge(job.config, {"workers": job.config.workers or 1}))
 
 
-def _work(job: Job, wait: bool, sender: connection.Connection) -> None:
+def _work(job: Job, wait_for_others: bool, sender: connection.Connection) -> None:
     """What a worker process does. It ends, after a checkpoint, when the process that started it is gone."""
     parent = parent_process()
     assert parent is not None
@@ -186,7 +192,7 @@ def _work(job: Job, wait: bool, sender: connection.Connection) -> None:
         os.kill(os.getpid(), SIGTERM)
 
     Thread(target=follow, daemon=True).start()
-    sender.send(attempt(job, Console(quiet=True), wait))
+    sender.send(attempt(job, Console(quiet=True), wait_for_others))
 
 
 def _died(status: int | None) -> Outcome:
@@ -222,7 +228,9 @@ class Cluster:
         most = self.parallel if self.executor == "slurm" else min(self.parallel, _room(jobs))
         return max(1, min(most, len(jobs)))
 
-    def run(self, jobs: Mapping[int, Job], say: Say, console: Console, wait: bool) -> Iterator[tuple[int, Outcome]]:
+    def run(
+        self, jobs: Mapping[int, Job], say: Say, console: Console, wait_for_others: bool
+    ) -> Iterator[tuple[int, Outcome]]:
         if not jobs:
             return
         queued = _queued_jobs() if self.executor == "slurm" else set()
@@ -302,7 +310,7 @@ class ClusterTask:
 
     def __call__(self, job: Job) -> Outcome:
         sys.argv = self.argv  # the command, for the record
-        outcome = attempt(job, Console(), wait=True)
+        outcome = attempt(job, Console(), wait_for_others=True)
         note(job, outcome)  # the sweep may no longer be there to do it
         return outcome
 

@@ -30,8 +30,8 @@ from nobackprop.train import left_off, recorded
 
 
 @dataclass(frozen=True)
-class Found:
-    """What there is of a job's run before it starts."""
+class Earlier:
+    """What there is of a job's run from earlier commands."""
 
     settings: Settings
     records: Sequence[Record]
@@ -39,7 +39,7 @@ class Found:
     before: str  # what there is to say of an earlier attempt
 
 
-def look(job: Job) -> Found:
+def look(job: Job) -> Earlier:
     """Raises ValueError for a config that can't work and for damaged records."""
     run = prepare(job.config)
     done = recorded(run)
@@ -50,7 +50,7 @@ def look(job: Job) -> Found:
     folders = left_off(run, missing, run.source.checksum).values()
     if steps := [checkpoints.step(path) for folder in folders for path in folder.glob("*.ckpt")]:
         before = f"was interrupted, goes on from step {max(steps)}"
-    return Found(run.settings, [done[seed] for seed in run.settings.seeds if seed in done], len(missing), before)
+    return Earlier(run.settings, [done[seed] for seed in run.settings.seeds if seed in done], len(missing), before)
 
 
 def run(jobs: Sequence[Job], launcher: Launcher, console: Console, dry_run: bool = False) -> list[Outcome]:
@@ -59,7 +59,7 @@ def run(jobs: Sequence[Job], launcher: Launcher, console: Console, dry_run: bool
     Raises Stopped where the user stops it; the outcomes so far are shown then.
     """
     outcomes: dict[int, Outcome] = {}
-    found: dict[int, Found] = {}
+    found: dict[int, Earlier] = {}
 
     def say(i: int, text: str, style: str | None = None) -> None:
         line = f"{i + 1}/{len(jobs)} {jobs[i].label}: {text}"
@@ -86,8 +86,8 @@ def run(jobs: Sequence[Job], launcher: Launcher, console: Console, dry_run: bool
         return [outcomes.get(i, Outcome("queued")) for i in range(len(jobs))]
     start, to_run = time.monotonic(), len(left)
     try:
-        for wait in (False, True):  # what another process trains comes last
-            for i, outcome in launcher.run(left, starting, console, wait):
+        for wait_for_others in (False, True):  # what another process trains comes last
+            for i, outcome in launcher.run(left, starting, console, wait_for_others):
                 outcomes[i] = outcome
                 note(jobs[i], outcome)
                 over = sum(found[k].missing > 0 for k in outcomes if k in found)  # busy ones too: little is left
@@ -127,7 +127,7 @@ def table(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> Table:
     return result
 
 
-def _show_plan(jobs: Sequence[Job], found: Mapping[int, Found], launcher: Launcher, console: Console) -> None:
+def _show_plan(jobs: Sequence[Job], found: Mapping[int, Earlier], launcher: Launcher, console: Console) -> None:
     """What would run, and about how long it would take by earlier records in the same folder."""
     speeds = _speeds(Path(folder) for folder in {f.settings.paths.runs for f in found.values()})
     shown, known, unknown = Table(title="dry run"), 0.0, 0

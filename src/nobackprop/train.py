@@ -63,12 +63,12 @@ def keeps_seeds_apart(make_optimizer: Callable[..., Optimizer]) -> bool:
         return False
 
 
-def train(cfg: DictConfig, console: Console | None = None, wait: bool = True) -> list[Record]:
+def train(cfg: DictConfig, console: Console | None = None, wait_for_others: bool = True) -> list[Record]:
     """Trains every seed of a composed config that has no record yet; gives the records of all its seeds.
 
-    Seeds that another process is training are left to it: in the end their records are waited for, or, without `wait`,
-    Busy is raised. Raises ValueError for a config that can't work, before any data is loaded, and ValueError or
-    FileNotFoundError for data that is missing or damaged.
+    Seeds that another process is training are left to it: in the end their records are waited for, or, without
+    `wait_for_others`, Busy is raised. Raises ValueError for a config that can't work, before any data is loaded, and
+    ValueError or FileNotFoundError for data that is missing or damaged.
     """
     console = console or Console()
     run = prepare(cfg)
@@ -115,7 +115,7 @@ def train(cfg: DictConfig, console: Console | None = None, wait: bool = True) ->
                     busy.append((group, title))
                 else:
                     done |= trained
-            if busy and not wait:
+            if busy and not wait_for_others:
                 raise Busy(f"another process is training {', '.join(_names(group) for group, _ in busy)}")
             for group, title in busy:
                 screen.print(f"{s.name}: waiting for another process that trains {_names(group)}")
