@@ -79,10 +79,11 @@ def diagnose(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, fl
     | `saturation/h{l}` | share of units, over all images, where abs(df) < 0.05 | hidden, f has a derivative |
     | `opposed/W{l}` | share of images whose own update of W and b opposes their own gradient | one output unit |
 
-    Angles are in degrees; one with a zero vector is left out. Feedback alignment and its kin say what they have in the
-    place of W. Of DFA and its kin B stands in for the product of the weights above its layer, where those layers are
-    dense; of other rules weights of their own (`E3`, ...) that are all shaped like W stand in for the W of their layer.
-    An update opposes a gradient where their inner product is negative.
+    Angles are in degrees; one with a zero vector is left out. Backpropagation's gradient is that of the forward pass,
+    for a rule too that predicts in another way. Feedback alignment and its kin say what they have in the place of W. Of
+    DFA and its kin B stands in for the product of the weights above its layer, where those layers are dense; of other
+    rules weights of their own (`E3`, ...) that are all shaped like W stand in for the W of their layer. An update
+    opposes a gradient where their inner product is negative.
     """
     update, logits = rule.all_grads(net, w, batch)
     if not logits.isfinite().all():
