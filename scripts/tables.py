@@ -312,10 +312,8 @@ def page(found: Findings, drawn: Iterable[str]) -> str:
         parts += ["### Every test", how(found.claims), verdict_table(found)]
     parts += ["## Tables"]
     for table in found.layout.tables:
-        parts.append(accuracy_table(found, table))
-        parts += [
-            f"![{name}](../figures/{found.paper}/{name}.svg)" for name in drawn if name.startswith(f"{table.name}_")
-        ]
+        own = [name for name in drawn if name.rpartition("_")[0] == table.name]
+        parts += [accuracy_table(found, table), *(f"![{name}](../figures/{found.paper}/{name}.svg)" for name in own)]
     return "\n\n".join(parts) + "\n"
 
 

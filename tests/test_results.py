@@ -249,6 +249,14 @@ def test_a_papers_page_says_what_is_not_published_and_what_its_runs_took(results
     assert not tables.about(findings("akrout", [], results))
 
 
+def test_a_papers_page_shows_each_figure_once_under_its_own_table(results: Path) -> None:
+    page = tables.page(findings("lra_e", [], results), ["mnist_error", "mnist_long_error", "mnist_long_curves"])
+    own, longer = (page.index(f"\n\n**{title}**") for title in ("MNIST", "MNIST, 100 epochs"))
+    places = [[m.start() for m in re.finditer(f"!\\[{name}]", page)] for name in ("mnist_error", "mnist_long_error")]
+    assert [len(each) for each in places] == [1, 1]
+    assert own < places[0][0] < longer < places[1][0]
+
+
 def test_verdicts_follow_from_the_records(results: Path) -> None:
     records = []
     for layers, rule, accuracy in [
