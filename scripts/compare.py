@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nobackprop.claims import interval
-from nobackprop.collecting import Collected, collect
+from nobackprop.collecting import Collected, collect, learning_curves
 from nobackprop.records import Record, mean_and_deviation, tested
 from nobackprop.settings import rule_name
 
@@ -119,7 +119,7 @@ def figure(runs: dict[str, list[Record]], path: Path) -> None:
     fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
     names = labels(runs)
     for run, records in runs.items():
-        curves = pd.DataFrame({r.seed: {e["epoch"]: e["val/accuracy"] for e in r.epochs} for r in records})
+        curves = learning_curves(records)
         (line,) = ax.plot(curves.index, curves.mean(axis=1), label=names[run])
         band = curves.min(axis=1), curves.max(axis=1)
         ax.fill_between(curves.index, *band, color=line.get_color(), alpha=0.15, linewidth=0)

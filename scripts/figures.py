@@ -15,7 +15,7 @@ from findings import ANGLE, Findings, Found, Row, Table, described, rules_run
 from matplotlib import ticker
 from matplotlib.figure import Figure as Canvas
 
-from nobackprop.records import Record
+from nobackprop.collecting import learning_curves
 
 # A rule has the same colour in every figure; the first seven are Okabe & Ito's, which the colour-blind can tell apart.
 COLOURS = {
@@ -82,8 +82,13 @@ def _svg(draw: Callable[[], Canvas]) -> bytes:
     with mpl.rc_context(STYLE):
         canvas, file = draw(), io.BytesIO()
         canvas.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    svg = re.sub(r"(\d+\.\d\d)\d+", r"\1", file.getvalue().decode())  # hundredths of a point are enough
+    svg = re.sub(r"<[^>]*>", _rounded, file.getvalue().decode())
     return re.sub(r'<g id="rule:(\w+)">', r'<g class="rule-\1">', svg).encode()
+
+
+def _rounded(tag: re.Match[str]) -> str:
+    """A tag with its numbers to hundredths of a point."""
+    return re.sub(r"(\d+\.\d\d)\d+", r"\1", tag[0])
 
 
 def _axes(
@@ -156,14 +161,9 @@ def _panels(
     return canvas
 
 
-def _metric(records: Sequence[Record], name: str) -> pd.DataFrame:
-    """A metric by epoch, a column a seed; NaN where a seed has ended or diverged."""
-    return pd.DataFrame({r.seed: {e["epoch"]: e.get(name) for e in r.epochs} for r in records}, dtype=float)
-
-
 def _curve(ax: Any, cell: Found, colour: str, label: str) -> None:
     """The mean over seeds, and a band from the lowest seed to the highest."""
-    values = 100 * _metric(cell.records, "val/accuracy")
+    values = 100 * learning_curves(cell.records)
     ax.plot(values.index, values.mean(axis=1), color=colour, label=label, gid=f"rule:{label}")
     if values.shape[1] > 1:
         low, high = values.min(axis=1), values.max(axis=1)
@@ -172,7 +172,7 @@ def _curve(ax: Any, cell: Found, colour: str, label: str) -> None:
 
 def _time(ax: Any, cell: Found, colour: str, label: str) -> None:
     """Against the wall time of the fastest seed, taken to be the same for each of its epochs."""
-    values = 100 * _metric(cell.records, "val/accuracy")
+    values = 100 * learning_curves(cell.records)
     ax.set_xscale("log")
     ax.plot(cell.seconds * values.index, values.mean(axis=1), color=colour, label=label, gid=f"rule:{label}")
 
@@ -253,14 +253,16 @@ def _angles(measured: Sequence[tuple[Row, str, Found]]) -> Canvas:
     canvas, axes = _axes(len(measured), columns, "epoch", "angle to the gradient, degrees", layers, between=(0.4, 0.65))
     shades = mpl.colormaps["viridis"](np.linspace(0.9, 0.0, deepest))
     for ax, (row, rule, cell) in zip(axes, measured, strict=True):
-        seeds = 0
+        seeds = set()
         for l in cell.layers:
-            angles = _metric(cell.all_seeds, f"{ANGLE}{l}").dropna(axis=1, how="all")
-            seeds = angles.shape[1]
+            by_seed = {r.seed: {e["epoch"]: e.get(f"{ANGLE}{l}") for e in r.epochs} for r in cell.all_seeds}
+            angles = pd.DataFrame(by_seed, dtype=float).dropna(axis=1, how="all")
+            seeds.add(angles.shape[1])
             ax.plot(angles.index, angles.mean(axis=1), color=shades[l - 1], label=f"layer {l}", linewidth=1.1)
         ax.axhline(90, color="#888888", linestyle=":", linewidth=1)
         ax.set_ylim(0, max(100, ax.get_ylim()[1]))
         ax.set_yticks([0, 30, 60, 90])
-        ax.set_title(f"{rule}, n = {seeds}\n{described(row.labels)}", fontsize=8)
+        n = " to ".join(str(count) for count in sorted({min(seeds), max(seeds)}))  # layers may differ
+        ax.set_title(f"{rule}, n = {n}\n{described(row.labels)}", fontsize=8)
     _legend(canvas, axes)
     return canvas

@@ -30,7 +30,7 @@ from pydantic import (
     model_validator,
 )
 
-from nobackprop.claims import Claims, Labels, Result, interval, judge
+from nobackprop.claims import Accuracies, Claims, Conditions, Labels, Result, interval, judge
 from nobackprop.cli import CONF
 from nobackprop.records import Record
 from nobackprop.settings import Settings, digest, rule_name
@@ -133,7 +133,7 @@ def papers() -> list[str]:
 
 @dataclass(frozen=True)
 class Found:
-    """A cell with its runs: the records that the table shows, one per seed, all with the same number of epochs."""
+    """A cell with its runs: the records that the table shows, one per seed, all under the same conditions."""
 
     labels: Mapping[str, str]
     rule: str
@@ -143,7 +143,7 @@ class Found:
     epochs: int | None = None
     planned_epochs: int | None = None  # the paper's
     planned_seeds: int | None = None  # the paper's, where they are known
-    stand_in: str | None = None  # the dataset taken in place of the paper's
+    stand_in: str | None = None  # the dataset taken, or, before it is shown, that may be taken, in place of the paper's
     reason: str = ""  # why there are no records
     figures: Sequence[Figure] = ()
 
@@ -187,20 +187,27 @@ class Found:
         """An epoch's, in the fastest seed; the others shared the machine with more."""
         return min(r.seconds / max(len(r.epochs), 1) for r in self.all_seeds)
 
-    @property
+    @cached_property
     def layers(self) -> list[int]:
         """The layers whose updates' angle to the gradient was measured."""
-        names = {name for record in self.all_seeds for name in (record.epochs[0] if record.epochs else ())}
+        names = {name for record in self.all_seeds for epoch in record.epochs for name in epoch}
         return sorted(int(name.removeprefix(ANGLE)) for name in names if name.startswith(ANGLE))
 
-    @property
-    def for_claims(self) -> dict[int, dict[int, float]]:
-        """As `accuracies`, by number of epochs, with a seed that diverged before it could be tested at chance level."""
-        found: dict[int, dict[int, float]] = defaultdict(dict)
+    @cached_property
+    def by_conditions(self) -> dict[Conditions, list[Record]]:
+        """All records of a cell before it is shown."""
+        found: dict[Conditions, list[Record]] = defaultdict(list)
         for r in self.records:
-            accuracy = r.test["accuracy"] if r.test else 1 / len(r.data.classes)
-            found[r.config["max_epochs"]].setdefault(r.seed, accuracy)
+            found[Conditions(r.config["dataset"]["name"] != self.stand_in, r.config["max_epochs"])].append(r)
         return found
+
+    @property
+    def for_claims(self) -> dict[Conditions, dict[int, float]]:
+        """Accuracies by seed, with one that diverged before it could be tested at chance level."""
+        return {
+            at: {r.seed: r.test["accuracy"] if r.test else 1 / len(r.data.classes) for r in reversed(records)}
+            for at, records in self.by_conditions.items()
+        }
 
     @property
     def marks(self) -> list[str]:
@@ -235,13 +242,13 @@ class Row:
 
     @property
     def seeds(self) -> str:
-        counts = {len(cell.records) for cell in self.cells.values() if cell.records}
-        return "-".join(str(count) for count in sorted(counts))
+        """How many, the same in all cells with runs; empty without runs."""
+        return str(max((len(cell.records) for cell in self.cells.values()), default=0) or "")
 
     @property
     def epochs(self) -> str:
-        counts = {cell.epochs for cell in self.cells.values() if cell.epochs}
-        return "-".join(str(count) for count in sorted(counts))
+        """As `seeds`."""
+        return str(max((cell.epochs or 0 for cell in self.cells.values()), default=0) or "")
 
     @property
     def planned_epochs(self) -> int:
@@ -370,7 +377,10 @@ def findings(paper: str, records: Iterable[Record], results: Path = ROOT / "resu
     """Everything there is to say of a paper. Raises ValueError for a file in results/ or conf/ that is not valid."""
     layout = read(Layout, CONF / "tables" / f"{paper}.yaml")
     known = published(results / "published").get(paper)
-    not_run = read(dict[str, list[NotRun]], results / "not_run.yaml").get(paper, [])
+    every_not_run = read(dict[str, list[NotRun]], results / "not_run.yaml")
+    if unknown := sorted(every_not_run.keys() - papers()):
+        raise ValueError(f"not_run.yaml: no paper {', '.join(unknown)}; choose from {', '.join(papers())}")
+    not_run = every_not_run.get(paper, [])
     file = CONF / "claims" / f"{paper}.yaml"
     fixed = read(Claims, file) if file.exists() else None
     runs = Runs(records)
@@ -381,7 +391,7 @@ def findings(paper: str, records: Iterable[Record], results: Path = ROOT / "resu
     tables = {table.name: _rows(table, found) for table in layout.tables}
     every = {_place(cell.labels): cell for cell in found}
 
-    def accuracies(labels: Labels) -> dict[int, dict[int, float]] | str:
+    def accuracies(labels: Labels) -> Accuracies | str:
         cell = every.get(_place(labels))
         if cell is None:
             unknown = [c for axis, c in labels.items() if all(cell.labels.get(axis) != c for cell in found)]
@@ -463,11 +473,9 @@ def _find(cell: Cell, layout: Layout, runs: Runs, not_run: Sequence[NotRun], kno
     if unsearched or not runs.runs:
         return Found(cell.labels, cell.labels.get("rule", ""), overrides, reason=reasons[0], figures=figures)
     identity, records = runs.of(overrides)
-    stand_in = None if records else layout.stand_ins.get(identity["dataset"]["name"])
+    stand_in = layout.stand_ins.get(identity["dataset"]["name"])
     if stand_in:
-        _, records = runs.of([*overrides, f"dataset={stand_in}"])
-    if stand_in and records:
-        overrides.append(f"dataset={stand_in}")
+        records = records + runs.of([*overrides, f"dataset={stand_in}"])[1]
     return Found(
         cell.labels,
         rule_name(identity["rule"]),
@@ -475,7 +483,7 @@ def _find(cell: Cell, layout: Layout, runs: Runs, not_run: Sequence[NotRun], kno
         records,
         planned_epochs=identity["max_epochs"],
         planned_seeds=known.seeds if known else None,
-        stand_in=stand_in if records else None,
+        stand_in=stand_in,
         reason=reasons[0],
         figures=figures,
     )
@@ -484,31 +492,39 @@ def _find(cell: Cell, layout: Layout, runs: Runs, not_run: Sequence[NotRun], kno
 def _rows(table: Table, found: Sequence[Found]) -> list[Row]:
     """A table's rows, every cell with the records that are comparable within it.
 
-    Within a row all rules have the same seeds: those of every rule with runs. All rows of a combination of `apart` have
-    the same number of epochs: the table's, or that at which the most cells can be shown, and of several the largest.
+    Within a row all rules have the same seeds: those of every rule with runs. All rows of a combination of `apart` are
+    of the same images and have the same number of epochs, the table's if it names one: those with which the most cells
+    can be shown, and of several the paper's own images, then the most epochs. Raises ValueError where `rows` leaves out
+    an axis, so that one place would be two cells'.
     """
     groups: dict[tuple[str | None, ...], dict[tuple[str, ...], list[Found]]] = defaultdict(lambda: defaultdict(list))
+    taken: dict[tuple[str, ...], Found] = {}
     for cell in found:
         if _fits(cell.labels, table.where):
             apart = tuple(cell.labels.get(axis) for axis in table.apart)
-            groups[apart][tuple(cell.labels[axis] for axis in table.rows)].append(cell)
+            place = tuple(cell.labels[axis] for axis in table.rows)
+            groups[apart][place].append(cell)
+            other = taken.setdefault((*place, cell.rule), cell)
+            if axes := [axis for axis, choice in cell.labels.items() if choice != other.labels.get(axis)]:
+                both = f"{described(other.labels)} and {described(cell.labels)}"
+                raise ValueError(f"table {table.name}: {both} have one place; add to its rows: {', '.join(axes)}")
     rows = []
     for group in groups.values():
-        counts: dict[int, int] = {}
-        for epochs in {r.config["max_epochs"] for row in group.values() for cell in row for r in cell.records}:
-            counts[epochs] = sum(len(_at(epochs, row)) for row in group.values() if _seeds(_at(epochs, row)))
-        epochs = table.epochs or max(counts, key=lambda epochs: (counts[epochs], epochs), default=None)
+        counts: dict[Conditions, int] = {}
+        for at in {at for row in group.values() for cell in row for at in cell.by_conditions}:
+            if table.epochs in (None, at.epochs):
+                counts[at] = sum(len(_at(at, row)) for row in group.values() if _seeds(_at(at, row)))
+        at = max(counts, key=lambda at: (counts[at], at), default=Conditions(True, table.epochs or 0))
         for labels, row in group.items():
-            shown = _at(epochs, row)
-            cells = {cell.rule: _showing(cell, epochs, shown.get(cell.rule, ()), _seeds(shown)) for cell in row}
+            shown = _at(at, row)
+            cells = {cell.rule: _showing(cell, at, shown.get(cell.rule, ()), _seeds(shown)) for cell in row}
             rows.append(Row(dict(zip(table.rows, labels, strict=True)), cells))
     return rows
 
 
-def _at(epochs: int | None, row: Sequence[Found]) -> dict[str, list[Record]]:
-    """The records of a row with that number of epochs, by rule, of the rules that have some."""
-    shown = {cell.rule: [r for r in cell.records if r.config["max_epochs"] == epochs] for cell in row}
-    return {rule: records for rule, records in shown.items() if records}
+def _at(at: Conditions, row: Sequence[Found]) -> dict[str, list[Record]]:
+    """The records of a row under these conditions, by rule, of the rules that have some."""
+    return {cell.rule: records for cell in row if (records := cell.by_conditions.get(at))}
 
 
 def _seeds(shown: Mapping[str, Sequence[Record]]) -> list[int]:
@@ -516,15 +532,23 @@ def _seeds(shown: Mapping[str, Sequence[Record]]) -> list[int]:
     return sorted(set.intersection(*({r.seed for r in records} for records in shown.values()))) if shown else []
 
 
-def _showing(cell: Found, epochs: int | None, records: Sequence[Record], seeds: Sequence[int]) -> Found:
+def _showing(cell: Found, at: Conditions, records: Sequence[Record], seeds: Sequence[int]) -> Found:
     first: dict[int, Record] = {}
     for record in records:
         first.setdefault(record.seed, record)
     shown = [first[seed] for seed in seeds if seed in first]
     if shown:
-        return replace(cell, records=shown, all_seeds=list(first.values()), epochs=epochs)
+        stand_in = None if at.own_images else cell.stand_in
+        overrides = [*cell.overrides, *([f"dataset={stand_in}"] if stand_in else [])]
+        every = list(first.values())
+        return replace(cell, records=shown, all_seeds=every, epochs=at.epochs, stand_in=stand_in, overrides=overrides)
     recorded = sorted({r.config["max_epochs"] for r in cell.records})
     if not recorded:
-        return cell
-    reason = f"run with {', '.join(map(str, recorded))} epochs, not with {epochs}"
-    return replace(cell, records=(), stand_in=None, reason="no seed in common" if epochs in recorded else reason)
+        reason = cell.reason
+    elif at in cell.by_conditions:
+        reason = "no seed in common"
+    elif at.epochs in recorded:
+        reason = "run on other images"
+    else:
+        reason = f"run with {', '.join(map(str, recorded))} epochs, not with {at.epochs}"
+    return replace(cell, records=(), stand_in=None, reason=reason)

@@ -76,7 +76,9 @@ def cells(paper: str) -> Iterator[Cell]:
 
 def select(every: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
     """The cells with one of the choices given for each axis, as in `classes=2,3`. Raises ValueError where none fits."""
-    wanted = {axis: choices.split(",") for axis, _, choices in (text.partition("=") for text in only)}
+    wanted: dict[str, list[str]] = {}
+    for axis, _, choices in (text.partition("=") for text in only):
+        wanted.setdefault(axis, []).extend(choices.split(","))
     known: dict[str, set[str]] = {}
     for cell in every:
         for axis, label in cell.labels.items():

@@ -38,10 +38,14 @@ def run(chosen: Sequence[Cell], further: Sequence[str], console: Console, dry: b
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paper", help="a file of conf/grid, without .yaml")
-    parser.add_argument("--only", nargs="+", default=[], metavar="AXIS=CHOICE,...", help="a part of the grid")
+    parser.add_argument(
+        "--only", nargs="+", action="extend", default=[], metavar="AXIS=CHOICE,...", help="a part of the grid"
+    )
     parser.add_argument("--seeds", help="how many, or a list such as [0,4,7]")
     parser.add_argument("--epochs", type=int, help="instead of the paper's")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides for every cell")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides for every cell"
+    )
     parser.add_argument("--jobs", type=int, help="cells at a time, each in a process of its own")
     parser.add_argument("--dry-run", action="store_true", help="show what would run, and about how long it would take")
     options = parser.parse_args()

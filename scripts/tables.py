@@ -24,9 +24,11 @@ from nobackprop.claims import Claims, Result
 from nobackprop.collecting import collect
 from nobackprop.records import Record, write_atomically
 
-SIGNS, FEWER = "†‡§¶‖", "fewer epochs than planned"  # as many signs as there are kinds of departure
+SIGNS, FEWER = "†‡§¶‖⋆", "fewer epochs than planned"  # as many signs as a table can have kinds of departure
 TEX = str.maketrans({"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "±": r"$\pm$", "°": r"$^\circ$"})
-TEX |= str.maketrans(dict(zip(SIGNS, (r"$^\dagger$", r"$^\ddagger$", r"$^\S$", r"$^\P$", r"$^\|$"), strict=True)))
+TEX |= str.maketrans(
+    dict(zip(SIGNS, (r"$^\dagger$", r"$^\ddagger$", r"$^\S$", r"$^\P$", r"$^\|$", r"$^\star$"), strict=True))
+)
 
 
 def read_records(results: Path) -> list[Record]:
@@ -105,7 +107,7 @@ def _choices(labels: Mapping[str, str]) -> str:
 
 def _together(places: Sequence[str]) -> str:
     """Places as `net=mlp_mnist classes=2,3`, those that differ in the last axes only in one."""
-    unique = [tuple(place.split(" ")) for place in dict.fromkeys(places)]
+    unique = [tuple(place.split(" ")) for place in dict.fromkeys(places) if place]
     for axis in range(max(map(len, unique), default=0) - 1, -1, -1):
         groups: dict[tuple[str, ...], list[str]] = {}
         for place in unique:
@@ -265,7 +267,11 @@ def summary(found: Findings) -> list[list[str]]:
         lines[r.trial.claim.name, r.trial.reading][r.verdict.partition(" at ")[0]].append(_choices(r.trial.at))
     kinds = ["holds", "fails", "undecided"]
     kinds += ["not run"] if any("not run" in places for places in lines.values()) else []
-    body = [[*line, *(_together(places[kind]) for kind in kinds)] for line, places in lines.items()]
+    # A claim without `each` has one test, and no place to name.
+    body = [
+        [*line, *(_together(places[kind]) or ("yes" if places[kind] else "") for kind in kinds)]
+        for line, places in lines.items()
+    ]
     return [["claim", "settings", *kinds], *body]
 
 
@@ -436,7 +442,7 @@ def replace_with(files: Mapping[Path, bytes], results: Path) -> None:
     """Writes what has changed, and removes tables and figures that are made no more."""
     for folder in ("tables", "figures"):
         for path in sorted((results / folder).rglob("*.*")):
-            if path not in files:
+            if path.is_file() and path not in files:
                 path.unlink()
     for path, content in files.items():
         if not path.exists() or path.read_bytes() != content:
@@ -452,7 +458,7 @@ def command(description: str | None, make: Callable[[Path, Path], Mapping[Path, 
     options = parser.parse_args()
     try:
         replace_with(make(options.results, options.readme), options.results)
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, OSError) as e:
         parser.exit(2, f"{parser.prog}: {e}\n")
 
 

@@ -36,12 +36,12 @@ Setting = bool | int | float | str
 Point = dict[str, Setting]
 
 
-class _Strict(BaseModel):
+class _Dimension(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     when: dict[str, list[str]] = {}  # only in cells with one of these choices on each of these axes
 
 
-class Range(_Strict):
+class Range(_Dimension):
     """Numbers between two positive ends, log-uniform, to three digits."""
 
     low: PositiveFloat
@@ -54,7 +54,7 @@ class Range(_Strict):
         return f"{self.low:g} to {self.high:g}"
 
 
-class Choice(_Strict):
+class Choice(_Dimension):
     """One of several values, all equally often."""
 
     values: Annotated[list[Setting], Field(min_length=2)]
@@ -219,12 +219,16 @@ def main() -> None:
     cores = hardware.cores()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("search", help="a file of conf/search, without .yaml")
-    parser.add_argument("--only", nargs="+", default=[], metavar="AXIS=CHOICE,...", help="a part of the grid")
+    parser.add_argument(
+        "--only", nargs="+", action="extend", default=[], metavar="AXIS=CHOICE,...", help="a part of the grid"
+    )
     parser.add_argument("--trials", type=int, help="of each cell, instead of the search's")
     parser.add_argument("--epochs", type=int, help="of each trial, instead of the search's")
     parser.add_argument("--jobs", type=int, choices=range(1, cores + 1), default=cores, help="trials at a time")
     parser.add_argument("--runs", help="the folder of the trials (default: runs/tune/SEARCH)")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides for every trial")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides for every trial"
+    )
     options = parser.parse_args()
     console = Console()
     try:

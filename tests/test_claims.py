@@ -12,7 +12,7 @@ import yaml
 from conftest import CONF, options
 from scipy import stats
 
-from nobackprop.claims import Claims, Labels, holm, interval, judge, p_above, trials
+from nobackprop.claims import Accuracies, Claims, Conditions, Labels, holm, interval, judge, p_above, trials
 
 A = [0.95, 0.97, 0.96, 0.99, 0.94]
 B = [0.93, 0.96, 0.96, 0.95, 0.93]
@@ -55,8 +55,11 @@ def one(test: str, **fields: Any) -> Claims:
     return Claims.model_validate(content)
 
 
-def after_10(accuracies: Sequence[float]) -> dict[int, dict[int, float]]:
-    return {10: dict(enumerate(accuracies))}
+TEN = Conditions(own_images=True, epochs=10)
+
+
+def after_10(accuracies: Sequence[float]) -> Accuracies:
+    return {TEN: dict(enumerate(accuracies))}
 
 
 def verdict(file: Claims, cells: dict[str, list[float]]) -> str:
@@ -100,6 +103,16 @@ def test_tost_is_the_larger_of_two_one_sided_p_values() -> None:
     assert result.p_holds == pytest.approx(max(sides))
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_against_a_match_speaks_the_smaller_of_two_p_values_times_two(sign: int) -> None:
+    differences = sign * (0.0117 + 2 * NOISE)
+    (result,) = judge(one("matches"), lambda at: after_10(B if at["rule"] == "b" else list(np.array(B) + differences)))
+    beyond: Any = stats.ttest_1samp(sign * differences, 0.01, alternative="greater")
+    assert result.p_fails == pytest.approx(2 * beyond.pvalue)
+    assert beyond.pvalue < 0.05
+    assert result.verdict == "undecided at 5 seeds"
+
+
 @pytest.mark.parametrize(("growth", "expected"), [(0.03, "holds"), (0.0, "undecided at 5 seeds"), (-0.03, "fails")])
 def test_a_gap_that_grows(growth: float, expected: str) -> None:
     claim = one("gap_grows", start={"classes": 2}, end={"classes": 10})
@@ -121,28 +134,44 @@ def test_being_best_means_better_than_each_and_one_that_is_better_refutes_it() -
 
 def test_seeds_are_paired_and_those_not_in_all_cells_are_left_out() -> None:
     cells = {"a": {7: 0.9, 1: 0.8, 2: 0.7}, "b": {2: 0.6, 7: 0.8, 5: 0.0}}
-    (result,) = judge(one("better"), lambda labels: {10: cells[labels["rule"]]})
+    (result,) = judge(one("better"), lambda labels: {TEN: cells[labels["rule"]]})
     assert (result.seeds, result.mean) == (2, pytest.approx(0.1))
-    (result,) = judge(one("better"), lambda labels: {10: {"a": {0: 0.9}, "b": {1: 0.9}}[labels["rule"]]})
-    missing = "no seed was run in all of its cells with the same number of epochs"
+    (result,) = judge(one("better"), lambda labels: {TEN: {"a": {0: 0.9}, "b": {1: 0.9}}[labels["rule"]]})
+    missing = "no seed was run in all of its cells on the same images with the same number of epochs"
     assert (result.verdict, result.missing) == ("not run", missing)
 
 
 def test_the_longest_training_counts_that_all_cells_have_with_three_seeds() -> None:
     a, b = (
-        {epochs: dict.fromkeys(range(seeds), accuracy) for epochs, seeds, accuracy in runs}
+        {Conditions(True, epochs): dict.fromkeys(range(seeds), accuracy) for epochs, seeds, accuracy in runs}
         for runs in ([(10, 5, 0.5), (100, 3, 0.9)], [(10, 5, 0.6), (100, 3, 0.8)])
     )
+    hundred = Conditions(True, 100)
 
     def of(a: Any, b: Any) -> tuple[int | None, int, Any]:
         (result,) = judge(one("better"), lambda labels: a if labels["rule"] == "a" else b)
         return result.epochs, result.seeds, result.mean
 
     assert of(a, b) == (100, 3, pytest.approx(0.1))
-    assert of(a, {10: b[10]}) == (10, 5, pytest.approx(-0.1))
-    assert of(a, b | {100: {0: 0.8, 1: 0.8}}) == (10, 5, pytest.approx(-0.1))
-    assert of({100: a[100]}, b | {100: {1: 0.8}}) == (100, 1, pytest.approx(0.1))
-    assert of({100: a[100]}, {10: b[10]}) == (None, 0, None)
+    assert of(a, {TEN: b[TEN]}) == (10, 5, pytest.approx(-0.1))
+    assert of(a, b | {hundred: {0: 0.8, 1: 0.8}}) == (10, 5, pytest.approx(-0.1))
+    assert of({hundred: a[hundred]}, b | {hundred: {1: 0.8}}) == (100, 1, pytest.approx(0.1))
+    assert of({hundred: a[hundred]}, {TEN: b[TEN]}) == (None, 0, None)
+
+
+def test_only_runs_on_the_same_images_are_paired_and_the_papers_own_are_preferred() -> None:
+    own, others = TEN, Conditions(own_images=False, epochs=100)
+    cells = {"a": {own: dict(enumerate(A)), others: dict(enumerate(B))}, "b": {others: dict(enumerate(A))}}
+
+    def of() -> Any:
+        (result,) = judge(one("better"), lambda labels: cells[labels["rule"]])
+        return result
+
+    assert (of().epochs, of().mean) == (100, pytest.approx(np.mean(B) - np.mean(A)))
+    cells["b"][own] = dict(enumerate(B))
+    assert (of().epochs, of().mean) == (10, pytest.approx(np.mean(A) - np.mean(B)))
+    cells["b"] = {own._replace(own_images=False): dict(enumerate(B))}
+    assert (of().verdict, of().seeds) == ("not run", 0)
 
 
 def test_one_seed_decides_nothing_and_its_worst_difference_is_shown() -> None:
@@ -175,6 +204,10 @@ def test_holm_counts_every_test_of_a_paper() -> None:
         results = judge(file, of(run))
         assert [r.verdict for r in results if r.verdict != "not run"] == ["undecided at 3 seeds"] * len(run)
         assert results[0].p_holds == pytest.approx(4 * single)
+    a, b = b, a  # what speaks against the claim is adjusted alike
+    results = judge(file, of("kl"))
+    assert [r.verdict for r in results[:2]] == ["undecided at 3 seeds"] * 2
+    assert results[0].p_fails == pytest.approx(4 * single)
     assert judge(file, of("k"))[2].missing == "not at hand"
 
 

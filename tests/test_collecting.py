@@ -1,5 +1,6 @@
 """Gathering records: nothing lost, nothing doubled, whatever is on disk and whoever else is gathering."""
 
+import fcntl
 import json
 import sys
 import time
@@ -8,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import collect as script
+import numpy as np
 import pandas as pd
 import pytest
 from test_records import RECORD
 
-from nobackprop.collecting import collect, table, write_table
+from nobackprop.collecting import collect, learning_curves, table, write_table
 from nobackprop.records import Record
 
 EPOCHS = [
@@ -137,6 +139,37 @@ def test_a_line_cut_off_by_a_crash_is_removed_and_its_record_gathered_again(tmp_
     assert into.read_bytes() == whole
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"notes of my own", b"\x89PNG\r\n\x1a\nabc", b'{"a": 1}', made(0).line() + b"<<<<<<< HEAD"],
+    ids=["notes", "image", "json", "conflict"],
+)
+def test_what_is_no_record_is_not_taken_for_one_that_was_cut_off(tmp_path: Path, content: bytes) -> None:
+    into = tmp_path / "mine.txt"
+    into.write_bytes(content)
+    write(tmp_path / "runs", made(1))
+    with pytest.raises(ValueError, match=r"mine\.txt, line \d is no valid run record"):
+        collect([tmp_path / "runs"], into)
+    assert into.read_bytes() == content
+
+
+def test_a_record_of_a_newer_format_is_kept(tmp_path: Path) -> None:
+    into = tmp_path / "a.jsonl"
+    into.write_text(json.dumps({"format": 2}))
+    with pytest.raises(ValueError, match="is of record format 2"):
+        collect([], into)
+    assert into.read_text() == '{"format": 2}'
+
+
+def test_learning_curves_are_of_the_same_seeds_throughout() -> None:
+    ended = made(1, epochs=EPOCHS[:3])
+    diverged = made(2, epochs=EPOCHS[:3], diverged_epoch=3)
+    at_once = made(3, epochs=EPOCHS[:1], diverged_epoch=1)
+    curves = 7 * learning_curves([made(0, epochs=EPOCHS[:5]), ended, diverged, at_once])
+    expected = {0: [1, 2, 3, 4, 5], 1: [1, 2, 3, 3, 3], 2: [1, 2, 2, 2, 2], 3: [np.nan] * 5}
+    pd.testing.assert_frame_equal(curves, pd.DataFrame(expected, index=range(1, 6)).astype(float), check_exact=False)
+
+
 def test_a_damaged_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
     into = tmp_path / "a.jsonl"
     into.write_bytes(made(0).line() + b"<<<<<<< HEAD\n" + made(1).line())
@@ -150,6 +183,18 @@ def test_a_source_that_is_not_there_is_an_error_and_nothing_is_made(tmp_path: Pa
     with pytest.raises(FileNotFoundError, match="nowhere does not exist: give a folder of runs"):
         collect([tmp_path / "nowhere"], tmp_path / "a.jsonl")
     assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_one_waits_while_another_gathers_into_the_same_file(tmp_path: Path) -> None:
+    into = tmp_path / "a.jsonl"
+    with ThreadPoolExecutor(1) as pool:
+        with into.open("ab") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            waits = pool.submit(collect, [], into)
+            with pytest.raises(TimeoutError):
+                waits.result(timeout=0.3)
+            other.write(made(0).line())
+        assert list(waits.result(timeout=10).records) == [("0123456789ab", 0)]
 
 
 def test_several_may_gather_into_one_file_at_once(tmp_path: Path) -> None:

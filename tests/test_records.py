@@ -91,6 +91,24 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     assert os.listdir(tmp_path) == ["record.json"]
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("nobackprop rule=bp paths.runs=/r seeds=3", "nobackprop rule=bp seeds=3"),
+        ("nobackprop ++paths.data=/d hydra.run.dir=/h hydra.sweeper.n_trials=9", "nobackprop hydra.sweeper.n_trials=9"),
+        ("nobackprop --config-dir /mine rule=my_rule", "nobackprop rule=my_rule"),
+        ("nobackprop --config-dir=/mine -cd /mine rule=my_rule", "nobackprop rule=my_rule"),
+        ("nobackprop dataset=folder dataset.source.root=/d dataset.source.cache=/c", "nobackprop dataset=folder"),
+        ("tune.py compare --runs /r --set paths.data=/d --jobs 2", "tune.py compare --jobs 2"),
+    ],
+)
+def test_the_command_leaves_out_where_things_are_on_this_machine(
+    monkeypatch: pytest.MonkeyPatch, given: str, kept: str
+) -> None:
+    monkeypatch.setattr("sys.argv", given.split())
+    assert records.command() == kept
+
+
 def git(folder: Path, *args: str) -> str:
     identity = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
     return subprocess.run(

@@ -96,6 +96,18 @@ def test_cells_whose_settings_are_not_searched_yet_are_named_and_passed_over(
         reproduce.run([tuned], further, Console(), dry=True)
 
 
+def test_an_option_that_comes_again_adds_to_what_it_had(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    only = ["--only", "setting=variance", "update=mean", "dataset=mnist", "--only", "hidden_layers=3"]
+    rules = ["--only", "rule=bp", "rule=fa"]
+    further = ["--set", "dataset=digits", "logger=none", "--set", f"paths.runs={tmp_path}"]
+    monkeypatch.setattr("sys.argv", ["reproduce.py", "lra_e", *only, *rules, *further, "--dry-run"])
+    with pytest.raises(SystemExit, match="0"):
+        reproduce.main()
+    assert "2 of 2 would run" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("only", "message"),
     [

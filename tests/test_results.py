@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import figures
 import findings as module
 import grid
 import pytest
@@ -16,7 +17,7 @@ import report
 import tables
 import yaml
 from conftest import CONF
-from findings import ROOT, Composer, Findings, Row, findings
+from findings import ROOT, Composer, Findings, Row, Table, findings
 from grid import Cell, cells
 from test_records import RECORD
 
@@ -187,7 +188,7 @@ def test_a_seed_that_diverged_is_left_out_of_the_mean_and_counts_at_chance_for_c
     later = lra(2, 0.8).model_copy(update={"diverged_epoch": 2})
     (mark,) = first_row([lra(0, 0.9), later], results).cells["lra_e"].marks
     assert mark == "some seeds diverged and were tested with their best weights from before"
-    assert found.for_claims == {2: {0: 0.9, 1: 0.5}}  # two classes in these records
+    assert found.for_claims == {(True, 2): {0: 0.9, 1: 0.5}}  # two classes in these records
     assert any("diverged" in mark for mark in found.marks)
 
 
@@ -237,6 +238,48 @@ def test_a_stand_in_is_taken_where_the_papers_images_have_no_runs_and_marked(res
     )
     assert (row.cells["mdfa"].mean, row.cells["mdfa"].marks) == (0.8, [])
     assert [f.value for f in row.cells["mdfa"].figures] == [8.5]
+
+
+def test_runs_on_other_images_are_not_compared_with_runs_on_the_papers_own(results: Path) -> None:
+    labels = {"net": "mlp_cifar10", "classes": "2", "init": "documented"}
+
+    def runs(rule: str, accuracy: float, *further: str) -> list[Record]:
+        every = [accuracy + s * (1 + len(rule)) / 10_000 for s in range(4)]
+        return [record("mdfa", labels | {"rule": rule}, s, a, 10, further) for s, a in enumerate(every)]
+
+    jpeg = [*runs("bp", 0.7, "dataset=cifar10_jpeg"), *runs("mdfa", 0.7, "dataset=cifar10_jpeg")]
+    for records, own in ((jpeg + runs("mdfa", 0.8), False), (jpeg + runs("mdfa", 0.8) + runs("bp", 0.8), True)):
+        found = findings("mdfa", records, results)
+        row = shown(found, "documented", net="mlp_cifar10", classes="2")
+        assert [row.cells[rule].stand_in for rule in ("bp", "mdfa")] == [None if own else "cifar10_jpeg"] * 2
+        assert row.cells["mdfa"].mean == pytest.approx(0.80075 if own else 0.70075)
+        assert ("dataset=cifar10_jpeg" in row.cells["mdfa"].overrides) is not own
+        (matches,) = (r for r in found.verdicts if r.mean is not None)
+        assert (matches.seeds, matches.mean) == (4, pytest.approx(2 * 1.5 / 10_000))
+    alone = findings("mdfa", jpeg[:4] + runs("mdfa", 0.8), results)
+    assert all(r.mean is None for r in alone.verdicts)
+    row = shown(alone, "documented", net="mlp_cifar10", classes="2")
+    assert (row.cells["mdfa"].mean is None) != (row.cells["bp"].mean is None)
+    assert "run on other images" in [cell.reason for cell in row.cells.values()]
+
+
+def test_a_table_whose_rows_leave_out_an_axis_is_refused(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(CONF, tmp_path / "conf")
+    monkeypatch.setattr(module, "CONF", tmp_path / "conf")
+    path = tmp_path / "conf" / "tables" / "lra_e.yaml"
+    path.write_text(
+        path.read_text().replace("rows: [setting, update, hidden_layers]", "rows: [setting, hidden_layers]")
+    )
+    with pytest.raises(ValueError, match=r"table mnist: variance, mean, .* have one place; add to its rows: update"):
+        findings("lra_e", [], results)
+
+
+def test_a_reason_for_a_paper_that_is_not_there_is_refused(results: Path) -> None:
+    (results / "not_run.yaml").write_text("mdfaa: []\n")
+    with pytest.raises(ValueError, match=r"not_run\.yaml: no paper mdfaa; choose from lra_e, mdfa, akrout"):
+        findings("lra_e", [], results)
 
 
 def test_a_papers_page_says_what_is_not_published_and_what_its_runs_took(results: Path) -> None:
@@ -292,6 +335,110 @@ def test_why_cells_have_no_runs_is_said_once_for_each_reason(results: Path) -> N
     reasons = tables.missing(found.tables["documented"])
     assert "ImageNet is not at hand: net=mlp_imagenet,allconv_imagenet classes=2,3,4,5,10,20,50,100" in reasons
     assert len(reasons) == 3
+
+
+HALF = 12.7062 * 1.0  # of the 95 % interval of 90 and 92: t with 1 degree of freedom, times the standard error
+
+
+def drawn(found: Findings, draw: Any, *arguments: Any) -> list[Any]:
+    """The panels of a figure of a paper's rows with runs in its first table."""
+    table = found.layout.tables[0]
+    rows = [row for row in found.tables[table.name] if row.run]
+    return draw(*(table if each is Table else rows if each is Row else each for each in arguments)).axes
+
+
+@pytest.mark.parametrize(("what", "expected"), [("error", 9.0), ("accuracy", 91.0)])
+def test_a_figure_against_depth_has_the_means_and_their_intervals(results: Path, what: str, expected: float) -> None:
+    found = findings("lra_e", [lra(0, 0.90), lra(1, 0.92)], results)
+    table = found.layout.tables[0].model_copy(update={"drawn": what})
+    (ax,) = drawn(found, figures._against, table, Row, {"lra_e": "red"})
+    (bars,) = ax.containers
+    line, _, (spread,) = bars.lines
+    assert line.get_ydata() == pytest.approx([expected])
+    assert spread.get_segments()[0][:, 1] == pytest.approx([expected - HALF, expected + HALF], rel=1e-4)
+
+
+def test_curves_have_the_mean_over_seeds_its_band_and_the_pace_of_the_fastest_seed(results: Path) -> None:
+    def run(seed: int, *accuracies: float, wall_s: float) -> Record:
+        epochs = [{"epoch": e, "step": e, "val/accuracy": a} for e, a in enumerate(accuracies, 1)]
+        return lra(seed, 0.9).model_copy(update={"epochs": epochs, "wall_s": wall_s})
+
+    found = findings("lra_e", [run(0, 0.5, 0.7, wall_s=20.0), run(1, 0.6, 0.9, wall_s=8.0)], results)
+    (ax,) = drawn(found, figures._panels, Table, Row, {"lra_e": "red"}, figures._curve, "", "")
+    assert ax.lines[0].get_xdata() == pytest.approx([1, 2])
+    assert ax.lines[0].get_ydata() == pytest.approx([55, 80])
+    (band,) = ax.collections
+    assert {(round(x), round(y)) for x, y in band.get_paths()[0].vertices} == {(1, 50), (1, 60), (2, 70), (2, 90)}
+    (ax,) = drawn(found, figures._panels, Table, Row, {"lra_e": "red"}, figures._time, "", "")
+    assert ax.lines[0].get_xdata() == pytest.approx([4, 8])
+    assert ax.lines[0].get_ydata() == pytest.approx([55, 80])
+
+
+def test_angles_are_means_and_say_of_how_many_seeds_each_layer_is(results: Path) -> None:
+    def run(seed: int, first: float | None) -> Record:
+        epochs = [{"epoch": e, "step": e, "val/accuracy": 0.5, "angle/update_W2": 10.0 * e} for e in (1, 2)]
+        epochs[1] |= {} if first is None else {"angle/update_W1": first}
+        return lra(seed, 0.9).model_copy(update={"epochs": epochs})
+
+    found = findings("lra_e", [run(0, 60.0), run(1, 80.0), run(2, None)], results)
+    cell = first_row([run(0, 60.0), run(1, 80.0), run(2, None)], results).cells["lra_e"]
+    assert (cell.layers, cell.angle) == ([1, 2], 70)
+    (ax,) = drawn(found, lambda rows: figures._angles([(rows[0], "lra_e", rows[0].cells["lra_e"])]), Row)
+    assert ax.get_title().startswith("lra_e, n = 2 to 3\n")
+    assert ax.lines[0].get_ydata()[1] == pytest.approx(70)
+    assert ax.lines[1].get_ydata() == pytest.approx([10, 20])
+
+
+def test_the_figure_of_all_rules_has_error_angle_time_and_memory(results: Path) -> None:
+    costs = ["every rule: compare/mlp,bp,1", "every rule: compare/mlp,dfa,1.25"]
+    costs += ["memory of every rule: compare/mlp,bp,1", "memory of every rule: compare/mlp,dfa,0.25"]
+    (results / "benchmark.csv").write_text("\n".join(["measure,what,ratio", *costs]))
+    runs = [record("compare", {"net": "mlp", "rule": "dfa"}, s, a) for s, a in ((0, 0.90), (1, 0.92))]
+    found = findings("compare", runs, results)
+    panels = drawn(found, figures._by_rule, found, Row, {"dfa": "red"})
+    shown = {ax.get_title().removeprefix("mlp: "): ax.containers[0].lines[0].get_xdata() for ax in panels}
+    values = {name: float(x[0]) for name, x in shown.items()}
+    assert values == pytest.approx(
+        {
+            "test error, %": 9.0,
+            "angle, degrees": 60.0,
+            "time of a step, of bp's": 0.8,
+            "memory of a step, of bp's": 0.25,
+        }
+    )
+
+
+def test_the_files_of_cells_and_verdicts_have_every_number(results: Path) -> None:
+    accuracies = {"3": (0.95, 0.952), "5": (0.96, 0.9621), "8": (0.95, 0.9525)}
+    runs = [lra(seed, a, hidden_layers=n) for n, each in accuracies.items() for seed, a in enumerate(each)]
+    found = findings("lra_e", runs, results)
+    lines = tables.rows_of(found).to_dict("records")
+    (line,) = [line for line in lines if line["mean"] == "95.1250"]  # 8 layers: 95 and 95.25
+    names = "seeds", "epochs", "planned_epochs", "standard_deviation", "low_95", "high_95", "diverged"
+    assert [line[name] for name in names] == [2, 2, 100, "0.1768", "93.5367", "96.7133", 0]
+    (told,) = [v for v in tables.verdicts_of(found).to_dict("records") if v["verdict"] != "not run"]
+    (tested,) = [r for r in found.verdicts if r.mean is not None]
+    assert (told["difference"], told["seeds"], told["epochs"]) == ("0.0250", 2, 2)
+    assert [float(told[f"p_{side}"]) for side in ("holds", "fails")] == pytest.approx(
+        [tested.p_holds, tested.p_fails], rel=1e-5
+    )
+    assert tested.p_holds != tested.p_fails
+
+
+def test_the_report_marks_the_best_cell_and_says_how_to_run_it_and_what_was_decided(results: Path) -> None:
+    runs = [lra(s, a + s / 100, rule=rule) for rule, a in (("bp", 0.95), ("lra_e", 0.9)) for s in (0, 2)]
+    runs += [lra(s, 0.9 + s / 90, hidden_layers=n) for n in ("5", "8") for s in (0, 2)]
+    found = findings("lra_e", runs, results)
+    text = report.section(found, found.layout.tables[0])
+    best = re.findall(r'<td class="n best" data-value="([\d.]+)"', text)
+    assert best == ["0.96000000", "0.91111111", "0.91111111"]  # of each depth
+    told = re.findall(r"<code>(nobackprop .*?)</code>", report.runs(found, {}))
+    assert any(
+        command.endswith("hidden=[256,256,256]&#x27; rule=bp max_epochs=2 &#x27;seeds=[0,2]&#x27;") for command in told
+    )
+    (tested,) = [r for r in found.verdicts if r.mean is not None]
+    cells = re.findall(r'data-value="([\d.e-]+)"', "".join(report.verdict(tested)))
+    assert cells[-2:] == [f"{p:.8f}" for p in (tested.p_holds, tested.p_fails)]
 
 
 PUBLISHED = {"table": "T", "row": "r", "column": "c", "value": 8.5, "unit": "error, %", "source": "p. 1"}
@@ -408,6 +555,7 @@ def test_all_that_is_generated_comes_back_byte_for_byte(results: Path) -> None:
     assert readme.read_text().endswith("<!-- end -->\nafter\n")
     left_over = results / "figures" / "lra_e" / "old.svg"
     left_over.write_text("")
+    (results / "tables" / ".ipynb_checkpoints").mkdir()
     for path in files:
         if path.name != "README.md":
             path.unlink()

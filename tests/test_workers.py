@@ -125,6 +125,27 @@ def test_the_first_error_ends_all_at_once_and_says_where_it_was(tmp_path: Path, 
     assert not Path(f"/proc/{pid}").exists()
 
 
+def test_an_error_that_cannot_be_sent_is_told_all_the_same(screen: Screen) -> None:
+    class TwoPartsError(Exception):
+        def __init__(self, what: str, where: str) -> None:
+            super().__init__(f"{what} in {where}")
+
+    def work(job: int, screen: Screen) -> int:
+        raise TwoPartsError("no gradient", "layer 3")
+
+    with pytest.raises(RuntimeError, match="TwoPartsError: no gradient in layer 3") as raised:
+        list(side_by_side(work, range(2), 2, screen))
+    assert "in work" in "".join(raised.value.__notes__)
+
+
+def test_a_process_that_ends_in_the_middle_of_a_job_is_reported_even_if_it_ends_well(screen: Screen) -> None:
+    def work(job: int, screen: Screen) -> int:
+        return sys.exit(0) if job == 1 else job
+
+    with pytest.raises(ChildProcessError, match="a process that trained a seed ended with status 0"):
+        list(side_by_side(work, range(4), 2, screen))
+
+
 def test_what_was_done_before_an_error_stays(config: Config, two_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = config("seeds=3", "max_epochs=1")
     fit = nobackprop.train._fit

@@ -16,9 +16,10 @@ test), so its p is the largest. Against the claim speaks any contrast whose mean
 smallest of the opposite tests, times their number (Bonferroni). Each is adjusted over all tests of the file (Holm);
 those whose runs are missing count too, with p = 1, so no verdict hangs on which others were run. The verdict is `holds`
 or `fails` where the adjusted p is at most alpha, and otherwise `undecided at n seeds`; `not run` where records are
-missing. The runs of a test all have the same number of epochs: the largest at which its cells have three seeds in
-common, or else that with the most seeds. Seeds that one of the cells lacks are left out; a seed that diverged before it
-could be tested counts at chance level, one over the number of classes.
+missing. The runs of a test are all of the same images and have the same number of epochs: of those with which its cells
+have three seeds in common, the paper's own images before others, then the most epochs; or else those with the most
+seeds. Seeds that one of the cells lacks are left out; a seed that diverged before it could be tested counts at chance
+level, one over the number of classes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from itertools import product
 from math import inf, sqrt
 from statistics import mean, stdev
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from scipy import stats
@@ -34,7 +35,16 @@ from scipy import stats
 Labels = dict[
     str, Annotated[str, BeforeValidator(str)]
 ]  # a choice on each axis of a grid, as in {rule: bp, classes: 2}
-Accuracies = Mapping[int, Mapping[int, float]]  # by number of epochs and seed, as fractions
+
+
+class Conditions(NamedTuple):
+    """What runs that are compared have in common; of two, the larger is preferred."""
+
+    own_images: bool  # the paper's, not others in their place
+    epochs: int
+
+
+Accuracies = Mapping[Conditions, Mapping[int, float]]  # by seed, as fractions
 
 
 class _Strict(BaseModel):
@@ -179,20 +189,21 @@ def _samples(trial: Trial, accuracies: Callable[[Labels], Accuracies | str]) -> 
                 return cell
             found[tuple(sorted(labels.items()))] = cell
     in_common = {
-        epochs: sorted(set.intersection(*(set(cell[epochs]) for cell in found.values())))
-        for epochs in set.intersection(*(set(cell) for cell in found.values()))
+        at: seeds
+        for at in set.intersection(*(set(cell) for cell in found.values()))
+        if (seeds := sorted(set.intersection(*(set(cell[at]) for cell in found.values()))))
     }
-    epochs = max(in_common, key=lambda epochs: (min(len(in_common[epochs]), 3), epochs), default=0)
-    if not in_common.get(epochs):
-        return "no seed was run in all of its cells with the same number of epochs"
+    if not in_common:
+        return "no seed was run in all of its cells on the same images with the same number of epochs"
+    at = max(in_common, key=lambda at: (min(len(in_common[at]), 3), at))
     numbers = [
         [
-            sum(sign * found[tuple(sorted(labels.items()))][epochs][seed] for sign, labels in contrast.terms)
-            for seed in in_common[epochs]
+            sum(sign * found[tuple(sorted(labels.items()))][at][seed] for sign, labels in contrast.terms)
+            for seed in in_common[at]
         ]
         for contrast in trial.contrasts
     ]
-    return Samples(epochs, numbers)
+    return Samples(at.epochs, numbers)
 
 
 def p_above(x: Sequence[float], bound: float) -> float:

@@ -5,6 +5,7 @@ is (signature, seed). Gathered again, a folder adds only what is new.
 """
 
 import fcntl
+import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import pandas as pd
 from nobackprop.records import Record
 
 Key = tuple[str, int]
+START = b'{"format":'  # of every record's line
 RESULTS = ("data", "steps", "epochs", "best_epoch", "diverged_epoch", "test")  # that a run made again must have, too
 
 
@@ -47,7 +49,7 @@ def collect(sources: Iterable[str | Path], into: Path | None = None) -> Collecte
     one of the same run and seed is named and does not replace it. Several may gather into one file at once: they wait
     for each other. Raises FileNotFoundError for a source that does not exist, and ValueError, naming the line, for a
     damaged line in a file of lines; only the last line of `into` may be cut off (a crash while it was written), and is
-    then removed, or completed where nothing but its end is missing.
+    then removed, or completed where nothing but its end is missing. A file that raises is left as it is.
     """
     sources = [Path(source) for source in sources]
     for source in sources:
@@ -64,18 +66,18 @@ def collect(sources: Iterable[str | Path], into: Path | None = None) -> Collecte
         fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
         content = into.read_bytes()
         whole = content.rfind(b"\n") + 1
-        if last := content[whole:]:
-            try:
-                Record.parse(last, str(into), "")
-                file.write(b"\n")  # an editor left it out
-                file.flush()
-            except ValueError:  # a crash while it was written; the run's folder still has that record
-                found.unreadable.append(f"{into}: the last line was cut off and is removed")
-                file.truncate(whole)
-        _gather([into], found)
-        new = _gather([source for source in sources if source.resolve() != into.resolve()], found)
+        last, end = content[whole:], b""
+        if _cut_off(last):  # a crash while it was written; the run's folder still has that record
+            found.unreadable.append(f"{into}: the last line was cut off and is removed")
+            for record, origin in _lines(into, content[:whole]):
+                found.add(record, origin)
+            file.truncate(whole)
+        else:
+            _gather([into], found)
+            end = b"\n" if last else b""  # an editor left it out
+        new = _gather(sources, found)
         new.sort(key=lambda r: (r.name, r.signature, r.seed))
-        file.write(b"".join(record.line() for record in new))
+        file.write(end + b"".join(record.line() for record in new))
         file.flush()
         os.fsync(file.fileno())
     found.added = len(new)
@@ -87,7 +89,7 @@ def _gather(sources: Iterable[Path], found: Collected) -> list[Record]:
     new = []
     for source in sources:
         if source.is_file():
-            new += [record for record, origin in _lines(source) if found.add(record, origin)]
+            new += [record for record, origin in _lines(source, source.read_bytes()) if found.add(record, origin)]
             continue
         for pattern in ("record.json", "seed*/record.json", "*/seed*/record.json"):
             for path in sorted(source.glob(pattern)):
@@ -101,13 +103,35 @@ def _gather(sources: Iterable[Path], found: Collected) -> list[Record]:
     return new
 
 
-def _lines(path: Path) -> Iterator[tuple[Record, str]]:
+def _cut_off(line: bytes) -> bool:
+    """Whether this is the beginning of a record's line, and no more."""
+    if not line or not (line.startswith(START) or START.startswith(line)):
+        return False
+    try:
+        json.loads(line)
+    except ValueError:
+        return True
+    return False
+
+
+def _lines(path: Path, content: bytes) -> Iterator[tuple[Record, str]]:
     """The records in a file of lines, each with where it stands."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            origin = f"{path}, line {number}"
-            if line.strip():
-                yield Record.parse(line, origin, "take the line from a copy of the file, such as git's"), origin
+    for number, line in enumerate(content.split(b"\n"), 1):
+        origin = f"{path}, line {number}"
+        if line.strip():
+            yield Record.parse(line, origin, "take the line from a copy of the file, such as git's"), origin
+
+
+def learning_curves(records: Iterable[Record]) -> pd.DataFrame:
+    """Validation accuracy by epoch, a column a seed.
+
+    A seed that ended before the others keeps its last value, so that a mean is always one over the same seeds; the
+    epoch in which it diverged does not count.
+    """
+    curves = {
+        r.seed: {e["epoch"]: e["val/accuracy"] for e in r.epochs if e["epoch"] != r.diverged_epoch} for r in records
+    }
+    return pd.DataFrame(curves, dtype=float).sort_index().ffill()
 
 
 def table(records: Iterable[Record]) -> pd.DataFrame:

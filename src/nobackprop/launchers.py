@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -293,7 +294,7 @@ class Cluster:
         chosen = {"partition": self.partition, "account": self.account, "qos": self.qos}
         executor.update_parameters(
             slurm_array_parallelism=self.parallel,
-            slurm_setup=[f"export PYTHONPATH='{path}'"],
+            slurm_setup=[f"export PYTHONPATH={shlex.quote(path)}"],
             slurm_additional_parameters={k: v for k, v in chosen.items() if v is not None} | (self.options or {}),
         )
         return executor

@@ -105,8 +105,8 @@ def _full_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _made(base: Any, description: Mapping[str, Any], path: Path) -> Any:
-    """A rule or loss as `_described` describes it, of this package or imported from elsewhere; nothing else is made.
+def _made(base: Any, name: str, fields: Mapping[str, Any], path: Path) -> Any:
+    """A rule or loss by its class's name and fields, of this package or imported from elsewhere; nothing else is made.
 
     Raises ValueError where it is neither, or takes other hyper-parameters now.
     """
@@ -116,11 +116,10 @@ def _made(base: Any, description: Mapping[str, Any], path: Path) -> Any:
     while below:
         found += below
         below = [kind for above in below for kind in above.__subclasses__()]
-    name = description["class"]
     if (kind := {_full_name(kind): kind for kind in found}.get(name)) is None:
         raise ValueError(f"{path} was trained with {name}, which is not in nobackprop: import it first")
     try:
-        return kind(**description["fields"])
+        return kind(**fields)
     except TypeError as e:
         raise ValueError(f"{path} was trained with another version of {name}: {e}") from e
 
@@ -146,16 +145,17 @@ def load(run_folder: str | Path) -> Trained:
         raise FileNotFoundError(f"{run_folder} holds no trained net (best.pt): {hint}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        names = ("net", "rule", "weights", "loss", "pixels", "classes")
-        net, rule, weights, loss, pixels, classes = (content[name] for name in names)
+        net, weights, classes = Network.from_description(content["net"]), content["weights"], tuple(content["classes"])
+        pixels = Pixels(content["pixels"]["mean"], content["pixels"]["std"])
+        rule, loss = ((content[name]["class"], dict(content[name]["fields"])) for name in ("rule", "loss"))
     except Exception as e:  # torch.load raises what the damage leads to
         redo = "delete it and the record.json beside it, and run the command again"
         raise ValueError(f"{path} is damaged ({type(e).__name__}): {redo}") from e
     return Trained(
-        net=Network.from_description(net),
-        rule=_made(Rule, rule, path),
+        net=net,
+        rule=_made(Rule, *rule, path),
         weights=weights,
-        loss=_made(Loss, loss, path),
-        pixels=Pixels(pixels["mean"], pixels["std"]),
-        classes=tuple(classes),
+        loss=_made(Loss, *loss, path),
+        pixels=pixels,
+        classes=classes,
     )

@@ -6,6 +6,7 @@ memory for the second. torch's threads do not survive a fork, so seeds with seve
 
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import time
@@ -52,22 +53,27 @@ def side_by_side(
         return
     waiting = deque(range(len(jobs)))
     running: dict[Connection, ForkProcess] = {}
+    working = set()
     with StopSignals() as signals:
         try:
             for _ in range(count):
                 connection, process = _fork(work, jobs, [*running], signals)
                 running[connection] = process
+                working.add(connection)
                 connection.send(waiting.popleft())
             while running:
                 for connection, kind, content in _messages(running):
                     if kind == "show":
                         _show(screen, content)
                     elif kind == "end":
-                        if status := running.pop(connection).exitcode:
+                        status = running.pop(connection).exitcode or 0
+                        if status or connection in working:
                             raise ChildProcessError(_how(status))
                     elif kind == "error":
                         raise content
                     else:
+                        if not waiting:
+                            working.remove(connection)
                         connection.send(waiting.popleft() if waiting else None)
                         index, result = content
                         yield jobs[index], result
@@ -107,8 +113,18 @@ def _worker(
             while (index := connection.recv()) is not None:
                 connection.send(("result", (index, work(jobs[index], cast(Screen, _Remote(connection))))))
         except Exception as error:
-            error.add_note(f"In a process of its own:\n{traceback.format_exc()}")
-            connection.send(("error", error))
+            connection.send(("error", _portable(error)))
+
+
+def _portable(error: Exception) -> Exception:
+    """An error that another process can take, with a note of where it was; another one where it can't be pickled."""
+    note = f"In a process of its own:\n{traceback.format_exc()}"
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(note)
+    return error
 
 
 class _Remote:
