@@ -387,6 +387,10 @@ def findings(paper: str, records: Iterable[Record], results: Path = ROOT / "resu
     grid = list(cells(paper))
     for place, labels in _named(layout, known, not_run):
         _check_labels(place, labels, grid)
+    for f in known.figures if known else ():
+        if not any(f.cell.items() <= cell.labels.items() for cell in grid):
+            place = f"published figure {f.table}, {f.row}, {f.column}"
+            raise ValueError(f"{place}: no cell of the grid is {described(f.cell)}; its choices do not occur together")
     found = [_find(cell, layout, runs, not_run, known) for cell in grid]
     tables = {table.name: _rows(table, found) for table in layout.tables}
     every = {_place(cell.labels): cell for cell in found}
@@ -466,7 +470,8 @@ def _check_labels(place: str, where: Mapping[str, Sequence[str]], grid: Sequence
 def _find(cell: Cell, layout: Layout, runs: Runs, not_run: Sequence[NotRun], known: Published | None) -> Found:
     """A cell of the grid with all its records; which of them a table shows is decided there."""
     overrides = list(cell.overrides)
-    figures = [f for f in (known.figures if known else ()) if f.cell and f.cell.items() <= cell.labels.items()]
+    each = [f.model_copy(update={"seeds": f.seeds or known.seeds}) for f in known.figures] if known else []
+    figures = [f for f in each if f.cell and f.cell.items() <= cell.labels.items()]
     unsearched = cell.tuned is not None and not cell.tuned.exists()
     reasons = [entry.reason for entry in not_run if _fits(cell.labels, entry.cells)]
     reasons += ["settings not searched yet" if unsearched else "not run yet"]

@@ -31,6 +31,7 @@ from tables import (
     sheet,
     signed,
     summary,
+    tested,
     tests_not_run,
 )
 
@@ -214,7 +215,7 @@ def verdicts(found: Findings) -> str:
     shown = sortable(header, map(verdict, run), 5) if run else ""
     head, *lines = summary(found)
     in_short = sortable(head, [[cell(escape(text)) for text in line] for line in lines], 0)
-    in_short += element("p", escape(readings(found)), _class="soft")
+    in_short += element("p", escape(f"{readings(found)} {tested(found)}"), _class="soft")
     explained = element("p", escape(how(found.claims)), _class="soft")
     return "\n".join([element("ul", claims), in_short, explained, shown, below])
 
@@ -301,7 +302,7 @@ def page(
         parts.append(runs(found, sources))
     parts += [element("h2", "Figures published elsewhere", id="published"), elsewhere(known)]
     nav = element("nav", element("div", "".join([*links, element("a", "Published", href="#published"), *boxes])))
-    made = "Made from <code>results/records</code> by <code>make results</code>; nothing on this page is typed by hand."
+    made = "Made from <code>results/records</code> by <code>make results</code>; no result of ours is typed by hand."
     return f"""<!doctype html>
 <html lang="en">
 <head>

@@ -10,7 +10,7 @@ results/benchmark.csv and conf/. The same files give the same bytes. Writes resu
 
 import argparse
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,7 +222,7 @@ def p_value(p: float | None) -> str:
 def about(found: Findings) -> list[str]:
     """What to know before one reads a paper's tables, in sentences."""
     told = []
-    if found.published and not found.published.figures:
+    if found.published and not any(c.figures for rows in found.tables.values() for r in rows for c in r.cells.values()):
         told.append(
             "No figure of the paper itself is at hand, so no cell is checked against one: only its claims are tested."
         )
@@ -282,10 +282,17 @@ def readings(found: Findings) -> str:
     return f"Settings {'; '.join(told)}."
 
 
+def tested(found: Findings) -> str:
+    """How long the runs were trained that tests are of, and what they depart in, as sentences."""
+    counts = Counter(r.epochs for r in found.verdicts if r.epochs)
+    parts = [f"{count} of runs of {epochs} epochs" for epochs, count in sorted(counts.items(), reverse=True)]
+    return " ".join([*([f"Tests: {', '.join(parts)}."] if parts else []), *departures(found)])
+
+
 def verdict_summary(found: Findings) -> str:
-    """The same in Markdown, with what the settings are."""
+    """The same in Markdown, with what the settings are and how long runs were."""
     head, *body = summary(found)
-    return f"{markdown(head, body, len(head))}\n\n{readings(found)}"
+    return f"{markdown(head, body, len(head))}\n\n{readings(found)} {tested(found)}".rstrip()
 
 
 def tests_not_run(found: Findings) -> list[str]:
@@ -300,11 +307,12 @@ def tests_not_run(found: Findings) -> list[str]:
 def how(claims: Claims) -> str:
     """How verdicts come about."""
     return (
-        f"Tests are paired over seeds; alpha is {claims.alpha:g}, the margin {claims.margin:g} points of accuracy. The "
-        "difference is that of the comparison hardest to show, its interval not adjusted, over all seeds that its two "
+        f"Tests are paired over seeds; alpha is {claims.alpha:g}, the margin {claims.margin:g} percentage points of "
+        "accuracy. The difference is that of the comparison hardest to show, its interval not adjusted, over all seeds that its two "
         "sides share, which may be more than the tables show. The two p are those of the test for the claim and of the "
         "one against it, each adjusted over all tests of the paper, run or not (Holm). "
-        "src/nobackprop/claims.py defines the tests, conf/claims fixes them."
+        "src/nobackprop/claims.py defines the tests, conf/claims fixes them; results/README.md says what was changed "
+        "since."
     )
 
 
@@ -439,11 +447,12 @@ def with_sections(text: str, sections: Mapping[str, str]) -> str:
 
 
 def replace_with(files: Mapping[Path, bytes], results: Path) -> None:
-    """Writes what has changed, and removes tables and figures that are made no more."""
-    for folder in ("tables", "figures"):
-        for path in sorted((results / folder).rglob("*.*")):
-            if path.is_file() and path not in files:
+    """Writes what has changed, and removes a paper's figures that are made no more."""
+    for paper in papers():
+        for path in sorted((results / "figures" / paper).glob("*.svg")):
+            if path not in files:
                 path.unlink()
+                print(f"{path} is made no more, and removed")
     for path, content in files.items():
         if not path.exists() or path.read_bytes() != content:
             write_atomically(path, content)

@@ -98,6 +98,7 @@ def test_a_file_of_lines_from_elsewhere_is_a_source(tmp_path: Path) -> None:
     collect([tmp_path / "runs"], tmp_path / "there.jsonl")
     assert collect([tmp_path / "there.jsonl"], tmp_path / "here.jsonl").added == 2
     assert (tmp_path / "here.jsonl").read_bytes() == (tmp_path / "there.jsonl").read_bytes()
+    assert len(collect([tmp_path]).records) == 2
 
 
 def test_a_damaged_record_is_named_and_the_others_are_gathered(tmp_path: Path) -> None:

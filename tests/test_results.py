@@ -515,8 +515,12 @@ def test_a_file_of_costs_that_is_none_is_refused(tmp_path: Path) -> None:
             [PUBLISHED | {"cell": {"rule": "bpp"}}],
             "rule=bpp is not in the grid; choose from bp, fa, dfa, dtp, equilibrium_propagation, lra_e",
         ),
+        (
+            [PUBLISHED | {"cell": {"setting": "tuned", "update": "mean"}}],
+            "published figure T, r, c: no cell of the grid is tuned, mean; its choices do not occur together",
+        ),
     ],
-    ids=["twice", "value", "unit", "extra", "axis", "choice"],
+    ids=["twice", "value", "unit", "extra", "axis", "choice", "together"],
 )
 def test_a_published_figure_that_is_not_valid_is_refused(
     results: Path, figures: list[dict[str, Any]], message: str
@@ -555,6 +559,9 @@ def test_all_that_is_generated_comes_back_byte_for_byte(results: Path) -> None:
     assert readme.read_text().endswith("<!-- end -->\nafter\n")
     left_over = results / "figures" / "lra_e" / "old.svg"
     left_over.write_text("")
+    own = [results / "figures" / "lra_e" / "mine.png", results / "tables" / "notes.md"]
+    for path in own:
+        path.write_text("mine")
     (results / "tables" / ".ipynb_checkpoints").mkdir()
     for path in files:
         if path.name != "README.md":
@@ -563,6 +570,7 @@ def test_all_that_is_generated_comes_back_byte_for_byte(results: Path) -> None:
     assert again == files
     tables.replace_with(again, results)
     assert not left_over.exists()
+    assert [path.read_text() for path in own] == ["mine", "mine"]
     for path, content in files.items():
         assert path.read_bytes() == content
         assert b"/tmp" not in content

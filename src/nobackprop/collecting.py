@@ -44,12 +44,13 @@ class Collected:
 def collect(sources: Iterable[str | Path], into: Path | None = None) -> Collected:
     """Gathers the records in folders and files of lines; with `into`, appends what is new there to that file.
 
-    A folder is one of runs, of one run, or of one seed; a seed without a record is still being trained and is passed
-    over. A record that can't be read is named in the result and passed over too; one with other results than an earlier
-    one of the same run and seed is named and does not replace it. Several may gather into one file at once: they wait
-    for each other. Raises FileNotFoundError for a source that does not exist, and ValueError, naming the line, for a
-    damaged line in a file of lines; only the last line of `into` may be cut off (a crash while it was written), and is
-    then removed, or completed where nothing but its end is missing. A file that raises is left as it is.
+    A folder is one of files of lines (*.jsonl), of runs, of one run, or of one seed; a seed without a record is still
+    being trained and is passed over. A record that can't be read is named in the result and passed over too; one with
+    other results than an earlier one of the same run and seed is named and does not replace it. Several may gather into
+    one file at once: they wait for each other. Raises FileNotFoundError for a source that does not exist, and
+    ValueError, naming the line, for a damaged line in a file of lines; only the last line of `into` may be cut off (a
+    crash while it was written), and is then removed, or completed where nothing but its end is missing. A file that
+    raises is left as it is.
     """
     sources = [Path(source) for source in sources]
     for source in sources:
@@ -88,9 +89,8 @@ def _gather(sources: Iterable[Path], found: Collected) -> list[Record]:
     """Adds what the sources hold; gives those records that were new."""
     new = []
     for source in sources:
-        if source.is_file():
-            new += [record for record, origin in _lines(source, source.read_bytes()) if found.add(record, origin)]
-            continue
+        for file in [source] if source.is_file() else sorted(source.glob("*.jsonl")):
+            new += [record for record, origin in _lines(file, file.read_bytes()) if found.add(record, origin)]
         for pattern in ("record.json", "seed*/record.json", "*/seed*/record.json"):
             for path in sorted(source.glob(pattern)):
                 try:

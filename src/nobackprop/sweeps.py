@@ -163,8 +163,11 @@ def _speeds(folders: Iterable[Path]) -> dict[str, list[tuple[float, float]]]:
     for path in (path for folder in folders for path in folder.glob("*/seed*/record.json")):
         with suppress(ValueError):
             r = Record.read(path)
-            step = r.seconds / max(r.steps, 1)
-            epoch = step * (r.data.train // r.config["batch_size"])  # the recorded one may have been cut short
+            per_epoch = r.data.train // r.config["batch_size"]
+            if r.steps < per_epoch:  # cut short, and most of its time the start
+                continue
+            step = r.seconds / r.steps
+            epoch = step * per_epoch
             for key in (_kind(r.name, r.config), r.name):
                 speeds[key].append((epoch, step))
     return speeds

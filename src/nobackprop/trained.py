@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -27,7 +27,7 @@ class Trained:
 
     net: Network
     rule: Rule
-    weights: dict[str, Tensor]
+    weights: dict[str, Tensor] = field(repr=False)
     loss: Loss
     pixels: Pixels
     classes: tuple[int, ...]
