@@ -308,9 +308,9 @@ def how(claims: Claims) -> str:
     """How verdicts come about."""
     return (
         f"Tests are paired over seeds; alpha is {claims.alpha:g}, the margin {claims.margin:g} percentage points of "
-        "accuracy. The difference is that of the comparison hardest to show, its interval not adjusted, over all seeds that its two "
-        "sides share, which may be more than the tables show. The two p are those of the test for the claim and of the "
-        "one against it, each adjusted over all tests of the paper, run or not (Holm). "
+        "accuracy. The difference is that of the comparison hardest to show, its interval not adjusted, over all seeds "
+        "that its two sides share, which may be more than the tables show. The two p are those of the test for the "
+        "claim and of the one against it, each adjusted over all tests of the paper, run or not (Holm). "
         "src/nobackprop/claims.py defines the tests, conf/claims fixes them; results/README.md says what was changed "
         "since."
     )
