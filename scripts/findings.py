@@ -387,10 +387,6 @@ def findings(paper: str, records: Iterable[Record], results: Path = ROOT / "resu
     grid = list(cells(paper))
     for place, labels in _named(layout, known, not_run):
         _check_labels(place, labels, grid)
-    for f in known.figures if known else ():
-        if not any(f.cell.items() <= cell.labels.items() for cell in grid):
-            place = f"published figure {f.table}, {f.row}, {f.column}"
-            raise ValueError(f"{place}: no cell of the grid is {described(f.cell)}; its choices do not occur together")
     found = [_find(cell, layout, runs, not_run, known) for cell in grid]
     tables = {table.name: _rows(table, found) for table in layout.tables}
     every = {_place(cell.labels): cell for cell in found}
@@ -458,20 +454,23 @@ def _named(
 
 
 def _check_labels(place: str, where: Mapping[str, Sequence[str]], grid: Sequence[Cell]) -> None:
-    """Raises ValueError for an axis or a choice that the grid does not have."""
+    """Raises ValueError for an axis or a choice that the grid does not have, and for choices that fit no cell."""
     for axis, choices in where.items():
         known = {cell.labels[axis]: None for cell in grid if axis in cell.labels}
         for choice in choices:
             if choice not in known:
                 allowed = f"choose from {', '.join(known)}" if known else "there is no such axis"
                 raise ValueError(f"{place}: {axis}={choice} is not in the grid; {allowed}")
+    if not any(_fits(cell.labels, where) for cell in grid):
+        given = described({axis: ",".join(choices) for axis, choices in where.items()})
+        raise ValueError(f"{place}: no cell of the grid is {given}; its choices do not occur together")
 
 
 def _find(cell: Cell, layout: Layout, runs: Runs, not_run: Sequence[NotRun], known: Published | None) -> Found:
     """A cell of the grid with all its records; which of them a table shows is decided there."""
     overrides = list(cell.overrides)
-    each = [f.model_copy(update={"seeds": f.seeds or known.seeds}) for f in known.figures] if known else []
-    figures = [f for f in each if f.cell and f.cell.items() <= cell.labels.items()]
+    figures = [f for f in (known.figures if known else ()) if f.cell and f.cell.items() <= cell.labels.items()]
+    figures = [f.model_copy(update={"seeds": f.seeds or (known and known.seeds)}) for f in figures]
     unsearched = cell.tuned is not None and not cell.tuned.exists()
     reasons = [entry.reason for entry in not_run if _fits(cell.labels, entry.cells)]
     reasons += ["settings not searched yet" if unsearched else "not run yet"]

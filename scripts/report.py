@@ -23,6 +23,7 @@ from tables import (
     every_paper,
     generated,
     how,
+    lengths,
     notes,
     p_value,
     percent,
@@ -31,7 +32,6 @@ from tables import (
     sheet,
     signed,
     summary,
-    tested,
     tests_not_run,
 )
 
@@ -215,7 +215,7 @@ def verdicts(found: Findings) -> str:
     shown = sortable(header, map(verdict, run), 5) if run else ""
     head, *lines = summary(found)
     in_short = sortable(head, [[cell(escape(text)) for text in line] for line in lines], 0)
-    in_short += element("p", escape(f"{readings(found)} {tested(found)}"), _class="soft")
+    in_short += element("p", escape(f"{readings(found)} {lengths(found)}"), _class="soft")
     explained = element("p", escape(how(found.claims)), _class="soft")
     return "\n".join([element("ul", claims), in_short, explained, shown, below])
 

@@ -282,7 +282,7 @@ def readings(found: Findings) -> str:
     return f"Settings {'; '.join(told)}."
 
 
-def tested(found: Findings) -> str:
+def lengths(found: Findings) -> str:
     """How long the runs were trained that tests are of, and what they depart in, as sentences."""
     counts = Counter(r.epochs for r in found.verdicts if r.epochs)
     parts = [f"{count} of runs of {epochs} epochs" for epochs, count in sorted(counts.items(), reverse=True)]
@@ -292,7 +292,7 @@ def tested(found: Findings) -> str:
 def verdict_summary(found: Findings) -> str:
     """The same in Markdown, with what the settings are and how long runs were."""
     head, *body = summary(found)
-    return f"{markdown(head, body, len(head))}\n\n{readings(found)} {tested(found)}".rstrip()
+    return f"{markdown(head, body, len(head))}\n\n{readings(found)} {lengths(found)}".rstrip()
 
 
 def tests_not_run(found: Findings) -> list[str]:

@@ -330,6 +330,12 @@ def test_verdicts_follow_from_the_records(results: Path) -> None:
     assert f"{best} (as quoted, mnist, 5 hidden layers); " in shown[shown.index("- Not tested, not run yet: ") :]
 
 
+def test_a_claim_with_one_test_has_its_verdict_without_a_place() -> None:
+    trial = SimpleNamespace(claim=SimpleNamespace(name="c"), reading="r", at={})
+    found: Any = SimpleNamespace(verdicts=[SimpleNamespace(trial=trial, verdict="holds")])
+    assert tables.summary(found)[1] == ["c", "r", "yes", "", ""]
+
+
 def test_why_cells_have_no_runs_is_said_once_for_each_reason(results: Path) -> None:
     found = findings("mdfa", [], results)
     reasons = tables.missing(found.tables["documented"])

@@ -67,15 +67,14 @@ def collect(sources: Iterable[str | Path], into: Path | None = None) -> Collecte
         fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
         content = into.read_bytes()
         whole = content.rfind(b"\n") + 1
-        last, end = content[whole:], b""
-        if _cut_off(last):  # a crash while it was written; the run's folder still has that record
+        cut = _cut_off(content[whole:])  # a crash while it was written; the run's folder still has that record
+        kept = content[:whole] if cut else content
+        for record, origin in _lines(into, kept):
+            found.add(record, origin)
+        if cut:
             found.unreadable.append(f"{into}: the last line was cut off and is removed")
-            for record, origin in _lines(into, content[:whole]):
-                found.add(record, origin)
             file.truncate(whole)
-        else:
-            _gather([into], found)
-            end = b"\n" if last else b""  # an editor left it out
+        end = b"\n" if len(kept) > whole else b""  # an editor left it out
         new = _gather(sources, found)
         new.sort(key=lambda r: (r.name, r.signature, r.seed))
         file.write(end + b"".join(record.line() for record in new))

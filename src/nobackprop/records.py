@@ -28,11 +28,11 @@ from pydantic import (
 )
 from pydantic_core import to_json
 
-# Arguments that say where things are on this machine, and those of them whose value may be the next argument.
+# Options whose value, in the same argument or the next, says where things are on this machine; and all such arguments.
+LOCAL_OPTIONS = ("--runs", "--config-dir", "--config-path", "-cd", "-cp")
 LOCAL = re.compile(
-    r"^[+~]*paths\.|^[+~]*hydra\.(run|sweep|searchpath)\b|\.(root|cache)=|^(--runs|--config-dir|--config-path|-cd|-cp)\b"
+    rf"^[+~]*paths\.|^[+~]*hydra\.(run|sweep|searchpath)\b|\.(root|cache)=|^({'|'.join(LOCAL_OPTIONS)})\b"
 )
-LOCAL_NEXT = ("--runs", "--config-dir", "--config-path", "-cd", "-cp")
 
 
 class _Strict(BaseModel):
@@ -210,7 +210,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 def command() -> str:
     """The command of this process, without what says where things are on this machine."""
     pairs = zip(sys.argv, sys.argv[1:], strict=False)
-    kept = [text for before, text in pairs if not LOCAL.search(text) and before not in LOCAL_NEXT]
+    kept = [text for before, text in pairs if not LOCAL.search(text) and before not in LOCAL_OPTIONS]
     followed = zip(kept, [*kept[1:], "--"], strict=False)
     kept = [text for text, after in followed if text != "--set" or not after.startswith("--")]
     name = Path(sys.argv[0]).name

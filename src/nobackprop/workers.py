@@ -72,9 +72,11 @@ def side_by_side(
                     elif kind == "error":
                         raise content
                     else:
-                        if not waiting:
+                        if waiting:
+                            connection.send(waiting.popleft())
+                        else:
                             working.remove(connection)
-                        connection.send(waiting.popleft() if waiting else None)
+                            connection.send(None)
                         index, result = content
                         yield jobs[index], result
                 signals.check()
