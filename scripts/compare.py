@@ -24,12 +24,13 @@ from rich.table import Table
 
 from nobackprop.claims import interval
 from nobackprop.collecting import Collected, collect, learning_curves
+from nobackprop.mistakes import Missing, Mistake
 from nobackprop.records import Record, mean_and_deviation, tested
 from nobackprop.settings import rule_name
 
 
 def read(folder: Path) -> dict[str, list[Record]]:
-    """All records below a folder, by run. Raises FileNotFoundError where there is none."""
+    """All records below a folder, by run. Raises Missing where there is none."""
     found = collect([folder]) if folder.exists() else Collected()
     for problem in found.unreadable + found.conflicts:
         warn(problem, stacklevel=2)
@@ -37,7 +38,7 @@ def read(folder: Path) -> dict[str, list[Record]]:
     for record in found.records.values():
         runs[record.run].append(record)
     if not runs:
-        raise FileNotFoundError(f"no run records in {folder}/*/seed*/: train something with paths.runs={folder} first")
+        raise Missing(f"no run records in {folder}/*/seed*/: train something with paths.runs={folder} first")
     return runs
 
 
@@ -61,12 +62,12 @@ def labels(runs: dict[str, list[Record]]) -> dict[str, str]:
 
 
 def only_run_of(rule: str, runs: dict[str, list[Record]]) -> list[Record]:
-    """The records of a rule's run. Raises ValueError where not exactly one run has this rule."""
+    """The records of a rule's run. Raises Mistake where not exactly one run has this rule."""
     rules = {run: rule_name(records[0].config["rule"]) for run, records in runs.items()}
     found = [run for run, name in rules.items() if name == rule]
     if len(found) != 1:
         known = ", ".join(sorted(set(rules.values())))
-        raise ValueError(
+        raise Mistake(
             f"--against {rule}: {len(found)} runs here have this rule, one is needed; rules here: {known}. "
             "Where one rule has several runs, give each setting a folder of its own (paths.runs)"
         )
@@ -94,7 +95,7 @@ def differences(runs: dict[str, list[Record]]) -> str:
 def table(runs: dict[str, list[Record]], against: str | None = None) -> Table:
     """Test accuracy (mean and standard deviation over the seeds) and seconds of all seeds of each run, best first.
 
-    With the difference to the run of the rule `against`. Raises ValueError where not exactly one run has that rule.
+    With the difference to the run of the rule `against`. Raises Mistake where not exactly one run has that rule.
     """
     difference = [] if against is None else [f"ahead of {against}"]
     caption = "± standard deviation over seeds; seconds are of all seeds"

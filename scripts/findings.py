@@ -32,6 +32,7 @@ from pydantic import (
 
 from nobackprop.claims import Accuracies, Claims, Conditions, Labels, Result, interval, judge
 from nobackprop.cli import CONF
+from nobackprop.mistakes import Mistake
 from nobackprop.records import Record
 from nobackprop.settings import Settings, digest, rule_name
 
@@ -76,7 +77,7 @@ class Published(_Strict):
     def _each_once(self) -> "Published":
         places = [(f.table, f.row, f.column) for f in self.figures]
         if twice := [place for place in places if places.count(place) > 1]:
-            raise ValueError(f"table {twice[0][0]!r}, row {twice[0][1]!r}, column {twice[0][2]!r} is there twice")
+            raise Mistake(f"table {twice[0][0]!r}, row {twice[0][1]!r}, column {twice[0][2]!r} is there twice")
         return self
 
 
@@ -111,13 +112,13 @@ class Layout(_Strict):
 
 
 def read(model: Any, path: Path) -> Any:
-    """A YAML file as a type or model, such as Claims. Raises ValueError, naming file and key, where it is not valid."""
+    """A YAML file as a type or model, such as Claims. Raises Mistake, naming file and key, where it is not valid."""
     try:
         return TypeAdapter(model).validate_python(load(path))
     except ValidationError as e:
         error = e.errors()[0]
         where = ".".join(str(part) for part in error["loc"]) or "the file"
-        raise ValueError(f"{path}: {where}: {error['msg'].removeprefix('Value error, ')}") from None
+        raise Mistake(f"{path}: {where}: {error['msg'].removeprefix('Value error, ')}") from None
 
 
 def published(folder: Path) -> dict[str, Published]:
@@ -374,12 +375,12 @@ def completed(config: Any, defaults: Any) -> Any:
 
 
 def findings(paper: str, records: Iterable[Record], results: Path = ROOT / "results") -> Findings:
-    """Everything there is to say of a paper. Raises ValueError for a file in results/ or conf/ that is not valid."""
+    """Everything there is to say of a paper. Raises Mistake for a file in results/ or conf/ that is not valid."""
     layout = read(Layout, CONF / "tables" / f"{paper}.yaml")
     known = published(results / "published").get(paper)
     every_not_run = read(dict[str, list[NotRun]], results / "not_run.yaml")
     if unknown := sorted(every_not_run.keys() - papers()):
-        raise ValueError(f"not_run.yaml: no paper {', '.join(unknown)}; choose from {', '.join(papers())}")
+        raise Mistake(f"not_run.yaml: no paper {', '.join(unknown)}; choose from {', '.join(papers())}")
     not_run = every_not_run.get(paper, [])
     file = CONF / "claims" / f"{paper}.yaml"
     fixed = read(Claims, file) if file.exists() else None
@@ -405,13 +406,13 @@ def findings(paper: str, records: Iterable[Record], results: Path = ROOT / "resu
 def costs(path: Path) -> dict[str, dict[str, Cost]]:
     """By experiment and rule, from what scripts/benchmark.py wrote; empty where it did not.
 
-    Raises ValueError for another file.
+    Raises Mistake for another file.
     """
     if not path.exists():
         return {}
     frame = pd.read_csv(path)
     if missing := {"measure", "what", "ratio"} - set(frame):
-        raise ValueError(f"{path} has no column {', '.join(sorted(missing))}: scripts/benchmark.py makes it anew")
+        raise Mistake(f"{path} has no column {', '.join(sorted(missing))}: scripts/benchmark.py makes it anew")
     ratios = {str(measure): rows.set_index("what").ratio.to_dict() for measure, rows in frame.groupby("measure")}
     found = {}
     for measure, speeds in ratios.items():
@@ -454,16 +455,16 @@ def _named(
 
 
 def _check_labels(place: str, where: Mapping[str, Sequence[str]], grid: Sequence[Cell]) -> None:
-    """Raises ValueError for an axis or a choice that the grid does not have, and for choices that fit no cell."""
+    """Raises Mistake for an axis or a choice that the grid does not have, and for choices that fit no cell."""
     for axis, choices in where.items():
         known = {cell.labels[axis]: None for cell in grid if axis in cell.labels}
         for choice in choices:
             if choice not in known:
                 allowed = f"choose from {', '.join(known)}" if known else "there is no such axis"
-                raise ValueError(f"{place}: {axis}={choice} is not in the grid; {allowed}")
+                raise Mistake(f"{place}: {axis}={choice} is not in the grid; {allowed}")
     if not any(_fits(cell.labels, where) for cell in grid):
         given = described({axis: ",".join(choices) for axis, choices in where.items()})
-        raise ValueError(f"{place}: no cell of the grid is {given}; its choices do not occur together")
+        raise Mistake(f"{place}: no cell of the grid is {given}; its choices do not occur together")
 
 
 def _find(cell: Cell, layout: Layout, runs: Runs, not_run: Sequence[NotRun], known: Published | None) -> Found:
@@ -498,7 +499,7 @@ def _rows(table: Table, found: Sequence[Found]) -> list[Row]:
 
     Within a row all rules have the same seeds: those of every rule with runs. All rows of a combination of `apart` are
     of the same images and have the same number of epochs, the table's if it names one: those with which the most cells
-    can be shown, and of several the paper's own images, then the most epochs. Raises ValueError where `rows` leaves out
+    can be shown, and of several the paper's own images, then the most epochs. Raises Mistake where `rows` leaves out
     an axis, so that one place would be two cells'.
     """
     groups: dict[tuple[str | None, ...], dict[tuple[str, ...], list[Found]]] = defaultdict(lambda: defaultdict(list))
@@ -511,7 +512,7 @@ def _rows(table: Table, found: Sequence[Found]) -> list[Row]:
             other = taken.setdefault((*place, cell.rule), cell)
             if axes := [axis for axis, choice in cell.labels.items() if choice != other.labels.get(axis)]:
                 both = f"{described(other.labels)} and {described(cell.labels)}"
-                raise ValueError(f"table {table.name}: {both} have one place; add to its rows: {', '.join(axes)}")
+                raise Mistake(f"table {table.name}: {both} have one place; add to its rows: {', '.join(axes)}")
     rows = []
     for group in groups.values():
         counts: dict[Conditions, int] = {}

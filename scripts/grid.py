@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from nobackprop.cli import CONF
+from nobackprop.mistakes import Missing, Mistake
 
 TUNED = "+tuned@_global_="  # after an experiment, whose settings it replaces; plain tuned=... comes before it
 
@@ -34,10 +35,10 @@ class Cell:
     def config(self, further: Sequence[str] = ()) -> DictConfig:
         """The composed config, with further overrides.
 
-        Raises FileNotFoundError where it takes tuned settings that were not searched yet.
+        Raises Missing where it takes tuned settings that were not searched yet.
         """
         if self.tuned is not None and not self.tuned.exists():
-            raise FileNotFoundError(f"{self.tuned} is not there yet: scripts/tune.py makes it")
+            raise Missing(f"{self.tuned} is not there yet: scripts/tune.py makes it")
         return composed([*self.overrides, *further])
 
 
@@ -53,21 +54,21 @@ def by_key(overrides: Iterable[str]) -> dict[str, str]:
 
 
 def load(path: Path) -> Any:
-    """A YAML file's content. Raises ValueError, naming file and line, where it is none, or has a key twice."""
+    """A YAML file's content. Raises Mistake, naming file and line, where it is none, or has a key twice."""
     try:
         return OmegaConf.to_container(OmegaConf.load(path))
     except (yaml.YAMLError, OSError) as e:
-        raise ValueError(" ".join(f"{path}: {e}".split())) from None
+        raise Mistake(" ".join(f"{path}: {e}".split())) from None
 
 
 def cells(paper: str) -> Iterator[Cell]:
     """Every cell of a paper's grid; `{axis}` in an override is the cell's choice on that axis.
 
-    Raises ValueError, with the papers there are, for another one.
+    Raises Mistake, with the papers there are, for another one.
     """
     papers = sorted(path.stem for path in (CONF / "grid").glob("*.yaml"))
     if paper not in papers:
-        raise ValueError(f"no grid for paper {paper!r}: choose one of {', '.join(papers)}")
+        raise Mistake(f"no grid for paper {paper!r}: choose one of {', '.join(papers)}")
     for grid in load(CONF / "grid" / f"{paper}.yaml"):
         for choices in product(*(axis.items() for axis in grid.values())):
             labels = {axis: str(label) for axis, (label, _) in zip(grid, choices, strict=True)}
@@ -75,7 +76,7 @@ def cells(paper: str) -> Iterator[Cell]:
 
 
 def select(every: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
-    """The cells with one of the choices given for each axis, as in `classes=2,3`. Raises ValueError where none fits."""
+    """The cells with one of the choices given for each axis, as in `classes=2,3`. Raises Mistake where none fits."""
     wanted: dict[str, list[str]] = {}
     for axis, _, choices in (text.partition("=") for text in only):
         wanted.setdefault(axis, []).extend(choices.split(","))
@@ -85,10 +86,10 @@ def select(every: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
             known.setdefault(axis, set()).add(label)
     for axis, choices in wanted.items():
         if axis not in known:
-            raise ValueError(f"--only {axis}=...: no such axis; choose from {', '.join(known)}")
+            raise Mistake(f"--only {axis}=...: no such axis; choose from {', '.join(known)}")
         if unknown := set(choices) - known[axis]:
-            raise ValueError(f"--only {axis}={','.join(sorted(unknown))}: choose from {', '.join(sorted(known[axis]))}")
+            raise Mistake(f"--only {axis}={','.join(sorted(unknown))}: choose from {', '.join(sorted(known[axis]))}")
     fitting = [c for c in every if all(c.labels.get(axis) in choices for axis, choices in wanted.items())]
     if not fitting:
-        raise ValueError(f"no cell fits --only {' '.join(only)}: these choices do not occur together")
+        raise Mistake(f"no cell fits --only {' '.join(only)}: these choices do not occur together")
     return fitting

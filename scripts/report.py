@@ -326,7 +326,7 @@ def page(
 
 
 def everything(results: Path, readme: Path) -> dict[Path, bytes]:
-    """The content of every generated file, by path. Raises ValueError where a file it is made from is not valid."""
+    """The content of every generated file, by path. Raises Mistake where a file it is made from is not valid."""
     every = every_paper(results)
     files = generated(every, results, readme)
     drawn = {

@@ -22,7 +22,7 @@ from rich.console import Console
 def run(chosen: Sequence[Cell], further: Sequence[str], console: Console, dry: bool) -> bool:
     """Runs cells as a sweep, with the launcher that `further` names; whether all went well.
 
-    Passes over those that take tuned settings which were not searched yet; raises FileNotFoundError if that is all.
+    Passes over those that take tuned settings which were not searched yet; raises Missing if that is all.
     """
     from nobackprop import launchers, sweeps  # torch takes seconds to import
 

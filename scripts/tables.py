@@ -22,6 +22,7 @@ from findings import ROOT, Figure, Findings, Found, Row, Table, described, findi
 
 from nobackprop.claims import Claims, Result
 from nobackprop.collecting import collect
+from nobackprop.mistakes import Mistake
 from nobackprop.records import Record, write_atomically
 
 SIGNS, FEWER = "†‡§¶‖⋆", "fewer epochs than planned"  # as many signs as a table can have kinds of departure
@@ -32,10 +33,10 @@ TEX |= str.maketrans(
 
 
 def read_records(results: Path) -> list[Record]:
-    """All of results/records. Raises ValueError for a damaged line or two records of one run and seed that differ."""
+    """All of results/records. Raises Mistake for a damaged line or two records of one run and seed that differ."""
     found = collect(sorted((results / "records").glob("*.jsonl")))
     if found.conflicts:
-        raise ValueError(f"{'; '.join(found.conflicts)}: keep one line of each in {results / 'records'}")
+        raise Mistake(f"{'; '.join(found.conflicts)}: keep one line of each in {results / 'records'}")
     return list(found.records.values())
 
 
@@ -409,7 +410,7 @@ def latex(found: Findings) -> str:
 
 
 def every_paper(results: Path) -> list[Findings]:
-    """The findings of all papers. Raises ValueError where a file that they are made from is not valid."""
+    """The findings of all papers. Raises Mistake where a file that they are made from is not valid."""
     records = read_records(results)
     return [findings(paper, records, results) for paper in papers()]
 
@@ -440,7 +441,7 @@ def with_sections(text: str, sections: Mapping[str, str]) -> str:
 
     def section(match: re.Match[str]) -> str:
         if match[1] not in sections:
-            raise ValueError(f"<!-- {match[1]} --> names nothing that is made here; choose from {', '.join(sections)}")
+            raise Mistake(f"<!-- {match[1]} --> names nothing that is made here; choose from {', '.join(sections)}")
         return f"<!-- {match[1]} -->\n{sections[match[1]]}\n<!-- end -->"
 
     return re.sub(r"<!-- (\w+: \S+) -->\n.*?<!-- end -->", section, text, flags=re.DOTALL)

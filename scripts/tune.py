@@ -29,6 +29,7 @@ from scipy.stats import qmc
 from nobackprop import hardware, records
 from nobackprop.cli import CONF
 from nobackprop.launchers import Job, Joblib
+from nobackprop.mistakes import Mistake
 from nobackprop.preparation import prepare
 from nobackprop.records import Record
 
@@ -77,17 +78,17 @@ class Search(BaseModel):
 
     @classmethod
     def read(cls, name: str) -> "Search":
-        """Raises ValueError for a search that does not exist or a file that is no search, saying what is wrong."""
+        """Raises Mistake for a search that does not exist or a file that is no search, saying what is wrong."""
         names = sorted(path.stem for path in (CONF / "search").glob("*.yaml"))
         if name not in names:
-            raise ValueError(f"no search {name!r}: choose one of {', '.join(names)}")
+            raise Mistake(f"no search {name!r}: choose one of {', '.join(names)}")
         path = CONF / "search" / f"{name}.yaml"
         search = cls.of(load(path), str(path))
         known = {choice for cell in cells(name) for choice in cell.labels.items()}
         for key, dimension in search.space.items():
             for axis, choices in dimension.when.items():
                 if unknown := [choice for choice in choices if (axis, choice) not in known]:
-                    raise ValueError(f"{path}: {key}: no cell of the grid has {axis}={','.join(unknown)}")
+                    raise Mistake(f"{path}: {key}: no cell of the grid has {axis}={','.join(unknown)}")
         return search
 
     @classmethod
@@ -97,10 +98,10 @@ class Search(BaseModel):
             search = cls.model_validate(content)
         except ValidationError as e:
             told = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in e.errors())
-            raise ValueError(f"{source}: {told} (write low and high, both above 0, or values, two or more)") from None
+            raise Mistake(f"{source}: {told} (write low and high, both above 0, or values, two or more)") from None
         for key, dimension in search.space.items():
             if isinstance(dimension, Range) and dimension.low >= dimension.high:
-                raise ValueError(f"{source}: {key} goes from {dimension.low:g} to {dimension.high:g}: low must be less")
+                raise Mistake(f"{source}: {key} goes from {dimension.low:g} to {dimension.high:g}: low must be less")
         return search
 
     def within(self, cell: Cell) -> dict[str, Range | Choice]:
@@ -149,13 +150,13 @@ def command_of(cell: Cell, name: str, search: Search, further: Sequence[str]) ->
 
 
 def check_replaces(cell: Cell, name: str, search: Search, further: Sequence[str]) -> None:
-    """Raises ValueError where a cell's settings were found by another command: a trial run would replace them."""
+    """Raises Mistake where a cell's settings were found by another command: a trial run would replace them."""
     if cell.tuned is None or not cell.tuned.exists():
         return
     text = cell.tuned.read_text()
     if f"#   {command_of(cell, name, search, further)}\n" not in text:
         (before,) = [line[4:] for line in text.splitlines() if line.startswith("#   ")] or ["another search"]
-        raise ValueError(f"{cell.tuned} was found by `{before}`: delete it to search it in another way")
+        raise Mistake(f"{cell.tuned} was found by `{before}`: delete it to search it in another way")
 
 
 def write(found: Searched, name: str, search: Search, further: Sequence[str], path: Path) -> None:
@@ -181,7 +182,7 @@ def tune(
 ) -> Iterator[Searched]:
     """Runs every trial that has no record yet, so many at a time; gives each cell when all its trials have ended.
 
-    Raises ValueError for a space that does not fit a cell, before any trial, and for a trial that fails.
+    Raises Mistake for a space that does not fit a cell, before any trial, and for a trial that fails.
     """
     trials = [(cell, point) for cell in chosen for point in search.points(cell)]
     ready = {}
@@ -195,7 +196,7 @@ def tune(
     outcomes = Joblib(jobs).run(ready, lambda i, text: None, console, wait_for_others=True)
     for i, outcome in track(outcomes, title, len(trials), console=console):
         if outcome.state == "failed":
-            raise ValueError(f"{ready[i].label}: {outcome.details}")
+            raise Mistake(f"{ready[i].label}: {outcome.details}")
         (ended[i],) = outcome.records
         of_cell = range(first := i - i % search.trials, first + search.trials)
         if all(k in ended for k in of_cell):

@@ -9,6 +9,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nobackprop.mistakes import Mistake
+
 
 class SweepLauncher(Launcher):
     """Hydra's launcher for every choice of conf/launcher."""
@@ -42,7 +44,7 @@ class SweepLauncher(Launcher):
             text = "some jobs have such settings and others not; tuned=none compares them with the same"
             console.print(text, soft_wrap=True)
         if any(job.config.launcher != jobs[0].config.launcher for job in jobs):
-            raise ValueError("launcher: one for the whole sweep, not one a job")
+            raise Mistake("launcher: one for the whole sweep, not one a job")
         trials = OmegaConf.select(self.config, "hydra.sweeper.n_trials")
         if jobs[0].config.dry_run and trials:
             console.print(f"the first {len(jobs)} of a search of {trials} trials:", highlight=False)
@@ -51,7 +53,7 @@ class SweepLauncher(Launcher):
         if jobs[0].config.dry_run:
             raise SystemExit(min(SweepLauncher.failed, 1))
         if trials and (queued := sum(outcome.state == "queued" for outcome in outcomes)):
-            raise ValueError(
+            raise Mistake(
                 f"a search goes on from what its trials came to, and {queued} are left to the cluster: use "
                 "launcher.wait=true, or give the same command again when they have ended"
             )

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nobackprop.mistakes import Mistake
+
 
 @dataclass(frozen=True)
 class Activation:
@@ -19,10 +21,10 @@ class Activation:
     def df(self, z: Tensor, h: Tensor) -> Tensor:
         """The derivative of f at z, elementwise, given h = f(z).
 
-        Raises ValueError for an activation without one.
+        Raises Mistake for an activation without one.
         """
         if self.derivative is None:
-            raise ValueError(
+            raise Mistake(
                 f"activation {self.name!r} has no derivative and this rule needs one: choose a rule that does without "
                 "(lra_e, pepita, equilibrium_propagation), or one of the activations "
                 f"{', '.join(a for a in ACTIVATIONS if ACTIVATIONS[a].derivative)}"
@@ -31,9 +33,9 @@ class Activation:
 
 
 def activation(name: str) -> Activation:
-    """The activation of that name. Raises ValueError, with the names there are, for another one."""
+    """The activation of that name. Raises Mistake, with the names there are, for another one."""
     if name not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {name!r}: choose one of {', '.join(ACTIVATIONS)}")
+        raise Mistake(f"unknown activation {name!r}: choose one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nobackprop.data import Dataset, Images
+from nobackprop.mistakes import Mistake
 from nobackprop.streams import stream
 
 CHUNK_STEPS = 100  # the most mini-batches that are gathered at once
@@ -62,7 +63,7 @@ def task(
 
     `validation` is a fraction of the training images of these classes, or how many; the rest trains. They are drawn by
     the seed, or (`split`) they are the "first" or "last" of the file. A data set that validates on its test images has
-    no use for either: all training images train. Raises ValueError where no image is left on one side.
+    no use for either: all training images train. Raises Mistake where no image is left on one side.
     """
     if classes is None:
         chosen = torch.arange(dataset.num_classes)
@@ -77,21 +78,21 @@ def task(
     if dataset.validate_on_test:
         count = 0
     elif not 0 < count < n:
-        raise ValueError(
+        raise Mistake(
             f"validation is {validation}, {count} of the {n} training images of {dataset.name}; it must leave at least "
             "one image for training and one for validation"
         )
     if len(test) == 0:
-        raise ValueError(f"{dataset.name} has no test image of the classes {chosen.tolist()}")
+        raise Mistake(f"{dataset.name} has no test image of the classes {chosen.tolist()}")
     mixed = selected[SPLITS[split](n, seed)]
     held_out = test if dataset.validate_on_test else mixed[:count]
     return Task(seed, tuple(chosen.tolist()), mixed[count:], held_out, test, relabel)
 
 
 def batches_per_epoch(task: Task, batch_size: int) -> int:
-    """Whole mini-batches in an epoch; an incomplete last one is left out. Raises ValueError where there is none."""
+    """Whole mini-batches in an epoch; an incomplete last one is left out. Raises Mistake where there is none."""
     if batch_size > len(task.train):
-        raise ValueError(f"batch_size is {batch_size}, but there are only {len(task.train)} training images")
+        raise Mistake(f"batch_size is {batch_size}, but there are only {len(task.train)} training images")
     return len(task.train) // batch_size
 
 
@@ -144,7 +145,7 @@ class _Store:
                 for row, i in zip(out.numpy(), index.flatten().tolist(), strict=True):
                     opened.seek(i * row.nbytes)
                     if opened.readinto(row) != row.nbytes:
-                        raise ValueError(f"{file} was cut short while it was read: start again")
+                        raise Mistake(f"{file} was cut short while it was read: start again")
         return out.view(*index.shape, *shape)
 
 
@@ -179,7 +180,7 @@ class TrainBatches:
     nothing comes after `max_steps` mini-batches in all. Process `rank` of `ranks` gets its part of each mini-batch,
     N = batch_size / ranks images.
 
-    Raises ValueError for a batch size above the number of training images. The tasks' epochs must be equally many
+    Raises Mistake for a batch size above the number of training images. The tasks' epochs must be equally many
     mini-batches.
     """
 
@@ -242,7 +243,7 @@ class EvalBatches:
 
     Iterating yields pixels (S, M, C, H, W) uint8, labels (S, M) int64 by each seed's `relabels`, and a mask (S, M)
     bool: False where a seed has no more images and its first one stands in. M is at most `batch_size`. Process `rank`
-    of `ranks` gets every `ranks`-th image, equally many each. Raises ValueError for an empty table.
+    of `ranks` gets every `ranks`-th image, equally many each. Raises Mistake for an empty table.
     """
 
     def __init__(
@@ -257,7 +258,7 @@ class EvalBatches:
     ) -> None:
         lengths = torch.tensor([len(table) for table in tables])
         if not lengths.all():
-            raise ValueError(f"there must be an image to evaluate for each seed, but the seeds have {lengths.tolist()}")
+            raise Mistake(f"there must be an image to evaluate for each seed, but the seeds have {lengths.tolist()}")
         position = torch.arange(rank, -(-int(lengths.max()) // ranks) * ranks, ranks)
         mask = position < lengths[:, None]
         index = torch.stack([table[position * row] for table, row in zip(tables, mask, strict=True)])

@@ -32,6 +32,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from scipy import stats
 
+from nobackprop.mistakes import Mistake
+
 Labels = dict[
     str, Annotated[str, BeforeValidator(str)]
 ]  # a choice on each axis of a grid, as in {rule: bp, classes: 2}
@@ -68,7 +70,7 @@ class Claim(_Strict):
     @model_validator(mode="after")
     def _fits(self) -> "Claim":
         if {self.start is not None, self.end is not None} != {self.test == "gap_grows"}:
-            raise ValueError("start and end belong to the test gap_grows, which needs both")
+            raise Mistake("start and end belong to the test gap_grows, which needs both")
         return self
 
 

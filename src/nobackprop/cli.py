@@ -15,6 +15,8 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from nobackprop.mistakes import Mistake
+
 _here = Path(__file__).parent
 # A wheel carries the configs inside the package, a checkout beside src/.
 CONF = _here / "conf" if (_here / "conf").is_dir() else _here.parents[1] / "conf"
@@ -36,9 +38,9 @@ def run(cfg: DictConfig) -> None:
     announce_tuned(runtime, cfg, console)
     choices = runtime.choices
     if choices.launcher != "basic":
-        raise ValueError(f"launcher={choices.launcher} is for several jobs: add --multirun")
+        raise Mistake(f"launcher={choices.launcher} is for several jobs: add --multirun")
     if "sweep" in choices:
-        raise ValueError(f"+sweep={choices.sweep} is for several jobs: add --multirun")
+        raise Mistake(f"+sweep={choices.sweep} is for several jobs: add --multirun")
     if cfg.dry_run:
         from nobackprop import launchers, sweeps
 
@@ -55,7 +57,7 @@ def run(cfg: DictConfig) -> None:
 def announce_tuned(runtime: Any, cfg: DictConfig, console: Any) -> bool:
     """Says which tuned files are in use, and what of them is not in effect; whether `tuned` is one.
 
-    Raises ValueError for a name that is no file's: to Hydra it is optional.
+    Raises Mistake for a name that is no file's: to Hydra it is optional.
     """
     choices = runtime.choices
     folders = [Path(source.path) / "tuned" for source in runtime.config_sources if source.schema == "file"]
@@ -63,7 +65,7 @@ def announce_tuned(runtime: Any, cfg: DictConfig, console: Any) -> bool:
     used = choices.tuned in files and choices.tuned != "none"
     default = f"{choices.rule}_{choices.arch}_{choices.dataset}_{choices.optimizer}"
     if not used and choices.tuned not in {"none", default}:
-        raise ValueError(f"no such tuned settings, {choices.tuned!r}: choose one of {', '.join(sorted(files))}")
+        raise Mistake(f"no such tuned settings, {choices.tuned!r}: choose one of {', '.join(sorted(files))}")
     for name in [choices.tuned] * used + [choices[key] for key in choices if key == "tuned@_global_"]:
         set_there = _leaves(OmegaConf.to_container(OmegaConf.load(files[name])))
         others = [key for key, value in set_there if OmegaConf.select(cfg, key) != value]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from nobackprop.mistakes import Missing, Mistake
 from nobackprop.records import Record
 
 Key = tuple[str, int]
@@ -47,17 +48,15 @@ def collect(sources: Iterable[str | Path], into: Path | None = None) -> Collecte
     A folder is one of files of lines (*.jsonl), of runs, of one run, or of one seed; a seed without a record is still
     being trained and is passed over. A record that can't be read is named in the result and passed over too; one with
     other results than an earlier one of the same run and seed is named and does not replace it. Several may gather into
-    one file at once: they wait for each other. Raises FileNotFoundError for a source that does not exist, and
-    ValueError, naming the line, for a damaged line in a file of lines; only the last line of `into` may be cut off (a
+    one file at once: they wait for each other. Raises Missing for a source that does not exist, and
+    Mistake, naming the line, for a damaged line in a file of lines; only the last line of `into` may be cut off (a
     crash while it was written), and is then removed, or completed where nothing but its end is missing. A file that
     raises is left as it is.
     """
     sources = [Path(source) for source in sources]
     for source in sources:
         if not source.exists():
-            raise FileNotFoundError(
-                f"{source} does not exist: give a folder of runs, or a .jsonl file of their records"
-            )
+            raise Missing(f"{source} does not exist: give a folder of runs, or a .jsonl file of their records")
     found = Collected()
     if into is None:
         _gather(sources, found)
@@ -149,9 +148,9 @@ def table(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def write_table(frame: pd.DataFrame, path: Path) -> None:
-    """Writes a table as the ending of the path says. Raises ValueError for another than .csv or .parquet."""
+    """Writes a table as the ending of the path says. Raises Mistake for another than .csv or .parquet."""
     if path.suffix not in (".csv", ".parquet"):
-        raise ValueError(f"{path}: a table is written as .csv or .parquet")
+        raise Mistake(f"{path}: a table is written as .csv or .parquet")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".csv":
         frame.to_csv(path, index=False, lineterminator="\n")

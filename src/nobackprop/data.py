@@ -19,6 +19,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from nobackprop.mistakes import Missing, Mistake
 from nobackprop.pixels import Pixels
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class Source(ABC):
     def load(self) -> Dataset:
         """The checked data set; the last two are kept, so that the runs of a sweep read it once.
 
-        Raises FileNotFoundError where files are missing and ValueError where they hold anything else than they
+        Raises Missing where files are missing and Mistake where they hold anything else than they
         should; both say what was found where, what is allowed and what to do.
         """
         return _load(self)
@@ -107,11 +108,11 @@ def _load(source: Source) -> Dataset:
 
 
 def check(images: Images, source: Source, split: str, count: int | None = None) -> None:
-    """Raises ValueError unless the images are what the source declares, `count` of them where that is known."""
+    """Raises Mistake unless the images are what the source declares, `count` of them where that is known."""
 
     def need(ok: bool, found: str, allowed: str) -> None:
         if not ok:
-            raise ValueError(
+            raise Mistake(
                 f"{source.name}: the {split} images in {source.where} have {found}; allowed: {allowed}. {source.remedy}"
             )
 
@@ -145,7 +146,7 @@ class Digits(Source):
         # What sklearn.datasets.load_digits reads; importing that takes seconds, since it brings SciPy and pandas.
         package = find_spec("sklearn")
         if package is None or package.origin is None:
-            raise FileNotFoundError(f"digits are a part of scikit-learn, which is not installed. {self.remedy}")
+            raise Missing(f"digits are a part of scikit-learn, which is not installed. {self.remedy}")
         rows = np.loadtxt(Path(package.origin).parent / "datasets/data/digits.csv.gz", np.float64, delimiter=",")
         values, labels = torch.from_numpy(rows).tensor_split([64], 1)
         pixels = (values * (255 / 16)).round().to(torch.uint8).view(-1, *self.shape)
@@ -188,7 +189,7 @@ class Torchvision(Source):
 
     def __post_init__(self) -> None:
         if self.dataset not in TORCHVISION:
-            raise ValueError(f"dataset {self.dataset!r} is not known; allowed: {', '.join(TORCHVISION)}")
+            raise Mistake(f"dataset {self.dataset!r} is not known; allowed: {', '.join(TORCHVISION)}")
 
     @property
     def name(self) -> str:
@@ -243,13 +244,13 @@ class Torchvision(Source):
             except (OSError, RuntimeError, HTTPException) as error:
                 cause, failed = error, " ".join(str(error).split())
         if wrong:
-            raise ValueError(f"{self.name} can't be read: {'; '.join(wrong)}. {self.remedy}")
+            raise Mistake(f"{self.name} can't be read: {'; '.join(wrong)}. {self.remedy}")
         if missing:
             text = f"{self.name} needs the files {', '.join(missing)} in {self.where}"
             if self.download:
                 remedy = f"Run again with a network, copy the files there, or {self._elsewhere}."
-                raise FileNotFoundError(f"{text}, and the download failed: {failed}. {remedy}") from cause
-            raise FileNotFoundError(f"{text}. Set `dataset.source.download=true`, or {self._elsewhere}.")
+                raise Missing(f"{text}, and the download failed: {failed}. {remedy}") from cause
+            raise Missing(f"{text}. Set `dataset.source.download=true`, or {self._elsewhere}.")
 
     def _faults(self, cls: Any) -> tuple[list[str], list[str]]:
         """The names of the files that are missing, and what is wrong with others."""
@@ -322,7 +323,7 @@ class Parquet(Source):
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
         if len(self.shape) != 3 or self.shape[0] not in (1, 3):
-            raise ValueError(f"shape {self.shape} is not allowed; it must be (1, H, W) or (3, H, W)")
+            raise Mistake(f"shape {self.shape} is not allowed; it must be (1, H, W) or (3, H, W)")
 
     @property
     def where(self) -> str:
@@ -338,7 +339,7 @@ class Parquet(Source):
     def _split(self, pattern: str) -> Images:
         files = sorted(Path(self.where).glob(pattern))
         if not files:
-            raise FileNotFoundError(
+            raise Missing(
                 f"{self.name}: no file {pattern} in {self.where}. Put it there, or point `paths.data` at a folder "
                 "that holds it."
             )
@@ -356,18 +357,18 @@ class Parquet(Source):
                 label = self._column(path, schema.names, self.label_column, ("label", "fine_label"))
                 types = schema.field(image).type, schema.field(label).type
                 if not (pa.types.is_struct(types[0]) and pa.types.is_integer(types[1])):
-                    raise ValueError(
+                    raise Mistake(
                         f"{path}: column {image!r} is {types[0]} and {label!r} is {types[1]}; allowed: a struct with "
                         f"bytes, and an int. {self.remedy}"
                     )
                 table = file.read(columns=[f"{image}.bytes", label]).flatten()
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path} is not a readable Parquet file: {error}. {self.remedy}") from error
+            raise Mistake(f"{path} is not a readable Parquet file: {error}. {self.remedy}") from error
         if f"{image}.bytes" not in table.column_names:
-            raise ValueError(f"{path}: column {image!r} has no field 'bytes'. {self.remedy}")
+            raise Mistake(f"{path}: column {image!r} has no field 'bytes'. {self.remedy}")
         labels = table[label].to_pylist()
         if None in labels:
-            raise ValueError(f"{path}, row {labels.index(None)} has no label. {self.remedy}")
+            raise Mistake(f"{path}, row {labels.index(None)} has no label. {self.remedy}")
         blobs = table[f"{image}.bytes"].to_pylist()
         pixels = _decode(blobs, self.shape, lambda row: f"{path}, row {row}", self.remedy)
         return pixels, torch.tensor(labels, dtype=torch.int64)
@@ -377,28 +378,28 @@ class Parquet(Source):
         for column in allowed:
             if column in found:
                 return column
-        raise ValueError(f"{path} has the columns {found}; needed: {' or '.join(allowed)}. {self.remedy}")
+        raise Mistake(f"{path} has the columns {found}; needed: {' or '.join(allowed)}. {self.remedy}")
 
 
 def open_image(source: bytes | Path | None, where: str, remedy: str, mode: str = "RGB") -> "Image.Image":
-    """A decoded image file, converted to RGB or, with mode "L", grey; ValueError, with `where`, if it can't be read."""
+    """A decoded image file, converted to RGB or, with mode "L", grey; Mistake, with `where`, if it can't be read."""
     from PIL import Image
 
     try:
         if source is None:
-            raise ValueError("it has no bytes")
+            raise Mistake("it has no bytes")
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as file:
             if file.mode == "F" or file.mode.startswith("I"):  # which Pillow would clip, not scale
-                raise ValueError("it has more than 8 bits a channel")
+                raise Mistake("it has more than 8 bits a channel")
             return file.convert(mode)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all that Pillow raises for it
-        raise ValueError(f"{where} is not a readable image: {error}. {remedy}") from error
+        raise Mistake(f"{where} is not a readable image: {error}. {remedy}") from error
 
 
 def _decode(images: Sequence[bytes | None], shape: ImageShape, where: Callable[[int], str], remedy: str) -> Tensor:
     """The pixels (n, *shape) of encoded images.
 
-    Raises ValueError, with `where` of its index, for an image that can't be read or has another size.
+    Raises Mistake, with `where` of its index, for an image that can't be read or has another size.
     """
     channels, height, width = shape
     pixels = torch.empty(len(images), height, width, channels, dtype=torch.uint8)
@@ -408,7 +409,7 @@ def _decode(images: Sequence[bytes | None], shape: ImageShape, where: Callable[[
         for i in range(start, min(start + 256, len(images))):
             image = open_image(images[i], where(i), remedy, "L" if channels == 1 else "RGB")
             if image.size != (width, height):
-                raise ValueError(
+                raise Mistake(
                     f"{where(i)} is {image.height} x {image.width} pixels; allowed: {height} x {width}. {remedy}"
                 )
             array[i] = np.asarray(image).reshape(height, width, channels)

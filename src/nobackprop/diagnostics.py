@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from nobackprop.learner import Learner
+from nobackprop.mistakes import Mistake
 from nobackprop.network import Network, Weights
 from nobackprop.rule import Batch, Rule
 from nobackprop.rules.bp import BP
@@ -32,7 +33,7 @@ class Diagnostics(Callback):
 
     def __init__(self, samples: int) -> None:
         if samples < 1:
-            raise ValueError(f"diagnostics.samples is {samples}: it must be 1 or more")
+            raise Mistake(f"diagnostics.samples is {samples}: it must be 1 or more")
         self.samples = samples
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

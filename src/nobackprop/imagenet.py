@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from nobackprop.data import Images, ImageShape, Source, open_image
 from nobackprop.hardware import cores
+from nobackprop.mistakes import Missing, Mistake
 from nobackprop.records import write_atomically
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -70,7 +71,7 @@ class ImageNet(Source):
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise ValueError(f"size is {self.size}; allowed: 1 pixel or more")
+            raise Mistake(f"size is {self.size}; allowed: 1 pixel or more")
 
     @property
     def shape(self) -> ImageShape:
@@ -95,7 +96,7 @@ class ImageNet(Source):
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
-        """Their names. Raises FileNotFoundError without a folder of training images and without a finished cache."""
+        """Their names. Raises Missing without a folder of training images and without a finished cache."""
         index = self._index()
         return tuple(index.classes if index else self._folders(FOLDERS["train"]))
 
@@ -141,18 +142,18 @@ class ImageNet(Source):
         return f"Delete {index}: the next run makes what is wrong again, from the files in {self.where}"
 
     def _index(self) -> Index | None:
-        """None where the cache is not finished. Raises ValueError where it is another one than asked for."""
+        """None where the cache is not finished. Raises Mistake where it is another one than asked for."""
         path = self._cache / "index.json"
         if not path.exists():
             return None
         try:
             index = Index.model_validate_json(path.read_bytes())
         except ValidationError as e:
-            raise ValueError(
+            raise Mistake(
                 f"{path} is damaged, or of another version of this program ({e.errors()[0]['msg']}). {self._redo}."
             ) from None
         if (index.shape, index.channels) != (self.shape, self._channels):
-            raise ValueError(
+            raise Mistake(
                 f"{path.parent} holds {index.channels} images of shape {index.shape}, but {self._channels} of shape "
                 f"{self.shape} are asked for: choose another dataset.source.cache"
             )
@@ -175,9 +176,9 @@ class ImageNet(Source):
     # Checks of a finished cache
 
     def _check_files(self, index: Index, blocks: Blocks) -> None:
-        """Raises ValueError if there are other files than the cache was made from, or the same names elsewhere."""
+        """Raises Mistake if there are other files than the cache was made from, or the same names elsewhere."""
         if Path(self.where).is_dir() and str(Path(self.where).resolve()) != index.root:
-            raise ValueError(
+            raise Mistake(
                 f"{self.name}: {self._cache} was made from {index.root}, not from {self.where}. For other images "
                 f"choose another dataset.source.cache. If these are the same images in a new place: {self._redo}."
             )
@@ -192,21 +193,21 @@ class ImageNet(Source):
             now = {name: len(files) for name, files in tree.items()}
             differ = sorted(name for name in {*then, *now} if then.get(name, 0) != now.get(name, 0))
             how = f"numbers differ in {_some(differ)}" if differ else "some have other names"
-            raise ValueError(
+            raise Mistake(
                 f"{self.name}: the files in {Path(self.where, folder)} are not those that {self._cache} was made from, "
                 f"{sum(then.values())} then and {sum(now.values())} now: {how}. Put the old files back, choose another "
                 f"dataset.source.cache, or accept the new ones. {self._redo}."
             )
 
     def _check_pixels(self, index: Index, blocks: Blocks) -> None:
-        """Raises ValueError if the cache, or a sample of its blocks, is not what was written."""
+        """Raises Mistake if the cache, or a sample of its blocks, is not what was written."""
         if _fingerprint(index.counts, blocks) != index.fingerprint:
-            raise ValueError(f"{self._cache / 'blocks.txt'} is damaged. {self._redo}.")
+            raise Mistake(f"{self._cache / 'blocks.txt'} is damaged. {self._redo}.")
         for split, counts in index.counts.items():
             n, path = sum(counts), self._pixels(split)
             have, need = path.stat().st_size if path.exists() else 0, n * prod(self.shape)
             if have != need:
-                raise ValueError(f"{path} has {have} bytes, must have {need}. {self._redo}.")
+                raise Mistake(f"{path} has {have} bytes, must have {need}. {self._redo}.")
             numbers = range(-(-n // BLOCK))
             if not self.verify and len(numbers) > SAMPLE:
                 numbers = SystemRandom().sample(numbers, SAMPLE)
@@ -214,7 +215,7 @@ class ImageNet(Source):
                 hashes = pool.map(partial(self._hash, split, BLOCK), numbers)
                 bad = sorted(i for i, found in zip(numbers, hashes, strict=True) if found != blocks[split, i][1])
             if bad:
-                raise ValueError(
+                raise Mistake(
                     f"{path} is damaged in block {', '.join(map(str, bad))} of {BLOCK} images each. {self._redo}."
                 )
 
@@ -224,7 +225,7 @@ class ImageNet(Source):
         folder = Path(self.where, split)
         names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
         if not names:
-            raise FileNotFoundError(
+            raise Missing(
                 f"{self.name}: {folder} holds no folder; needed: one folder of images for each class, or a finished "
                 f"cache in {self._cache}. {self.remedy}"
             )
@@ -244,7 +245,7 @@ class ImageNet(Source):
     def _build(self) -> None:
         trees = {split: self._tree(folder) for split, folder in FOLDERS.items()}
         if trees["train"].keys() != trees["test"].keys():
-            raise ValueError(
+            raise Mistake(
                 f"{self.name}: the classes in {Path(self.where, FOLDERS['test'])} are not those in {FOLDERS['train']}: "
                 f"without "
                 f"{_some(trees['train'].keys() - trees['test'].keys())}, with "
@@ -254,11 +255,11 @@ class ImageNet(Source):
             for name, files in tree.items():
                 if not files:
                     folder = Path(self.where, FOLDERS[split], name)
-                    raise FileNotFoundError(f"{self.name}: no .jpg, .jpeg or .png file in {folder}. {self.remedy}")
+                    raise Missing(f"{self.name}: no .jpg, .jpeg or .png file in {folder}. {self.remedy}")
                 for text in (name, *files):
                     if not text.isascii() and any("\udc80" <= c <= "\udcff" for c in text):
                         folder = str(Path(self.where, FOLDERS[split], name))
-                        raise ValueError(f"{self.name}: in {folder!a} the name {text!a} is not UTF-8: rename it")
+                        raise Mistake(f"{self.name}: in {folder!a} the name {text!a} is not UTF-8: rename it")
         self._cache.mkdir(parents=True, exist_ok=True)
         with FileLock(self._cache / "lock"):
             if self._index() is None:  # else: another process made it meanwhile
@@ -324,13 +325,13 @@ class ImageNet(Source):
         write_atomically(self._cache / "index.json", index.model_dump_json().encode())  # last: now it is finished
 
     def _reserve(self, sizes: dict[str, int]) -> None:
-        """Makes the files of pixels as long as they get. Raises ValueError where the disk has no room for them."""
+        """Makes the files of pixels as long as they get. Raises Mistake where the disk has no room for them."""
         missing = sum(sizes.values())
         for split in sizes:
             if (path := self._pixels(split)).exists():
                 missing -= path.stat().st_blocks * 512  # a hole in a file takes no room
         if (free := disk_usage(self._cache).free) < missing:
-            raise ValueError(
+            raise Mistake(
                 f"{self.name}: the cache {self._cache} needs another {missing / 1e9:.1f} GB, the disk has "
                 f"{free / 1e9:.1f} GB: choose another dataset.source.cache, or a smaller dataset.source.size"
             )

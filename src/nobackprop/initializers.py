@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from nobackprop.layers import Shape
+from nobackprop.mistakes import Mistake
 from nobackprop.network import Network
 from nobackprop.rule import Rule
 from nobackprop.streams import stream
@@ -49,7 +50,7 @@ class Uniform(Initializer):
 
     def __post_init__(self) -> None:
         if self.scale < 0:
-            raise ValueError(f"scale is {self.scale}: it bounds the draw, so 0 or more")
+            raise Mistake(f"scale is {self.scale}: it bounds the draw, so 0 or more")
 
     def draw(self, shape: Shape, generator: Generator) -> Tensor:
         bound = self.scale * prod(shape[1:]) ** self.power
@@ -64,7 +65,7 @@ class Normal(Initializer):
 
     def __post_init__(self) -> None:
         if self.std < 0:
-            raise ValueError(f"std is {self.std}: a standard deviation is 0 or more")
+            raise Mistake(f"std is {self.std}: a standard deviation is 0 or more")
 
     def draw(self, shape: Shape, generator: Generator) -> Tensor:
         return torch.empty(shape).normal_(0, self.std, generator=generator)
@@ -90,7 +91,7 @@ class _Scaled(Initializer):
 
     def __post_init__(self) -> None:
         if self.gain < 0:
-            raise ValueError(f"gain is {self.gain}: weights are drawn for a gain of 1 and multiplied, so 0 or more")
+            raise Mistake(f"gain is {self.gain}: weights are drawn for a gain of 1 and multiplied, so 0 or more")
 
 
 class Orthogonal(_Scaled):
@@ -147,16 +148,16 @@ def from_string(text: str | float) -> Initializer:
     """The initializer that one of the mDFA program's strings names: `0`, `U1`, `N0.1`, `P1`, `A0.1`.
 
     `U1` means what that program documents, +-1/sqrt(fan-in). Its code takes the root twice and draws from
-    +-fan_in^(1/4); `literal_U1` and `literal_P1` do the same. Raises ValueError for another string.
+    +-fan_in^(1/4); `literal_U1` and `literal_P1` do the same. Raises Mistake for another string.
     """
     match = re.fullmatch(r"(literal_)?([UNPA])(\d+\.?\d*(?:e-?\d+)?|\.\d+)", str(text))
     if str(text) in ("0", "0.0"):
         return Zeros()
     if match is None or (match[1] and match[2] in "NA"):
-        raise ValueError(f"unknown initializer {text!r}: write one of {STRINGS}")
+        raise Mistake(f"unknown initializer {text!r}: write one of {STRINGS}")
     literal, letter, value = match[1], match[2], float(match[3])
     if value > 1e30:
-        raise ValueError(f"initializer {text!r}: a float32 has no such weights")
+        raise Mistake(f"initializer {text!r}: a float32 has no such weights")
     if letter == "N":
         return Normal(value)
     if letter == "A":
@@ -170,7 +171,7 @@ def initial_weights(
 ) -> dict[str, Tensor]:
     """All weights a run of this seed starts from, by name: W from `forward`, b zero, the rule's own from `backward`.
 
-    Raises ValueError where the rule needs non-negative weights and an initializer's draw can't be made so.
+    Raises Mistake where the rule needs non-negative weights and an initializer's draw can't be made so.
     """
     absolute = rule.nonnegative(net)
 
@@ -179,7 +180,7 @@ def initial_weights(
         if name not in absolute and (name == "W1" or not initializer.nonnegative):
             return tensor
         if not initializer.may_be_absolute:
-            raise ValueError(
+            raise Mistake(
                 f"rule {type(rule).__name__} needs non-negative weights ({name}), and {initializer} would no longer be "
                 "what it says: choose another initializer, such as init=strings init.forward=U1 init.backward=U1"
             )

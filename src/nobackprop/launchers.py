@@ -26,6 +26,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from rich.console import Console
 
 from nobackprop.hardware import cores
+from nobackprop.mistakes import Mistake
 from nobackprop.records import Record, source_state, write_atomically
 from nobackprop.settings import Settings, build, digest
 from nobackprop.train import Busy, train
@@ -57,7 +58,7 @@ class Outcome:
     def failure(cls, error: Exception | str) -> Self:
         """Of bad input its message is told, of any other exception the traceback, too."""
         text = details = str(error)
-        if isinstance(error, Exception) and not isinstance(error, (ValueError, FileNotFoundError)):
+        if isinstance(error, Exception) and not isinstance(error, Mistake):
             text, details = f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))
         return cls("failed", (text.splitlines() or [""])[0], details)
 
@@ -249,7 +250,7 @@ class Cluster:
                 try:
                     handles = executor.map_array(ClusterTask(sys.argv), ready)
                 except RuntimeError as e:  # what sbatch says
-                    raise ValueError(f"launcher: {e}") from None
+                    raise Mistake(f"launcher: {e}") from None
                 for i, handle in zip(batch, handles, strict=True):
                     write_atomically(jobs[i].file("job"), handle.job_id.encode())
                     say(i, f"is submitted as job {handle.job_id}")
@@ -273,13 +274,13 @@ class Cluster:
         try:
             import submitit
         except ImportError:
-            raise ValueError("launcher=slurm needs submitit: pip install submitit") from None
+            raise Mistake("launcher=slurm needs submitit: pip install submitit") from None
         folder = runs.absolute() / ".submitit" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
         source = snapshot(folder / "source")
         try:
             executor = submitit.AutoExecutor(folder / "%j", cluster=self.executor, **{_TIMEOUTS[self.executor]: 1000})
         except RuntimeError as e:
-            raise ValueError(f"launcher=slurm: {e}") from None
+            raise Mistake(f"launcher=slurm: {e}") from None
         executor.update_parameters(
             name="nobackprop",
             timeout_min=ceil(60 * self.hours),
@@ -342,7 +343,7 @@ class Submitted:
         if now - Submitted.queued[0] > self.POLL_S:
             try:
                 Submitted.queued = now, _queued_jobs()
-            except ValueError:  # the controller is busy or away for a while; the job is not
+            except Mistake:  # the controller is busy or away for a while; the job is not
                 Submitted.queued = now, None
         names = Submitted.queued[1]
         if names is None or self.handle.job_id in names:
@@ -362,15 +363,15 @@ class Submitted:
 
 
 def _queued_jobs() -> set[str]:
-    """The user's SLURM jobs that run or wait, as 12 or 12_3. Raises ValueError where SLURM does not tell."""
+    """The user's SLURM jobs that run or wait, as 12 or 12_3. Raises Mistake where SLURM does not tell."""
     command = ["squeue", "--noheader", "--array", "--format=%i", f"--user={os.getuid()}"]
     try:
         shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     except FileNotFoundError:
-        raise ValueError("launcher=slurm: there is no SLURM here, no command squeue; try launcher=joblib") from None
+        raise Mistake("launcher=slurm: there is no SLURM here, no command squeue; try launcher=joblib") from None
     except subprocess.SubprocessError as e:
         told = (getattr(e, "stderr", None) or str(e)).strip()
-        raise ValueError(f"launcher=slurm: squeue does not answer ({told}): try again later") from None
+        raise Mistake(f"launcher=slurm: squeue does not answer ({told}): try again later") from None
     return set(shown.split())
 
 
@@ -397,6 +398,6 @@ def snapshot(folder: Path) -> Path:
 
 
 def launcher_of(config: DictConfig) -> Launcher:
-    """The launcher that a config names. Raises ValueError where its keys don't fit."""
+    """The launcher that a config names. Raises Mistake where its keys don't fit."""
     node: Any = OmegaConf.to_container(config.launcher, resolve=True)
     return build(node, "launcher")

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
+from nobackprop.mistakes import Mistake
+
 Shape = tuple[int, ...]
 
 
@@ -58,18 +60,18 @@ class Conv:
     def __post_init__(self) -> None:
         _positive(self, "channels", "kernel", "stride")
         if self.padding < 0:
-            raise ValueError(f"{self}: padding must be 0 or more")
+            raise Mistake(f"{self}: padding must be 0 or more")
 
     def weight_shape(self, in_shape: Shape) -> Shape:
         return (self.channels, in_shape[0], self.kernel, self.kernel)
 
     def out_shape(self, in_shape: Shape) -> Shape:
-        """Raises ValueError where the kernel is larger than the padded image, or the input is no image."""
+        """Raises Mistake where the kernel is larger than the padded image, or the input is no image."""
         if len(in_shape) != 3:
-            raise ValueError(f"{self} needs images (C, H, W), got shape {in_shape}: put it before the dense layers")
+            raise Mistake(f"{self} needs images (C, H, W), got shape {in_shape}: put it before the dense layers")
         height, width = ((n + 2 * self.padding - self.kernel) // self.stride + 1 for n in in_shape[1:])
         if min(height, width) < 1:
-            raise ValueError(
+            raise Mistake(
                 f"{self} does not fit a feature map of {in_shape[1]}x{in_shape[2]}: "
                 "use a smaller kernel or stride, more padding, fewer convolutions or larger images"
             )
@@ -96,4 +98,4 @@ Layer = Dense | Conv
 def _positive(layer: Layer, *fields: str) -> None:
     for field in fields:
         if getattr(layer, field) < 1:
-            raise ValueError(f"{layer}: {field} must be 1 or more")
+            raise Mistake(f"{layer}: {field} must be 1 or more")

@@ -10,16 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nobackprop.mistakes import Mistake
+
 
 @dataclass(frozen=True)
 class Loss(ABC):
-    """A loss for `classes` classes. Raises ValueError for fewer than two."""
+    """A loss for `classes` classes. Raises Mistake for fewer than two."""
 
     classes: int
 
     def __post_init__(self) -> None:
         if self.classes < 2:
-            raise ValueError(f"{type(self).__name__} needs at least 2 classes, got {self.classes}")
+            raise Mistake(f"{type(self).__name__} needs at least 2 classes, got {self.classes}")
 
     @property
     def outputs(self) -> int:

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from nobackprop.activations import Activation, activation
 from nobackprop.layers import Conv, Dense, Layer, Shape
+from nobackprop.mistakes import Mistake
 
 Weights = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Network:
-    """Layers in a row over inputs of shape `in_shape`. Raises ValueError where a layer does not fit the one below.
+    """Layers in a row over inputs of shape `in_shape`. Raises Mistake where a layer does not fit the one below.
 
     With `recompute`, `forward` keeps some layers' h in memory instead of all z and h, and computes the others again
     when a rule asks for them: the same numbers, for up to one more forward pass.
@@ -79,7 +80,7 @@ class Network:
         return self.preactivation(self.L, w, x)
 
     def df(self, z: Tensor, h: Tensor) -> Tensor:
-        """The activation's derivative at z, where h = f(z). Raises ValueError where there is none."""
+        """The activation's derivative at z, where h = f(z). Raises Mistake where there is none."""
         return self.activation.df(z, h)
 
     def feedback(self, l: int, M: Tensor, e: Tensor, like: Tensor) -> Tensor:
@@ -110,13 +111,13 @@ class Network:
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> "Network":
-        """The net that `describe` described. Raises ValueError for a layer type it does not know."""
+        """The net that `describe` described. Raises Mistake for a layer type it does not know."""
         types = {kind.__name__: kind for kind in get_args(Layer)}
         layers = []
         for fields in description["layers"]:
             fields = dict(fields)
             if (kind := fields.pop("type")) not in types:
-                raise ValueError(f"unknown layer type {kind!r}: choose one of {', '.join(types)}")
+                raise Mistake(f"unknown layer type {kind!r}: choose one of {', '.join(types)}")
             layers.append(types[kind](**fields))
         return cls(
             tuple(description["in_shape"]), tuple(layers), activation(description["activation"]), description["bias"]
@@ -188,7 +189,7 @@ def allconv(
     """
     for conv in filters:
         if not 2 <= len(conv) <= 4:
-            raise ValueError(f"arch.filters: {list(conv)} is not [channels, kernel, stride, padding]")
+            raise Mistake(f"arch.filters: {list(conv)} is not [channels, kernel, stride, padding]")
     return _network(in_shape, [Conv(*conv) for conv in filters], outputs, activation, bias)
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from nobackprop.mistakes import Mistake
+
 
 class _ForeachOptimizer(Optimizer):
     """Steps all weights that have a gradient at once, through torch's `_foreach` operations."""
@@ -18,12 +20,12 @@ class _ForeachOptimizer(Optimizer):
     def __init__(self, params: Iterable[Tensor], defaults: dict[str, Any]) -> None:
         for name, value in defaults.items():
             if name == "betas" and len(value) != 2:
-                raise ValueError(f"betas is {value}: it must be two numbers")
+                raise Mistake(f"betas is {value}: it must be two numbers")
             for number in value if name == "betas" else (value,):
                 if number < 0:
-                    raise ValueError(f"{name} is {value}: it must not be below 0")
+                    raise Mistake(f"{name} is {value}: it must not be below 0")
                 if name in ("betas", "beta1", "beta2", "decay") and number >= 1:
-                    raise ValueError(f"{name} is {value}: it is a share of the past, so below 1")
+                    raise Mistake(f"{name} is {value}: it is a share of the past, so below 1")
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -119,7 +121,7 @@ class TFRMSprop(RMSprop):
 
     def __init__(self, params: Iterable[Tensor], lr: float = 1e-4, decay: float = 0.9, eps: float = 1e-10) -> None:
         if decay == 0:
-            raise ValueError("decay is 0: it must be above 0, since the mean square keeps epsilon from step to step")
+            raise Mistake("decay is 0: it must be above 0, since the mean square keeps epsilon from step to step")
         super().__init__(params, lr, decay, eps)
 
     def _update(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor]) -> None:

@@ -19,6 +19,7 @@ from nobackprop.checkpoints import CheckpointFolder
 from nobackprop.data import Source
 from nobackprop.initializers import Initializer, from_string, initial_weights
 from nobackprop.losses import Loss
+from nobackprop.mistakes import Mistake
 from nobackprop.network import Network
 from nobackprop.parallel import DataParallel, environment, to_start
 from nobackprop.rule import Batch, Rule
@@ -68,16 +69,16 @@ class Run:
 
 
 def prepare(cfg: DictConfig) -> Run:
-    """Makes a composed config into objects. Raises ValueError, in a sentence for the user, for whatever can't work."""
+    """Makes a composed config into objects. Raises Mistake, in a sentence for the user, for whatever can't work."""
     s = Settings.of(cfg)
     source = build(s.dataset.source, "dataset.source")
     if s.dataset.classes is not None and not 2 <= s.dataset.classes <= source.num_classes:
-        raise ValueError(
+        raise Mistake(
             f"dataset.classes is {s.dataset.classes}: {source.name} has {source.num_classes} classes, "
             f"so 2 to {source.num_classes}, or null for all of them"
         )
     if s.dataset.crop >= min(source.shape[1:]):
-        raise ValueError(
+        raise Mistake(
             f"dataset.crop is {s.dataset.crop}: images are shifted by up to as many pixels, so write fewer than the "
             f"{min(source.shape[1:])} that they have"
         )
@@ -102,7 +103,7 @@ def prepare(cfg: DictConfig) -> Run:
     )
     _check_processes(run)
     if s.compile and not hardware.can_compile(run.device):
-        raise ValueError("compile is true, but there is no C++ compiler (on a GPU: no Triton); use compile=false")
+        raise Mistake("compile is true, but there is no C++ compiler (on a GPU: no Triton); use compile=false")
     _try_step(run)
     return run
 
@@ -112,25 +113,25 @@ def _initializer(spec: Component | str | float, key: str) -> Initializer:
         return build(spec, key)
     try:
         return from_string(spec)
-    except ValueError as e:
-        raise ValueError(f"{key}: {e}") from None
+    except Mistake as e:
+        raise Mistake(f"{key}: {e}") from None
 
 
 def _check_processes(run: Run) -> None:
-    """Raises ValueError where a data-parallel run can't be divided, or its processes are not those it needs."""
+    """Raises Mistake where a data-parallel run can't be divided, or its processes are not those it needs."""
     s, strategy = run.settings, run.strategy
     if not isinstance(strategy, DataParallel):
         return
     devices = strategy.num_processes * strategy.num_nodes
     if s.batch_size % devices:
-        raise ValueError(f"batch_size is {s.batch_size}: write a multiple of {devices}, the number of devices")
+        raise Mistake(f"batch_size is {s.batch_size}: write a multiple of {devices}, the number of devices")
     if s.stack:
-        raise ValueError("stack=true: with trainer=ddp seeds are trained one after another; leave stack out")
+        raise Mistake("stack=true: with trainer=ddp seeds are trained one after another; leave stack out")
     assert strategy.cluster_environment is not None
     if not to_start(strategy):
         strategy.cluster_environment.validate_settings(strategy.num_processes, strategy.num_nodes)
     elif strategy.num_nodes > 1:
-        raise ValueError(
+        raise Mistake(
             f"trainer.num_nodes is {strategy.num_nodes}, but this is one process: start one a device on every machine, "
             "with srun (--nodes, --ntasks-per-node) or torchrun (--nnodes, --nproc-per-node)"
         )
@@ -145,9 +146,9 @@ def _try_step(run: Run) -> None:
         grads, _ = run.rule.all_grads(run.net, w, Batch(x, y, run.loss, noise))
     except (RuntimeError, ArithmeticError, MemoryError) as e:
         told = str(e).splitlines() or [type(e).__name__]  # a MemoryError may say nothing
-        raise ValueError(f"arch, init or rule: {told[0]}") from e
+        raise Mistake(f"arch, init or rule: {told[0]}") from e
     if unknown := grads.keys() - w.keys():
-        raise ValueError(f"rule {type(run.rule).__name__} gives gradients of {sorted(unknown)}, which are no weights")
+        raise Mistake(f"rule {type(run.rule).__name__} gives gradients of {sorted(unknown)}, which are no weights")
     weights = [torch.nn.Parameter(t, requires_grad=False) for t in w.values()]
     try:
         optimizer = run.optimizer(weights)
@@ -155,23 +156,23 @@ def _try_step(run: Run) -> None:
             p.grad = torch.zeros_like(p)
         optimizer.step()
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as e:
-        raise ValueError(f"optimizer: {e}") from None
+        raise Mistake(f"optimizer: {e}") from None
     try:
         if run.schedule is not None:
             with warnings.catch_warnings(action="ignore"):  # that no optimizer step came before
                 schedule = run.schedule(optimizer)
                 if wrong := [epoch for epoch in getattr(schedule, "milestones", ()) if not isinstance(epoch, int)]:
-                    raise ValueError(f"milestones are numbers of epochs, as in [50,75]; got {wrong}")
+                    raise Mistake(f"milestones are numbers of epochs, as in [50,75]; got {wrong}")
                 for _ in range(min(run.settings.max_epochs, 1000)):
                     schedule.step()
                     if (rate := optimizer.param_groups[0]["lr"]) < 0:
-                        raise ValueError(f"the rate becomes {rate}: it must not be below 0")
+                        raise Mistake(f"the rate becomes {rate}: it must not be below 0")
     except (TypeError, ValueError, ArithmeticError) as e:
-        raise ValueError(f"schedule: {e}") from None
+        raise Mistake(f"schedule: {e}") from None
 
 
 def trainer(settings: Settings, **options: Any) -> Trainer:
-    """Lightning's Trainer, without its bar, summary and sanity check. Raises ValueError for a device it can't use."""
+    """Lightning's Trainer, without its bar, summary and sanity check. Raises Mistake for a device it can't use."""
     options |= {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     options |= settings.trainer.model_dump()
     parallel = settings.trainer.strategy == "ddp"
@@ -181,4 +182,4 @@ def trainer(settings: Settings, **options: Any) -> Trainer:
     try:
         return Trainer(**options)
     except (ValueError, RuntimeError, ImportError, MisconfigurationException) as e:
-        raise ValueError(f"trainer: {e}") from None
+        raise Mistake(f"trainer: {e}") from None

@@ -28,6 +28,8 @@ from pydantic import (
 )
 from pydantic_core import to_json
 
+from nobackprop.mistakes import Mistake
+
 # Options whose value, in the same argument or the next, says where things are on this machine; and all such arguments.
 LOCAL_OPTIONS = ("--runs", "--config-dir", "--config-path", "-cd", "-cp")
 LOCAL = re.compile(
@@ -71,7 +73,7 @@ def _rows(epochs: Any) -> Any:
         columns = {name: _unpacked(column) for name, column in epochs.items()}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     except (TypeError, KeyError, ArithmeticError, ValueError) as e:
-        raise ValueError(f"damaged columns ({e})") from None
+        raise Mistake(f"damaged columns ({e})") from None
 
 
 def _unpacked(column: Any) -> Sequence[Any]:
@@ -157,23 +159,23 @@ class Record(_Strict):
 
     @classmethod
     def read(cls, path: Path) -> "Record":
-        """Raises ValueError, naming the file, where it holds no valid record."""
+        """Raises Mistake, naming the file, where it holds no valid record."""
         return cls.parse(path.read_bytes(), str(path), "delete it to run this seed again")
 
     @classmethod
     def parse(cls, content: bytes, path: str, remedy: str) -> "Record":
-        """A record from JSON that was read at `path`; the ValueError for no valid record names it, and the remedy."""
+        """A record from JSON that was read at `path`; the Mistake for no valid record names it, and the remedy."""
         try:
             return cls.model_validate_json(content)
         except ValidationError as e:
             error = next((error for error in e.errors() if error["loc"] == ("format",)), e.errors()[0])
             where = ".".join(str(part) for part in error["loc"]) or "the file"
             if where == "format":
-                raise ValueError(
+                raise Mistake(
                     f"{path} is of record format {error['input']!r}, which this version does not know: use the version "
                     "that wrote it, or another paths.runs"
                 ) from None
-            raise ValueError(f"{path} is no valid run record ({where}: {error['msg']}): {remedy}") from None
+            raise Mistake(f"{path} is no valid run record ({where}: {error['msg']}): {remedy}") from None
 
 
 def tested(records: Iterable[Record]) -> list[float]:

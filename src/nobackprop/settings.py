@@ -27,6 +27,8 @@ from pydantic import (
 )
 from pydantic import ValidationError as PydanticError
 
+from nobackprop.mistakes import Mistake
+
 MOST_SEEDS = 100_000  # when counted; more are a slip of the pen
 Component = dict[str, Any]  # a mapping with Hydra's `_target_`
 
@@ -36,13 +38,13 @@ def _seed_list(seeds: Any) -> Any:
         return seeds
     if isinstance(seeds, int) and not isinstance(seeds, bool) and 0 < seeds <= MOST_SEEDS:
         return list(range(seeds))
-    raise ValueError(f"write how many, 1 to {MOST_SEEDS}, or a list such as [0,4,7]")
+    raise Mistake(f"write how many, 1 to {MOST_SEEDS}, or a list such as [0,4,7]")
 
 
 def _fraction_or_count(value: float) -> float:
     if 0 < value < 1 or (isinstance(value, int) and value > 0):
         return value
-    raise ValueError("write a fraction between 0 and 1, or how many images")
+    raise Mistake("write a fraction between 0 and 1, or how many images")
 
 
 class _Strict(BaseModel):
@@ -85,7 +87,7 @@ class TrainerSettings(_Strict):
         one = value == 1 or (isinstance(value, list) and len(value) == 1)
         if one or info.data.get("strategy") != "auto":
             return value
-        raise ValueError("use 1 (or a list of one device), or trainer=ddp to train on several")
+        raise Mistake("use 1 (or a list of one device), or trainer=ddp to train on several")
 
 
 class Paths(_Strict):
@@ -125,17 +127,17 @@ class Settings(_Strict):
 
     @classmethod
     def of(cls, cfg: DictConfig) -> "Settings":
-        """The settings in a composed config. Raises ValueError, naming every key at fault and what it may be."""
+        """The settings in a composed config. Raises Mistake, naming every key at fault and what it may be."""
         try:
             content = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
             _check_finite(content)
             settings = cls.model_validate(content)
         except MissingMandatoryValue as e:
-            raise ValueError(f"{e.full_key} must be given: add {e.full_key}=...") from None
+            raise Mistake(f"{e.full_key} must be given: add {e.full_key}=...") from None
         except PydanticError as e:
-            raise ValueError("; ".join(_sentence(error) for error in e.errors())) from None
+            raise Mistake("; ".join(_sentence(error) for error in e.errors())) from None
         if len(set(settings.seeds)) < len(settings.seeds):
-            raise ValueError(f"seeds: {settings.seeds} names a seed twice; seeds=3 means [0,1,2], seeds=[0,4,7] a list")
+            raise Mistake(f"seeds: {settings.seeds} names a seed twice; seeds=3 means [0,1,2], seeds=[0,4,7] a list")
         return settings
 
     @property
@@ -172,9 +174,9 @@ def rule_name(rule: Mapping[str, Any]) -> str:
 
 
 def _check_finite(tree: Any, *path: Any) -> None:
-    """Raises ValueError for a number that is infinite or none: no record could say what was run."""
+    """Raises Mistake for a number that is infinite or none: no record could say what was run."""
     if isinstance(tree, float) and not isfinite(tree):
-        raise ValueError(f"{'.'.join(map(str, path))}: write a finite number, got {tree}")
+        raise Mistake(f"{'.'.join(map(str, path))}: write a finite number, got {tree}")
     nodes = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, node in nodes:
         _check_finite(node, *path, key)
@@ -195,34 +197,34 @@ def _as_floats(tree: Any) -> Any:
 
 
 def build(node: Component, key: str, *args: Any, **kwargs: Any) -> Any:
-    """Instantiates a config node, called `key` in messages. Raises ValueError for an unknown target, key or value."""
+    """Instantiates a config node, called `key` in messages. Raises Mistake for an unknown target, key or value."""
     try:
         target = get_object(node["_target_"])
     except (KeyError, ValueError, ImportError, AttributeError) as e:
-        raise ValueError(f"{key}: no such _target_, {node.get('_target_')!r}: {e}") from None
+        raise Mistake(f"{key}: no such _target_, {node.get('_target_')!r}: {e}") from None
     if not callable(target):
-        raise ValueError(f"{key}: _target_ {node['_target_']!r} must name a class or a function")
+        raise Mistake(f"{key}: _target_ {node['_target_']!r} must name a class or a function")
     known = {name: p for name, p in signature(target).parameters.items() if name not in ("params", "optimizer")}
     for name in node:
         if name.startswith("_"):
             continue
         if name not in known:
-            raise ValueError(f"{key}: unknown key {name}; choose from: {', '.join(known) or 'none'}")
+            raise Mistake(f"{key}: unknown key {name}; choose from: {', '.join(known) or 'none'}")
         annotation = known[name].annotation  # others', but for flags, promise less than they take
         if target.__module__.startswith("nobackprop.") or annotation in (bool, bool | None):
             _check_type(f"{key}.{name}", node[name], annotation)
     try:
         return instantiate(node, *args, **kwargs, _convert_="all")
     except InstantiationException as e:
-        raise ValueError(f"{key}: {e.__cause__ or e}") from e
+        raise Mistake(f"{key}: {e.__cause__ or e}") from e
 
 
 def _check_type(key: str, value: Any, annotation: Any) -> None:
-    """Raises ValueError where a value read from a config is not of the annotated type; `no` is a string, not false."""
+    """Raises Mistake where a value read from a config is not of the annotated type; `no` is a string, not false."""
     try:
         TypeAdapter(annotation).validate_json(json.dumps(value), strict=True)
     except PydanticError as e:
-        raise ValueError(f"{key}: {e.errors()[0]['msg']}, got {value!r}") from None
+        raise Mistake(f"{key}: {e.errors()[0]['msg']}, got {value!r}") from None
 
 
 def _sentence(error: Any) -> str:

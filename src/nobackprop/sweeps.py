@@ -40,7 +40,7 @@ class Earlier:
 
 
 def look(job: Job) -> Earlier:
-    """Raises ValueError for a config that can't work and for damaged records."""
+    """Raises Mistake for a config that can't work and for damaged records."""
     run = prepare(job.config)
     done = recorded(run)
     missing = [seed for seed in run.settings.seeds if seed not in done]

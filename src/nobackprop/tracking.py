@@ -10,6 +10,8 @@ import wandb
 from pytorch_lightning.loggers import WandbLogger
 from wandb.errors import Error
 
+from nobackprop.mistakes import Mistake
+
 
 def wandb_logger(
     folder: Path,
@@ -25,11 +27,11 @@ def wandb_logger(
     """A Weights & Biases run of its own for one seed of the run in `folder`; finish it with `experiment.finish()`.
 
     Its id is the run's signature and the seed, so that an interrupted run goes on as the same one: online W&B resumes
-    it, offline the new files replace those of before. A W&B sweep gives ids itself, one a command; raises ValueError
+    it, offline the new files replace those of before. A W&B sweep gives ids itself, one a command; raises Mistake
     where a command of a sweep has several seeds.
     """
     if "WANDB_SWEEP_ID" in os.environ and len(config["seeds"]) > 1:
-        raise ValueError(f"seeds: a run of a W&B sweep is one seed, such as seeds=[0]; got {config['seeds']}")
+        raise Mistake(f"seeds: a run of a W&B sweep is one seed, such as seeds=[0]; got {config['seeds']}")
     logging.getLogger("wandb").setLevel(logging.ERROR)
     seed_folder = folder / f"seed{seed}"
     seed_folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +53,7 @@ def wandb_logger(
             settings=wandb.Settings(reinit="create_new", silent=True, console="off"),
         )
     except Error as e:
-        raise ValueError(f"logger: {e} (logger.mode=offline needs no account)") from e
+        raise Mistake(f"logger: {e} (logger.mode=offline needs no account)") from e
     run.define_metric("trainer/global_step")
     run.define_metric("*", step_metric="trainer/global_step")
     return WandbLogger(experiment=run)

@@ -27,6 +27,7 @@ from nobackprop.data import Dataset
 from nobackprop.initializers import initial_weights
 from nobackprop.layers import Conv
 from nobackprop.learner import Learner
+from nobackprop.mistakes import Mistake
 from nobackprop.parallel import DataParallel, SameWeights, connect, start, to_start
 from nobackprop.pixels import Pixels
 from nobackprop.preparation import Run, prepare, trainer
@@ -67,8 +68,8 @@ def train(cfg: DictConfig, console: Console | None = None, wait_for_others: bool
     """Trains every seed of a composed config that has no record yet; gives the records of all its seeds.
 
     Seeds that another process is training are left to it: in the end their records are waited for, or, without
-    `wait_for_others`, Busy is raised. Raises ValueError for a config that can't work, before any data is loaded, and
-    ValueError or FileNotFoundError for data that is missing or damaged.
+    `wait_for_others`, Busy is raised. Raises Mistake for a config that can't work, before any data is loaded, and
+    Missing or Mistake for data that is missing or damaged.
     """
     console = console or Console()
     run = prepare(cfg)
@@ -87,7 +88,7 @@ def train(cfg: DictConfig, console: Console | None = None, wait_for_others: bool
     if missing:
         parallel, stack = isinstance(run.strategy, DataParallel), stacks(run)
         if stack and len(missing) > 1 and not keeps_seeds_apart(run.optimizer):
-            raise ValueError(
+            raise Mistake(
                 f"optimizer {s.optimizer['_target_']} mixes the seeds of a stack or can't step without autograd: "
                 "choose an elementwise optimizer (sgd, adam, adamw, rmsprop), or train one seed at a time: stack=false"
             )
@@ -155,22 +156,22 @@ def _jobs(run: Run, groups: Sequence[Sequence[Task]]) -> list[tuple[Sequence[Tas
 
 
 def _check_data(run: Run, done: Iterable[Record], fingerprint: str | None) -> None:
-    """Raises ValueError where seeds of this run are recorded on other images: they can't be one result."""
+    """Raises Mistake where seeds of this run are recorded on other images: they can't be one result."""
     for record in done:
         if fingerprint is not None and record.data.fingerprint != fingerprint:
-            raise ValueError(
+            raise Mistake(
                 f"seed {record.seed} is recorded in {run.folder} with other images of {record.data.name} (fingerprint "
                 f"{record.data.fingerprint}, now {fingerprint}): use another paths.runs, or the images of then"
             )
 
 
 def recorded(run: Run) -> dict[int, Record]:
-    """The records there are of this run's seeds, by seed. Raises ValueError for a damaged or misplaced one."""
+    """The records there are of this run's seeds, by seed. Raises Mistake for a damaged or misplaced one."""
     paths = {seed: run.seed_folder(seed) / "record.json" for seed in run.settings.seeds}
     found = {seed: Record.read(path) for seed, path in paths.items() if path.exists()}
     for seed, record in found.items():
         if (record.seed, record.signature) != (seed, run.settings.signature):
-            raise ValueError(
+            raise Mistake(
                 f"{paths[seed]} is the record of seed {record.seed} of {record.run}: "
                 "it was put in the wrong folder; move it away"
             )
@@ -324,7 +325,7 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, screen: 
             except RuntimeError as e:
                 if "loading state_dict" not in str(e):
                     raise
-                raise ValueError(
+                raise Mistake(
                     f"{resumed} is another version's, with other weights: delete {folder} to start from the beginning"
                 ) from e
             wall = learner.wall_s

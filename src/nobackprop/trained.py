@@ -15,6 +15,7 @@ from nobackprop import rules
 from nobackprop.data import Images
 from nobackprop.losses import Loss
 from nobackprop.metrics import Scores
+from nobackprop.mistakes import Missing, Mistake
 from nobackprop.network import Network
 from nobackprop.pixels import Pixels
 from nobackprop.records import write_atomically
@@ -36,7 +37,7 @@ class Trained:
     def logits(self, images: Tensor) -> Tensor:
         """What the rule makes the net say of images, (N, outputs).
 
-        Raises ValueError for images of another type or shape.
+        Raises Mistake for images of another type or shape.
         """
         return self.rule.logits(self.net, self.weights, self._inputs(images))
 
@@ -52,14 +53,14 @@ class Trained:
     def evaluate(self, images: Images) -> dict[str, float]:
         """Loss, accuracy and (with more than five classes) top-5 accuracy on the images of its classes.
 
-        Raises ValueError where the shape differs, or none of the images is of a class it knows.
+        Raises Mistake where the shape differs, or none of the images is of a class it knows.
         """
         labels = torch.full_like(images.labels, -1)
         for label, number in enumerate(self.classes):
             labels[images.labels == number] = label
         known = (labels >= 0).nonzero().squeeze(1)
         if not len(known):
-            raise ValueError(f"none of these images is of a class that the net knows: {list(self.classes)}")
+            raise Mistake(f"none of these images is of a class that the net knows: {list(self.classes)}")
         scores = Scores(self.loss, seeds=1)
         for part in known.split(1000):
             scores.update(self.logits(images.pixels[part]).unsqueeze(0), labels[part].unsqueeze(0))
@@ -67,7 +68,7 @@ class Trained:
 
     def _inputs(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.net.in_shape:
-            raise ValueError(
+            raise Mistake(
                 f"got images of type {images.dtype} and shape {tuple(images.shape)}: "
                 f"this net takes torch.uint8 of shape (N, {', '.join(map(str, self.net.in_shape))})"
             )
@@ -108,7 +109,7 @@ def _full_name(kind: type) -> str:
 def _made(base: Any, name: str, fields: Mapping[str, Any], path: Path) -> Any:
     """A rule or loss by its class's name and fields, of this package or imported from elsewhere; nothing else is made.
 
-    Raises ValueError where it is neither, or takes other hyper-parameters now.
+    Raises Mistake where it is neither, or takes other hyper-parameters now.
     """
     for module in iter_modules(rules.__path__, f"{rules.__name__}."):
         import_module(module.name)
@@ -117,19 +118,19 @@ def _made(base: Any, name: str, fields: Mapping[str, Any], path: Path) -> Any:
         found += below
         below = [kind for above in below for kind in above.__subclasses__()]
     if (kind := {_full_name(kind): kind for kind in found}.get(name)) is None:
-        raise ValueError(f"{path} was trained with {name}, which is not in nobackprop: import it first")
+        raise Mistake(f"{path} was trained with {name}, which is not in nobackprop: import it first")
     try:
         return kind(**fields)
     except TypeError as e:
-        raise ValueError(f"{path} was trained with another version of {name}: {e}") from e
+        raise Mistake(f"{path} was trained with another version of {name}: {e}") from e
 
 
 def load(run_folder: str | Path) -> Trained:
     """The trained net of a seed's folder, such as `runs/lra_e_mlp_mnist-0123456789ab/seed0`, or of a run with one seed;
     a path to best.pt itself will do.
 
-    Nothing in the folder is run or unpickled. Raises FileNotFoundError, with the folders there are, where there is no
-    trained net, and ValueError where the file is damaged, or its rule or loss is not to be had.
+    Nothing in the folder is run or unpickled. Raises Missing, with the folders there are, where there is no
+    trained net, and Mistake where the file is damaged, or its rule or loss is not to be had.
     """
     path = Path(run_folder) if Path(run_folder).is_file() else Path(run_folder) / "best.pt"
     seeds = sorted(Path(run_folder).glob("seed*/best.pt"))
@@ -142,7 +143,7 @@ def load(run_folder: str | Path) -> Trained:
         )
         if seeds:
             hint = f"choose one of its seeds: {', '.join(str(p.parent) for p in seeds)}"
-        raise FileNotFoundError(f"{run_folder} holds no trained net (best.pt): {hint}")
+        raise Missing(f"{run_folder} holds no trained net (best.pt): {hint}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         net, weights, classes = Network.from_description(content["net"]), content["weights"], tuple(content["classes"])
@@ -150,7 +151,7 @@ def load(run_folder: str | Path) -> Trained:
         rule, loss = ((content[name]["class"], dict(content[name]["fields"])) for name in ("rule", "loss"))
     except Exception as e:  # torch.load raises what the damage leads to
         redo = "delete it and the record.json beside it, and run the command again"
-        raise ValueError(f"{path} is damaged ({type(e).__name__}): {redo}") from e
+        raise Mistake(f"{path} is damaged ({type(e).__name__}): {redo}") from e
     return Trained(
         net=net,
         rule=_made(Rule, *rule, path),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nobackprop.layers import Shape
+from nobackprop.mistakes import Mistake
 from nobackprop.network import Network, Weights
 from nobackprop.rule import Batch, Draw, Grads, Rule
 
@@ -23,7 +24,7 @@ class DTP(Rule):
     (the paper's V is their transpose); in a convolutional layer the decoder is a transposed convolution. `eta` is a
     factor on the derivative of each sample's own loss, `sigma` the standard deviation of the noise, in units of h.
 
-    Raises ValueError for an `eta` of 0 or less, or a `sigma` below 0.
+    Raises Mistake for an `eta` of 0 or less, or a `sigma` below 0.
 
     Departs from the paper: decoders have no biases, take the rates of the forward weights, and learn in the same step,
     where the paper's take turns with these for a whole epoch (Bartunov et al., NeurIPS 2018, call it parallel DTP).
@@ -34,9 +35,9 @@ class DTP(Rule):
 
     def __post_init__(self) -> None:
         if self.eta <= 0:
-            raise ValueError(f"rule.eta is {self.eta}: it scales the step to the first target, so it must be above 0")
+            raise Mistake(f"rule.eta is {self.eta}: it scales the step to the first target, so it must be above 0")
         if self.sigma < 0:
-            raise ValueError(f"rule.sigma is {self.sigma}: it is a standard deviation, so 0 or more")
+            raise Mistake(f"rule.sigma is {self.sigma}: it is a standard deviation, so 0 or more")
 
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
         z, h = net.forward(w, batch.x)

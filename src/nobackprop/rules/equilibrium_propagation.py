@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nobackprop.mistakes import Mistake
 from nobackprop.network import Network, Weights
 from nobackprop.rule import Batch, Grads, Rule
 
@@ -38,7 +39,7 @@ class EquilibriumPropagation(Rule):
     Large weights let the units come to rest where the input no longer matters, and then nothing is learned: start them
     smaller than for other rules (`init.forward=U0.5`), and learn more slowly.
 
-    Raises ValueError for a `beta` of 0 or less, an `epsilon` (the share of its way that a unit goes in a step) that is
+    Raises Mistake for a `beta` of 0 or less, an `epsilon` (the share of its way that a unit goes in a step) that is
     not above 0 and at most 1, `free_steps` below 0, or `nudged_steps` below 1.
     """
 
@@ -49,13 +50,13 @@ class EquilibriumPropagation(Rule):
 
     def __post_init__(self) -> None:
         if self.beta <= 0:
-            raise ValueError(f"rule.beta is {self.beta}: it scales the push of the outputs, so it must be above 0")
+            raise Mistake(f"rule.beta is {self.beta}: it scales the push of the outputs, so it must be above 0")
         if not 0 < self.epsilon <= 1:
-            raise ValueError(f"rule.epsilon is {self.epsilon}: a step goes part of the way, so above 0 and at most 1")
+            raise Mistake(f"rule.epsilon is {self.epsilon}: a step goes part of the way, so above 0 and at most 1")
         if self.free_steps < 0:
-            raise ValueError(f"rule.free_steps is {self.free_steps}: it must be 0 or more")
+            raise Mistake(f"rule.free_steps is {self.free_steps}: it must be 0 or more")
         if self.nudged_steps < 1:
-            raise ValueError(f"rule.nudged_steps is {self.nudged_steps}: without any nothing is learned, so 1 or more")
+            raise Mistake(f"rule.nudged_steps is {self.nudged_steps}: without any nothing is learned, so 1 or more")
 
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
         def error(h: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nobackprop.layers import Conv, Shape
+from nobackprop.mistakes import Mistake
 from nobackprop.network import Network, Weights
 from nobackprop.rule import Batch, Grads, Rule
 
@@ -27,7 +28,7 @@ class ForwardForward(Rule):
     layers but the first, summed, with each label in turn; those are the logits, and a pass for each class. With ten
     classes they would be most of a step, so it goes without them, and the run without training loss and accuracy.
 
-    Raises ValueError for a `theta` of 0 or less, and for images with fewer pixels than there are classes.
+    Raises Mistake for a `theta` of 0 or less, and for images with fewer pixels than there are classes.
 
     Departs from the paper: `theta` is a unit's share, times the units of a layer, so that one suits all widths. The
     net's last layer, with a unit a class, learns as the others do. In a convolutional layer G and the length are over
@@ -41,7 +42,7 @@ class ForwardForward(Rule):
 
     def __post_init__(self) -> None:
         if self.theta <= 0:
-            raise ValueError(f"rule.theta is {self.theta}: no goodness is below 0, so it must be above")
+            raise Mistake(f"rule.theta is {self.theta}: no goodness is below 0, so it must be above")
 
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
         right = batch.y if batch.y.shape[1] > 1 else torch.cat([1 - batch.y, batch.y], 1)  # (N, classes)
@@ -70,10 +71,10 @@ class ForwardForward(Rule):
 
 
 def _classes(net: Network) -> int:
-    """Raises ValueError where an image has fewer pixels."""
+    """Raises Mistake where an image has fewer pixels."""
     classes = max(2, net.units(net.L))
     if net.units(0) < classes:
-        raise ValueError(
+        raise Mistake(
             f"forward-forward writes the label over the first pixels, one a class: {classes} classes need as many, "
             f"and images of shape {net.in_shape} have {net.units(0)}"
         )

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nobackprop.mistakes import Mistake
 from nobackprop.network import Network, Weights
 from nobackprop.rule import Batch, Draw, Grads, Rule
 
@@ -22,7 +23,7 @@ class LRAE(Rule):
     and `learn_E=False` leaves E as it was drawn. `E2 ... EL` are stored in the shape of `W2 ... WL` (the paper's E is
     their transpose), so E's gradient is W's own.
 
-    Optimizers that rescale gradients, such as AdamW, all but undo gamma. Raises ValueError for a `beta` of 0 or less,
+    Optimizers that rescale gradients, such as AdamW, all but undo gamma. Raises Mistake for a `beta` of 0 or less,
     or a `gamma` below 0.
 
     Departs from the paper: gamma comes after the rescaling of updates (`update=unit_norm`), which would undo it.
@@ -34,9 +35,9 @@ class LRAE(Rule):
 
     def __post_init__(self) -> None:
         if self.beta <= 0:
-            raise ValueError(f"rule.beta is {self.beta}: it scales the error sent down, so it must be above 0")
+            raise Mistake(f"rule.beta is {self.beta}: it scales the error sent down, so it must be above 0")
         if self.gamma < 0:
-            raise ValueError(f"rule.gamma is {self.gamma}: it scales the rate of E, so 0 or more")
+            raise Mistake(f"rule.gamma is {self.gamma}: it scales the rate of E, so 0 or more")
 
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
         z, h = net.forward(w, batch.x)

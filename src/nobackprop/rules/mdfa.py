@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nobackprop.mistakes import Mistake
 from nobackprop.network import Network, Weights
 from nobackprop.rules.dfa import DFA
 
@@ -18,14 +19,14 @@ class MDFA(DFA):
 
     Weights above the first layer, and all B, start at the absolute value of their draw; after each step every weight
     matrix but the first is projected to at least `floor`, as the paper's program does. Biases are free. Raises
-    ValueError for a `floor` below 0.
+    Mistake for a `floor` below 0.
     """
 
     floor: float = 1e-6
 
     def __post_init__(self) -> None:
         if self.floor < 0:
-            raise ValueError(f"rule.floor is {self.floor}: mDFA needs non-negative weights, so 0 or more")
+            raise Mistake(f"rule.floor is {self.floor}: mDFA needs non-negative weights, so 0 or more")
 
     def nonnegative(self, net: Network) -> frozenset[str]:
         return frozenset([f"W{l}" for l in range(2, net.L + 1)] + [f"B{l}" for l in range(1, net.L)])

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from nobackprop.mistakes import Mistake
 from nobackprop.network import Network, Weights
 from nobackprop.rule import Batch, Draw, Grads, Rule
 
@@ -20,7 +21,7 @@ class PEPITA(Rule):
 
     No derivative of f is needed. `F` is (units of the input, outputs): `scale` times a draw whose fan-in is the number
     of input units. The paper's program draws 0.05 times he_uniform, which is `U1` times 0.05 sqrt(6), the default here.
-    Raises ValueError for a `scale` of 0 or less.
+    Raises Mistake for a `scale` of 0 or less.
 
     Programs differ in d[L]: the authors' notebook, and their main_pytorch.py where a net has several dense layers, take
     the second pass's error, as here; main_pytorch.py with one dense layer above convolutions, and the program of the
@@ -34,9 +35,7 @@ class PEPITA(Rule):
 
     def __post_init__(self) -> None:
         if self.scale <= 0:
-            raise ValueError(
-                f"rule.scale is {self.scale}: without the error in the input nothing is learned, so above 0"
-            )
+            raise Mistake(f"rule.scale is {self.scale}: without the error in the input nothing is learned, so above 0")
 
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
         z, h = net.forward(w, batch.x)

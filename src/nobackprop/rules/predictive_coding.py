@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nobackprop.mistakes import Mistake
 from nobackprop.network import Network, Weights
 from nobackprop.rule import Batch, Grads, Rule
 
@@ -29,7 +30,7 @@ class PredictiveCoding(Rule):
     arbitrary computation graphs", Neural Computation 2022): then d times the variance relaxes to backpropagation's
     whatever the variance, and with rate 1 is there after one step a hidden layer.
 
-    Raises ValueError for `steps` below 1, a `rate` that is not above 0 and at most 1, or a `variance` of 0 or less.
+    Raises Mistake for `steps` below 1, a `rate` that is not above 0 and at most 1, or a `variance` of 0 or less.
 
     Departs from the paper: the target is not clamped to the output but reaches it through the loss, the same thing for
     `squared_error`; the input is not sent through f; gradients are not multiplied by the variance (its program's are).
@@ -42,11 +43,11 @@ class PredictiveCoding(Rule):
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(f"rule.steps is {self.steps}: the net must relax for 1 step or more")
+            raise Mistake(f"rule.steps is {self.steps}: the net must relax for 1 step or more")
         if not 0 < self.rate <= 1:
-            raise ValueError(f"rule.rate is {self.rate}: above 0, and 1 at most, where a lone unit is at rest at once")
+            raise Mistake(f"rule.rate is {self.rate}: above 0, and 1 at most, where a lone unit is at rest at once")
         if self.variance <= 0:
-            raise ValueError(f"rule.variance is {self.variance}: it divides the output's error, so it must be above 0")
+            raise Mistake(f"rule.variance is {self.variance}: it divides the output's error, so it must be above 0")
 
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
         z, h = (list(each) for each in net.forward(w, batch.x))

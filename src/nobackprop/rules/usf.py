@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nobackprop.mistakes import Mistake
 from nobackprop.network import Network, Weights
 from nobackprop.rule import Batch, Draw
 from nobackprop.rules.fa import FA
@@ -17,14 +18,14 @@ class USF(FA):
     "uniform sign-concordant feedbacks".
 
     Departs from the paper: no batch normalization. Under an optimizer that rescales gradients, such as AdamW, the scale
-    hardly matters; with plain SGD take one about as large as the weights. Raises ValueError for a `scale` of 0 or less.
+    hardly matters; with plain SGD take one about as large as the weights. Raises Mistake for a `scale` of 0 or less.
     """
 
     scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.scale <= 0:
-            raise ValueError(f"rule.scale is {self.scale}: it scales the feedback weights, so it must be above 0")
+            raise Mistake(f"rule.scale is {self.scale}: it scales the feedback weights, so it must be above 0")
 
     def down(self, l: int, w: Weights, batch: Batch) -> Tensor:
         return self.scale * w[f"W{l}"].sign()

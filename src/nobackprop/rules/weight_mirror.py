@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from math import prod
 
 from nobackprop.layers import Shape
+from nobackprop.mistakes import Mistake
 from nobackprop.network import Network, Weights
 from nobackprop.rule import Batch, Grads, Phase
 from nobackprop.rules.fa import FA
@@ -22,7 +23,7 @@ class WeightMirror(FA):
     linear with slope 1, so that B tends to (sigma^2 / decay) W. `sigma` is the noise's standard deviation; a step takes
     `decay` times the learning rate of B. `B2 ... BL` have the shapes of `W2 ... WL` (the paper's B is their transpose);
     in a convolutional layer the product is the mean over positions, where padding takes its part from those at the
-    edge. Raises ValueError for a `sigma` of 0 or less, or a `decay` below 0.
+    edge. Raises Mistake for a `sigma` of 0 or less, or a `decay` below 0.
 
     Departs from the paper: one mirror step, with as many samples as the batch, comes before each other step, not a
     period of its own; biases do not take part, nor does f at the output, through which the paper's program mirrors too.
@@ -33,9 +34,9 @@ class WeightMirror(FA):
 
     def __post_init__(self) -> None:
         if self.sigma <= 0:
-            raise ValueError(f"rule.sigma is {self.sigma}: without noise there is nothing to mirror, so above 0")
+            raise Mistake(f"rule.sigma is {self.sigma}: without noise there is nothing to mirror, so above 0")
         if self.decay < 0:
-            raise ValueError(f"rule.decay is {self.decay}: it keeps B from growing, so 0 or more")
+            raise Mistake(f"rule.decay is {self.decay}: it keeps B from growing, so 0 or more")
 
     def mirror(self, net: Network, w: Weights, batch: Batch) -> Grads:
         g = {}
