@@ -12,7 +12,9 @@ before.
 import argparse
 from pathlib import Path
 
-from nobackprop.collecting import collect, table, write_table
+from nobackprop.collecting import Collected, collect, gather, table, write_table
+from nobackprop.literal import plain
+from nobackprop.mistakes import Mistake
 
 
 def main() -> None:
@@ -22,17 +24,21 @@ def main() -> None:
     parser.add_argument("--table", type=Path, metavar="FILE", help="a table of all records: .csv or .parquet")
     options = parser.parse_args()
     try:
-        found = collect(options.runs, options.into)
+        if options.into:
+            found = gather(options.runs, options.into)
+            new = f", {found.added} of them new in {options.into}"
+        else:
+            found, new = collect(options.runs), ""
         if options.table:
-            write_table(table(found.records.values()), options.table)
-    except (ValueError, OSError) as e:
+            every = found if isinstance(found, Collected) else collect([options.into])
+            write_table(table(every.records.values()), options.table)
+    except (Mistake, OSError) as e:
         parser.exit(2, f"collect.py: {e}\n")
-    if not found.records and not found.unreadable:
+    if not found.results and not found.unreadable:
         parser.exit(2, f"collect.py: no run records in {', '.join(map(str, options.runs))}\n")
     for problem in found.unreadable + found.conflicts:
-        print(problem)
-    print(f"{len(found.records)} records of {len({signature for signature, _ in found.records})} runs", end="")
-    print(f", {found.added} of them new in {options.into}" if options.into else "")
+        print(plain(problem))
+    print(f"{len(found.results)} records of {len({signature for signature, _ in found.results})} runs{new}")
     parser.exit(1 if found.unreadable or found.conflicts else 0)
 
 

@@ -10,30 +10,34 @@ trained: all comes from the run records.
 
 import argparse
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
+from typing import Any
 from warnings import warn
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
-import pandas as pd
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from rich.console import Console
 from rich.table import Table
 
-from nobackprop.claims import interval
-from nobackprop.collecting import Collected, collect, learning_curves
+from nobackprop.collecting import collect, learning_curves
+from nobackprop.identity import rule_name
+from nobackprop.literal import literal, plain
 from nobackprop.mistakes import Missing, Mistake
 from nobackprop.records import Record, mean_and_deviation, tested
-from nobackprop.settings import rule_name
+
+Runs = Mapping[str, Sequence[Record]]
 
 
-def read(folder: Path) -> dict[str, list[Record]]:
+def read(folder: Path) -> Runs:
     """All records below a folder, by run. Raises Missing where there is none."""
-    found = collect([folder]) if folder.exists() else Collected()
+    found = collect([folder] if folder.exists() else [])
     for problem in found.unreadable + found.conflicts:
-        warn(problem, stacklevel=2)
+        warn(plain(problem), stacklevel=2)
     runs = defaultdict(list)
     for record in found.records.values():
         runs[record.run].append(record)
@@ -42,26 +46,37 @@ def read(folder: Path) -> dict[str, list[Record]]:
     return runs
 
 
-def settings(runs: Iterable[list[Record]]) -> pd.DataFrame:
-    """The config of each run as text, a column a key; a dash where a run has no such key."""
-    return pd.DataFrame([pd.json_normalize(records[0].config).iloc[0].map(str) for records in runs]).fillna("-")
+def settings(config: Mapping[str, Any], *parents: str) -> Iterator[tuple[str, str]]:
+    """The keys of a config, as `optimizer.lr`, and their values as text."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from settings(value, *parents, name)
+        else:
+            yield ".".join([*parents, name]), str(value)
 
 
-def labels(runs: dict[str, list[Record]]) -> dict[str, str]:
+def differing(texts: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    """The keys in which configs differ, with the value in each; a dash where one has no such key."""
+    columns = {
+        key: [text.get(key, "-") for text in texts] for key in dict.fromkeys(key for text in texts for key in text)
+    }
+    return {key: values for key, values in columns.items() if len(set(values)) > 1}
+
+
+def labels(runs: Runs) -> dict[str, str]:
     """What to call each run: its name, and where others share it the settings in which they differ."""
     by_name = defaultdict(list)
     for run, records in runs.items():
         by_name[records[0].name].append(run)
     found = {}
     for name, same in by_name.items():
-        configs = settings(runs[run] for run in same)
-        differ = configs.columns[configs.nunique() > 1]
-        for run, (_, config) in zip(same, configs.iterrows(), strict=True):
-            found[run] = " ".join([name, *(f"{key}={config[key]}" for key in differ)])
+        differ = differing([dict(settings(runs[run][0].config)) for run in same])
+        for i, run in enumerate(same):
+            found[run] = " ".join([name, *(f"{key}={values[i]}" for key, values in differ.items())])
     return found
 
 
-def only_run_of(rule: str, runs: dict[str, list[Record]]) -> list[Record]:
+def only_run_of(rule: str, runs: Runs) -> Sequence[Record]:
     """The records of a rule's run. Raises Mistake where not exactly one run has this rule."""
     rules = {run: rule_name(records[0].config["rule"]) for run, records in runs.items()}
     found = [run for run, name in rules.items() if name == rule]
@@ -74,8 +89,10 @@ def only_run_of(rule: str, runs: dict[str, list[Record]]) -> list[Record]:
     return runs[found[0]]
 
 
-def paired(records: list[Record], others: list[Record]) -> str:
+def paired(records: Sequence[Record], others: Sequence[Record]) -> str:
     """Mean difference in points over the seeds that both have, and half the width of its 95 % interval."""
+    from nobackprop.claims import interval  # here, since SciPy takes a second to import
+
     a, b = ({r.seed: r.test["accuracy"] for r in each if r.test} for each in (records, others))
     x = [100 * (a[seed] - b[seed]) for seed in a.keys() & b.keys()]
     if records is others or not x:
@@ -83,16 +100,17 @@ def paired(records: list[Record], others: list[Record]) -> str:
     return f"{mean(x):+.2f}" + (f" ± {interval(x)[1] - mean(x):.2f}" if len(x) > 1 else "")
 
 
-def differences(runs: dict[str, list[Record]]) -> str:
+def differences(runs: Runs) -> str:
     """In what else than the rule runs differ, in a sentence; empty where in nothing."""
-    configs = settings(runs.values())
-    configs["seeds"] = [",".join(str(seed) for seed in sorted(r.seed for r in records)) for records in runs.values()]
-    several = configs.columns[configs.nunique() > 1]
-    differ = [f"{key} ({'; '.join(configs[key].unique())})" for key in several if not key.startswith("rule.")]
+    texts = [dict(settings(records[0].config)) for records in runs.values()]
+    for text, records in zip(texts, runs.values(), strict=True):
+        text["seeds"] = ",".join(str(seed) for seed in sorted(r.seed for r in records))
+    several = {key: values for key, values in differing(texts).items() if not key.startswith("rule.")}
+    differ = [f"{key} ({'; '.join(dict.fromkeys(values))})" for key, values in several.items()]
     return f"not only the rule differs: {', '.join(differ)}" if differ else ""
 
 
-def table(runs: dict[str, list[Record]], against: str | None = None) -> Table:
+def table(runs: Runs, against: str | None = None) -> Table:
     """Test accuracy (mean and standard deviation over the seeds) and seconds of all seeds of each run, best first.
 
     With the difference to the run of the rule `against`. Raises Mistake where not exactly one run has that rule.
@@ -110,27 +128,35 @@ def table(runs: dict[str, list[Record]], against: str | None = None) -> Table:
         lost = sum(r.diverged_epoch is not None for r in runs[run])
         cell = mean_and_deviation(accuracies[run]) + (f" ({lost} diverged)" if lost else "")
         spent = f"{sum(r.seconds for r in runs[run]):.1f}"
-        result.add_row(names[run], str(len(runs[run])), cell, *(paired(runs[run], records) for records in other), spent)
+        further = [paired(runs[run], records) for records in other]
+        result.add_row(literal(names[run]), str(len(runs[run])), cell, *further, spent)
     return result
 
 
-def figure(runs: dict[str, list[Record]], path: Path) -> None:
-    """Validation accuracy against epochs: the mean over seeds, and a band from the lowest seed to the highest."""
-    mpl.use("agg")
-    fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    names = labels(runs)
-    for run, records in runs.items():
-        curves = learning_curves(records)
-        (line,) = ax.plot(curves.index, curves.mean(axis=1), label=names[run])
-        band = curves.min(axis=1), curves.max(axis=1)
-        ax.fill_between(curves.index, *band, color=line.get_color(), alpha=0.15, linewidth=0)
-    ax.set(xlabel="epoch", ylabel="validation accuracy", title="mean over seeds; band: lowest to highest seed")
-    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    ax.grid(alpha=0.3)
-    ax.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+def figure(runs: Runs, path: Path) -> None:
+    """Validation accuracy against epochs: the mean over seeds, and a band from the lowest seed to the highest.
+
+    Raises Mistake where the path's ending names no format of a figure.
+    """
+    formats = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in formats:
+        raise Mistake(f"{path}: a figure is written as one of {', '.join(f'.{name}' for name in formats)}")
+    with mpl.rc_context({"text.parse_math": False}):  # names are shown as they are
+        canvas = Figure(figsize=(7, 4.5), layout="constrained")
+        ax = canvas.subplots()
+        for run, name in labels(runs).items():
+            curves = learning_curves(runs[run])
+            epochs = np.arange(1, len(curves) + 1)
+            # A label that begins with an underscore would not be shown.
+            (line,) = ax.plot(epochs, curves.mean(axis=1), label=plain(f" {name}" if name.startswith("_") else name))
+            band = curves.min(axis=1), curves.max(axis=1)
+            ax.fill_between(epochs, *band, color=line.get_color(), alpha=0.15, linewidth=0)
+        ax.set(xlabel="epoch", ylabel="validation accuracy", title="mean over seeds; band: lowest to highest seed")
+        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        ax.grid(alpha=0.3)
+        ax.legend().set_in_layout(False)  # long names would leave no room for the curves
+        path.parent.mkdir(parents=True, exist_ok=True)
+        canvas.savefig(path, dpi=150)
 
 
 def main() -> None:
@@ -147,11 +173,11 @@ def main() -> None:
         console = Console()
         console.print(shown)
         if differ := differences(runs):
-            console.print(differ, highlight=False, soft_wrap=True)
+            console.print(literal(differ), soft_wrap=True)
         figure(runs, path)
-    except (OSError, ValueError) as e:
+    except (Mistake, OSError) as e:
         parser.exit(1, f"compare.py: {e}\n")
-    console.print(f"learning curves: {path}", highlight=False, soft_wrap=True)
+    console.print(literal(f"learning curves: {path}"), soft_wrap=True)
 
 
 if __name__ == "__main__":

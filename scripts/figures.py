@@ -164,17 +164,19 @@ def _panels(
 def _curve(ax: Any, cell: Found, colour: str, label: str) -> None:
     """The mean over seeds, and a band from the lowest seed to the highest."""
     values = 100 * learning_curves(cell.records)
-    ax.plot(values.index, values.mean(axis=1), color=colour, label=label, gid=f"rule:{label}")
+    epochs = np.arange(1, len(values) + 1)
+    ax.plot(epochs, values.mean(axis=1), color=colour, label=label, gid=f"rule:{label}")
     if values.shape[1] > 1:
         low, high = values.min(axis=1), values.max(axis=1)
-        ax.fill_between(values.index, low, high, color=colour, alpha=0.18, linewidth=0, gid=f"rule:{label}")
+        ax.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0, gid=f"rule:{label}")
 
 
 def _time(ax: Any, cell: Found, colour: str, label: str) -> None:
     """Against the wall time of the fastest seed, taken to be the same for each of its epochs."""
     values = 100 * learning_curves(cell.records)
+    epochs = np.arange(1, len(values) + 1)
     ax.set_xscale("log")
-    ax.plot(cell.seconds * values.index, values.mean(axis=1), color=colour, label=label, gid=f"rule:{label}")
+    ax.plot(cell.seconds * epochs, values.mean(axis=1), color=colour, label=label, gid=f"rule:{label}")
 
 
 def _against(table: Table, rows: Sequence[Row], colour: dict[str, str]) -> Canvas:

@@ -32,9 +32,10 @@ from pydantic import (
 
 from nobackprop.claims import Accuracies, Claims, Conditions, Labels, Result, interval, judge
 from nobackprop.cli import CONF
+from nobackprop.identity import digest, rule_name
 from nobackprop.mistakes import Mistake
 from nobackprop.records import Record
-from nobackprop.settings import Settings, digest, rule_name
+from nobackprop.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 ANGLE = "angle/update_W"

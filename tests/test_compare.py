@@ -1,27 +1,33 @@
 """scripts/compare.py: what it shows of the records in a folder."""
 
 import io
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import compare
+import matplotlib as mpl
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
-from test_records import RECORD
+from test_records import CONFIG, made
 
-from nobackprop.collecting import collect
-from nobackprop.records import Record
+from nobackprop.collecting import gather
 
 Write = Callable[..., None]
 
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    def record(signature: str, seed: int, **fields: Any) -> None:
-        made = Record(**RECORD | {"signature": signature, "seed": seed} | fields)
-        made.write(tmp_path / f"{made.name}-{signature}" / f"seed{seed}" / "record.json")
+    """`write(seed, **fields)` writes a record; settings go into its config, and accuracy is its test accuracy."""
+
+    def record(seed: int, accuracy: float | None = 0.5, rule: str = "bp", config: Any = (), **fields: Any) -> None:
+        config = CONFIG | {"rule": {"_target_": f"nobackprop.rules.{rule}.X"}} | dict(config)
+        made_of = made(seed=seed, config=config, test=None if accuracy is None else {"accuracy": accuracy}, **fields)
+        made_of.write(tmp_path / made_of.run / f"seed{seed}" / "record.json")
 
     return record
 
@@ -34,18 +40,17 @@ def shown(folder: Path) -> str:
 
 def test_the_table_has_mean_and_standard_deviation_best_first(write: Write, tmp_path: Path) -> None:
     for seed, accuracy in enumerate([0.90, 0.92, 0.94]):
-        write("a" * 12, seed, name="bp_mlp_digits", test={"accuracy": accuracy})
-    write("b" * 12, 0, name="fa_mlp_digits", test={"accuracy": 0.95}, stacked=3, wall_s=6.0)
+        write(seed, accuracy)
+    write(0, 0.95, "fa", stacked=3, wall_s=6.0)
     rows = [line for line in shown(tmp_path).splitlines() if "_mlp_" in line]
     assert [cell.strip() for cell in rows[0].strip("│").split("│")] == ["fa_mlp_digits", "1", "95.00%", "2.0"]
     assert [c.strip() for c in rows[1].strip("│").split("│")] == ["bp_mlp_digits", "3", "92.00% ± 2.00%", "4.5"]
 
 
 def test_runs_of_one_name_are_told_apart_and_diverged_seeds_counted(write: Write, tmp_path: Path) -> None:
-    update = {name: {"arch": {"hidden": [9]}, "update": name} for name in ("mean", "sum")}
-    write("a" * 12, 0, config=update["mean"])
-    write("a" * 12, 1, config=update["mean"], test=None, diverged_epoch=1)
-    write("b" * 12, 0, config=update["sum"], test=None, diverged_epoch=1)
+    write(0)
+    write(1, None, diverged_epoch=1)
+    write(0, None, diverged_epoch=1, config={"update": "sum"})
     text = shown(tmp_path)
     (mean,) = [line for line in text.splitlines() if "bp_mlp_digits update=mean " in line]
     (total,) = [line for line in text.splitlines() if "bp_mlp_digits update=sum " in line]
@@ -56,23 +61,22 @@ def test_runs_of_one_name_are_told_apart_and_diverged_seeds_counted(write: Write
 def test_a_file_of_records_is_compared_too(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write("a" * 12, 0)
-    collect([tmp_path], tmp_path / "a.jsonl")
+    write(0)
+    gather([tmp_path], tmp_path / "a.jsonl")
     monkeypatch.setattr(sys, "argv", ["compare.py", str(tmp_path / "a.jsonl")])
     compare.main()
     assert (tmp_path / "learning_curves.png").exists()
     monkeypatch.setattr(sys, "argv", ["compare.py", str(tmp_path / "a.jsonl"), "--figure", str(tmp_path / "a.xyz")])
     with pytest.raises(SystemExit, match="1"):
         compare.main()
-    assert "compare.py: Format 'xyz' is not supported" in capsys.readouterr().err
+    assert re.search(r"compare\.py: .*a\.xyz: a figure is written as one of .*\.png", capsys.readouterr().err)
 
 
 def test_differences_to_a_rule_are_paired_over_common_seeds(write: Write, tmp_path: Path) -> None:
-    rules = {rule: {"rule": {"_target_": f"nobackprop.rules.{rule}.X"}, "max_epochs": 9} for rule in ("bp", "fa")}
     for seed, (bp, fa) in enumerate([(0.90, 0.91), (0.80, 0.84), (0.10, None)]):
-        write("a" * 12, seed, config=rules["bp"], test={"accuracy": bp})
+        write(seed, bp)
         if fa is not None:
-            write("b" * 12, seed, name="fa_mlp_digits", config=rules["fa"], test={"accuracy": fa})
+            write(seed, fa, "fa")
     runs = compare.read(tmp_path)
     console = Console(width=120, file=io.StringIO(), record=True)
     console.print(compare.table(runs, "bp"))
@@ -85,28 +89,74 @@ def test_differences_to_a_rule_are_paired_over_common_seeds(write: Write, tmp_pa
 
 
 def test_what_else_differs_is_said(write: Write, tmp_path: Path) -> None:
-    for signature, (rule, lr) in {"a" * 12: ("bp", 0.1), "b" * 12: ("fa", 0.1)}.items():
-        write(signature, 0, config={"rule": {"_target_": f"nobackprop.rules.{rule}.X"}, "optimizer": {"lr": lr}})
+    for rule in ("bp", "fa"):
+        write(0, rule=rule, config={"optimizer": {"lr": 0.1}})
     assert not compare.differences(compare.read(tmp_path))
-    write("c" * 12, 0, config={"rule": {"_target_": "nobackprop.rules.fa.X"}, "optimizer": {"lr": 0.5}})
+    write(0, rule="fa", config={"optimizer": {"lr": 0.5}})
     assert compare.differences(compare.read(tmp_path)) == "not only the rule differs: optimizer.lr (0.1; 0.5)"
 
 
 def test_a_key_that_one_run_lacks_or_has_as_null_differs(write: Write, tmp_path: Path) -> None:
-    rule = {"_target_": "nobackprop.rules.bp.BP"}
-    configs = {"classes": None}, {"classes": 2}, {"classes": 3, "crop": 4}
-    for signature, data in zip(("a" * 12, "b" * 12, "c" * 12), configs, strict=True):
-        write(signature, 0, config={"rule": rule, "dataset": data})
+    for classes, more in ((None, {}), (2, {}), (3, {"crop": 4})):
+        write(0, config={"dataset": {"name": "digits", "classes": classes, **more}})
     runs = compare.read(tmp_path)
-    differ = "not only the rule differs: dataset.classes (None; 2; 3), dataset.crop (-; 4)"
-    assert compare.differences(runs) == differ
+    differ = compare.differences(runs)
+    assert sorted(re.findall(r"dataset\.classes \((.*?)\)", differ)[0].split("; ")) == ["2", "3", "None"]
+    assert sorted(re.findall(r"dataset\.crop \((.*?)\)", differ)[0].split("; ")) == ["-", "4"]
     assert "bp_mlp_digits dataset.classes=3 dataset.crop=4" in compare.labels(runs).values()
+
+
+ODD = "[red]x[/red] :smile: $\\alpha$ $ \x1b[31m\u202e\n=1"
+TOLD = ODD.replace("\x1b", "\\x1b").replace("\u202e", "\\u202e").replace("\n", "\\n")
+
+
+def test_names_are_shown_as_they_are(write: Write, tmp_path: Path) -> None:
+    """They are of records that may come from anywhere, and can't colour, blink or be typeset."""
+    write(0, rule="_a", config={"init": {"forward": ODD, ODD: 1}})
+    write(0, rule="_a", config={"init": {"forward": "U1"}})
+    runs = compare.read(tmp_path)
+    console = Console(width=250, file=io.StringIO(), record=True)
+    console.print(compare.table(runs))
+    (line,) = [line for line in console.export_text().splitlines() if "forward=[red]" in line]
+    assert f"_a_mlp_digits init.forward={TOLD} init.{TOLD}=1 " in line
+    assert ODD in compare.differences(runs)
+    shown = []
+
+    def show(figure: Figure, *_: Any, **options: Any) -> None:
+        (ax,) = figure.axes
+        shown.extend(ax.get_legend().get_texts())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", show)
+        compare.figure(runs, tmp_path / "a.png")
+    assert {text.get_text().strip() for text in shown} >= {f"_a_mlp_digits init.forward={TOLD} init.{TOLD}=1"}
+    assert not any(text.get_parse_math() for text in shown)
+    compare.figure(runs, tmp_path / "a.png")  # an odd number of $ would be an error
+    assert mpl.rcParams["text.parse_math"]
+
+
+def test_a_record_that_is_not_valid_is_told_and_the_others_are_compared(write: Write, tmp_path: Path) -> None:
+    write(0)
+    write(1)
+    (path,) = tmp_path.glob("*/seed1/record.json")
+    path.write_bytes(path.read_bytes().replace(b'"accuracy":0.5', b'"accuracy":0.9'))
+    with pytest.warns(UserWarning, match=r"seed1/record\.json is damaged .*: delete it to run this seed again"):
+        (records,) = compare.read(tmp_path).values()
+    assert [r.seed for r in records] == [0]
+
+
+def test_ten_runs_are_compared_without_waiting_for_torch_or_pandas(write: Write, tmp_path: Path) -> None:
+    write(0)
+    code = "import sys, compare; compare.main(); print({'torch', 'pandas', 'hydra', 'scipy.stats'} & set(sys.modules))"
+    command = [sys.executable, "-c", code, str(tmp_path), "--against", "bp"]
+    folder = Path(compare.__file__).parent
+    assert subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout.endswith("set()\n")
 
 
 def test_the_figure_is_written_where_it_says(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write("a" * 12, 0)
+    write(0)
     monkeypatch.setattr(sys, "argv", ["compare.py", str(tmp_path)])
     compare.main()
     assert (tmp_path / "learning_curves.png").read_bytes().startswith(b"\x89PNG")

@@ -19,7 +19,7 @@ import yaml
 from conftest import CONF
 from findings import ROOT, Composer, Findings, Row, Table, findings
 from grid import Cell, cells
-from test_records import RECORD
+from test_records import made
 
 from nobackprop.records import Record
 from nobackprop.settings import Settings, digest
@@ -64,11 +64,8 @@ def record(
 ) -> Record:
     config: Any = COMPOSER.identity([*cell(paper, labels).overrides, *further]) | {"max_epochs": epochs}
     angles = {"angle/update_W1": 60.0, "angle/update_W2": 10.0}  # layer 2 is the output
-    rows = [{"epoch": e, "step": e, "val/accuracy": 0.5} | angles for e in range(1, epochs + 1)]
-    name = f"{config['rule']['_target_'].split('.')[-2]}_mlp_{config['dataset']['name']}"
-    fields = {"config": config, "signature": digest(config), "seed": seed, "name": name, "epochs": rows}
-    values: dict[str, Any] = RECORD | fields | {"test": None if accuracy is None else {"accuracy": accuracy}}
-    return Record(**values)
+    rows = [{"epoch": e, "step": e, "val/loss": 1.0, "val/accuracy": 0.5} | angles for e in range(1, epochs + 1)]
+    return made(config=config, seed=seed, epochs=rows, test=None if accuracy is None else {"accuracy": accuracy})
 
 
 def lra(seed: int, accuracy: float | None, **labels: str) -> Record:
@@ -107,7 +104,7 @@ def test_a_cell_of_searched_settings_is_found_and_one_not_searched_says_so(
     searched.write_text("# @package _global_\noptimizer: {lr: 0.123}\n")
     identity = Settings.of(cell("compare", {"net": "mlp", "rule": "bp"}).config()).identity()
     assert identity["optimizer"]["lr"] == 0.123
-    run = Record(**RECORD | {"config": identity, "signature": digest(identity)})
+    run = made(config=identity)
     row = shown(findings("compare", [run], results), "accuracy", net="mlp")
     assert row.cells["bp"].records == [run]
     assert row.cells["lra_e"].reason == "settings not searched yet"

@@ -10,7 +10,7 @@ import pytest
 import tune
 from conftest import CONF, options
 from omegaconf import OmegaConf
-from test_records import RECORD
+from test_records import RECORD, made
 
 from nobackprop.launchers import Basic
 from nobackprop.records import Record
@@ -21,8 +21,10 @@ SEARCH: dict[str, Any] = {"trials": 8, "epochs": 1, "seed": 1000, "space": {"opt
 QUICK = ["dataset=digits", "dataset.validation=100", "arch.hidden=[6]"]
 
 
-def record(accuracy: float | None, **fields: Any) -> Record:
-    return Record(**RECORD | {"epochs": [{"epoch": 1, "step": 10, "val/accuracy": accuracy}], "test": None} | fields)
+def record(accuracy: float, **fields: Any) -> Record:
+    first = RECORD["epochs"][0] | {"val/accuracy": accuracy}
+    epochs = [first, first | {"epoch": 2, "step": 20}]
+    return made(epochs=epochs[: fields.get("diverged_epoch", 1)], **fields)
 
 
 def cells(name: str) -> list[grid.Cell]:
@@ -123,7 +125,7 @@ def test_validation_decides_and_a_trial_that_diverged_counts_as_zero() -> None:
         record(0.6, test={"accuracy": 0.9}),
         record(0.8),
         record(0.9, diverged_epoch=2),
-        record(None, best_epoch=None, diverged_epoch=1),
+        record(0.0, test=None, diverged_epoch=1),
         record(0.8, test={"accuracy": 1.0}),
     ]
     assert [trial.validation for trial in trials] == [0.6, 0.8, 0.0, 0.0, 0.8]

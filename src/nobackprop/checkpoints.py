@@ -1,6 +1,7 @@
 """Checkpoint files: written whole, checked when read, the last two kept."""
 
 import io
+import json
 import warnings
 from hashlib import sha256
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
+from nobackprop.mistakes import Mistake
 from nobackprop.records import write_atomically
 
 KEPT = 2  # the last one, and the one before it in case the last one is damaged
@@ -39,6 +41,16 @@ def newest(folder: Path) -> Path | None:
         damaged = path.replace(path.with_suffix(".damaged"))
         warnings.warn(f"checkpoint {damaged} is damaged: the run goes on from the one before it", stacklevel=2)
     return None
+
+
+def seeds(path: Path) -> list[int]:
+    """The seeds that a checkpoint is of. Raises Mistake where it is damaged."""
+    if path.stem.rpartition("-")[2] != _checksum(path.read_bytes()):
+        raise Mistake(f"{path} is damaged (it does not fit its checksum)")
+    try:
+        return json.loads(path.with_name("about.json").read_text())["seeds"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise Mistake(f"{path} does not say whose it is") from None
 
 
 def step(path: Path) -> int:

@@ -1,8 +1,6 @@
 """The settings of a run: what may be set, checked at once; and what identifies its result."""
 
 import json
-from collections.abc import Mapping
-from hashlib import sha256
 from inspect import signature
 from math import isfinite
 from pathlib import Path
@@ -27,6 +25,7 @@ from pydantic import (
 )
 from pydantic import ValidationError as PydanticError
 
+from nobackprop.identity import digest, run_name
 from nobackprop.mistakes import Mistake
 
 MOST_SEEDS = 100_000  # when counted; more are a slip of the pen
@@ -143,7 +142,7 @@ class Settings(_Strict):
     @property
     def name(self) -> str:
         """`rule_arch_dataset`, as in `lra_e_mlp_mnist`."""
-        return f"{rule_name(self.rule)}_{self.arch['_target_'].split('.')[-1]}_{self.dataset.name}"
+        return run_name(self.rule, self.arch, self.dataset.name)
 
     @property
     def folder(self) -> Path:
@@ -168,11 +167,6 @@ class Settings(_Strict):
         return digest(self.identity())
 
 
-def rule_name(rule: Mapping[str, Any]) -> str:
-    """What a config's rule is called in conf/rule: the name of its module."""
-    return rule["_target_"].split(".")[-2]
-
-
 def _check_finite(tree: Any, *path: Any) -> None:
     """Raises Mistake for a number that is infinite or none: no record could say what was run."""
     if isinstance(tree, float) and not isfinite(tree):
@@ -180,20 +174,6 @@ def _check_finite(tree: Any, *path: Any) -> None:
     nodes = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, node in nodes:
         _check_finite(node, *path, key)
-
-
-def digest(config: dict[str, Any]) -> str:
-    """A hash of a config in which 1 and 1.0 are one number."""
-    return sha256(json.dumps(_as_floats(config), sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _as_floats(tree: Any) -> Any:
-    """With every number a float: rule.beta=1 and rule.beta=1.0 are one config."""
-    if isinstance(tree, dict):
-        return {key: _as_floats(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_as_floats(value) for value in tree]
-    return float(tree) if isinstance(tree, int) and not isinstance(tree, bool) else tree
 
 
 def build(node: Component, key: str, *args: Any, **kwargs: Any) -> Any:

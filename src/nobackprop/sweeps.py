@@ -8,7 +8,6 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,11 +16,12 @@ from statistics import mean
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from nobackprop import checkpoints
 from nobackprop.launchers import Job, Launcher, Outcome, note
+from nobackprop.literal import literal
+from nobackprop.mistakes import Mistake
 from nobackprop.preparation import prepare
 from nobackprop.records import Record, mean_and_deviation, other_code, tested
 from nobackprop.settings import Settings
@@ -63,7 +63,7 @@ def run(jobs: Sequence[Job], launcher: Launcher, console: Console, dry_run: bool
 
     def say(i: int, text: str, style: str | None = None) -> None:
         line = f"{i + 1}/{len(jobs)} {jobs[i].label}: {text}"
-        console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     for i, job in enumerate(jobs):
         try:
@@ -123,13 +123,13 @@ def table(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> Table:
     for job, o in zip(jobs, outcomes, strict=True):
         accuracy = mean_and_deviation(tested(o.records)) if o.records else o.reason
         seconds = f"{sum(r.seconds for r in o.records):.0f}" if o.records else ""
-        result.add_row(escape(job.label), o.state, str(len(o.records) or ""), escape(accuracy), seconds)
+        result.add_row(literal(job.label), o.state, str(len(o.records) or ""), literal(accuracy), seconds)
     return result
 
 
 def _show_plan(jobs: Sequence[Job], found: Mapping[int, Earlier], launcher: Launcher, console: Console) -> None:
     """What would run, and about how long it would take by earlier records in the same folder."""
-    speeds = _speeds(Path(folder) for folder in {f.settings.paths.runs for f in found.values()})
+    speeds, unreadable = _speeds(Path(folder) for folder in {f.settings.paths.runs for f in found.values()})
     shown, known, unknown = Table(title="dry run"), 0.0, 0
     for column in ("run", "seeds", "", "estimate"):
         shown.add_column(column)
@@ -138,11 +138,12 @@ def _show_plan(jobs: Sequence[Job], found: Mapping[int, Earlier], launcher: Laun
         known += (seconds or 0) * f.missing
         unknown += seconds is None
         estimate = "unknown" if seconds is None else _duration(seconds * f.missing)
-        shown.add_row(
-            escape(jobs[i].label), f"{len(f.records)} recorded, {f.missing} to run", escape(f.before), estimate
-        )
+        known_and_not = f"{len(f.records)} recorded, {f.missing} to run"
+        shown.add_row(literal(jobs[i].label), known_and_not, literal(f.before), estimate)
     if found:
         console.print(shown)
+    for problem in unreadable:
+        console.print(literal(f"no estimate is made from what is damaged: {problem}"), soft_wrap=True)
     n = launcher.at_once([jobs[i] for i in found])
     text = f"{len(found)} of {len(jobs)} would run, {n} at once"
     if unknown < len(found):
@@ -157,20 +158,26 @@ def _kind(name: str, config: Mapping[str, Any]) -> str:
     return json.dumps([name, config["arch"], config["batch_size"], config["dataset"]["classes"]])
 
 
-def _speeds(folders: Iterable[Path]) -> dict[str, list[tuple[float, float]]]:
-    """Seconds of an epoch and of a step that records tell of, by kind and by name of the run."""
-    speeds = defaultdict(list)
+def _speeds(folders: Iterable[Path]) -> tuple[dict[str, list[tuple[float, float]]], list[str]]:
+    """Seconds of an epoch and of a step that records tell of, by kind and by name of the run.
+
+    And in sentences which records can't be read.
+    """
+    speeds, unreadable = defaultdict(list), []
     for path in (path for folder in folders for path in folder.glob("*/seed*/record.json")):
-        with suppress(ValueError):
+        try:
             r = Record.read(path)
-            per_epoch = r.data.train // r.config["batch_size"]
-            if r.steps < per_epoch:  # cut short, and most of its time the start
-                continue
-            step = r.seconds / r.steps
-            epoch = step * per_epoch
-            for key in (_kind(r.name, r.config), r.name):
-                speeds[key].append((epoch, step))
-    return speeds
+        except (Mistake, OSError) as e:
+            unreadable.append(str(e))
+            continue
+        per_epoch = r.data.train // r.config["batch_size"]
+        if r.steps < per_epoch:  # cut short, and most of its time the start
+            continue
+        step = r.seconds / r.steps
+        epoch = step * per_epoch
+        for key in (_kind(r.name, r.config), r.name):
+            speeds[key].append((epoch, step))
+    return speeds, unreadable
 
 
 def _estimate(s: Settings, speeds: Mapping[str, list[tuple[float, float]]]) -> float | None:

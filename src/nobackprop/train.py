@@ -27,6 +27,7 @@ from nobackprop.data import Dataset
 from nobackprop.initializers import initial_weights
 from nobackprop.layers import Conv
 from nobackprop.learner import Learner
+from nobackprop.literal import literal
 from nobackprop.mistakes import Mistake
 from nobackprop.parallel import DataParallel, SameWeights, connect, start, to_start
 from nobackprop.pixels import Pixels
@@ -84,7 +85,7 @@ def train(cfg: DictConfig, console: Console | None = None, wait_for_others: bool
             text += f", trained by {other} (another paths.runs trains them again)"
         if run.diagnostics:
             text += ", and stay without diagnostics if they were trained without: use another paths.runs to have them"
-        console.print(text, highlight=False, soft_wrap=True)
+        console.print(literal(text), soft_wrap=True)
     if missing:
         parallel, stack = isinstance(run.strategy, DataParallel), stacks(run)
         if stack and len(missing) > 1 and not keeps_seeds_apart(run.optimizer):
@@ -160,8 +161,9 @@ def _check_data(run: Run, done: Iterable[Record], fingerprint: str | None) -> No
     for record in done:
         if fingerprint is not None and record.data.fingerprint != fingerprint:
             raise Mistake(
-                f"seed {record.seed} is recorded in {run.folder} with other images of {record.data.name} (fingerprint "
-                f"{record.data.fingerprint}, now {fingerprint}): use another paths.runs, or the images of then"
+                f"seed {record.seed} is recorded in {run.folder} with other images of {run.settings.dataset.name} "
+                f"(fingerprint {record.data.fingerprint}, now {fingerprint}): use another paths.runs, or the images of "
+                "then"
             )
 
 
@@ -401,7 +403,7 @@ def _record(run: Run, dataset: Dataset, t: Task, learner: Learner, i: int, wall:
 
 def summary(seeds: Sequence[Record]) -> Table:
     """A table of the seeds of one run and their mean."""
-    table = Table(title=f"{seeds[0].name}  {seeds[0].signature}")
+    table = Table(title=literal(f"{seeds[0].name}  {seeds[0].signature}"))
     for column in ("seed", "best epoch", "validation", "test", "wall time"):
         table.add_column(column, justify="right")
     for r in seeds:

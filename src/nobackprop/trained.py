@@ -22,6 +22,10 @@ from nobackprop.records import write_atomically
 from nobackprop.rule import Rule
 
 
+class Unknown(Mistake):
+    """A net was trained with a rule or a loss that is not to be had here; its file may be whole."""
+
+
 @dataclass(frozen=True)
 class Trained:
     """A net with its best weights. Images are uint8 (N, C, H, W); labels are the dataset's own class numbers."""
@@ -109,7 +113,7 @@ def _full_name(kind: type) -> str:
 def _made(base: Any, name: str, fields: Mapping[str, Any], path: Path) -> Any:
     """A rule or loss by its class's name and fields, of this package or imported from elsewhere; nothing else is made.
 
-    Raises Mistake where it is neither, or takes other hyper-parameters now.
+    Raises Unknown where it is neither, or takes other hyper-parameters now.
     """
     for module in iter_modules(rules.__path__, f"{rules.__name__}."):
         import_module(module.name)
@@ -118,11 +122,11 @@ def _made(base: Any, name: str, fields: Mapping[str, Any], path: Path) -> Any:
         found += below
         below = [kind for above in below for kind in above.__subclasses__()]
     if (kind := {_full_name(kind): kind for kind in found}.get(name)) is None:
-        raise Mistake(f"{path} was trained with {name}, which is not in nobackprop: import it first")
+        raise Unknown(f"{path} was trained with {name}, which is not in nobackprop: import it first")
     try:
         return kind(**fields)
     except TypeError as e:
-        raise Mistake(f"{path} was trained with another version of {name}: {e}") from e
+        raise Unknown(f"{path} was trained with another version of {name}: {e}") from e
 
 
 def load(run_folder: str | Path) -> Trained:

@@ -1,0 +1,33 @@
+"""What a run is called: a hash of its config, which is a part of its records' key, and a name."""
+
+import json
+from collections.abc import Mapping
+from hashlib import sha256
+from typing import Any
+
+EXACT = 2**53  # a float holds every integer below it
+
+
+def digest(config: Mapping[str, Any]) -> str:
+    """A hash of a config in which 1 and 1.0 are one number, and no two integers are."""
+    return sha256(json.dumps(_numbers(config), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _numbers(tree: Any) -> Any:
+    """With integers as floats, as far as floats hold them: rule.beta=1 and rule.beta=1.0 are one config."""
+    if isinstance(tree, dict):
+        return {key: _numbers(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_numbers(value) for value in tree]
+    integer = isinstance(tree, int) and not isinstance(tree, bool)
+    return float(tree) if integer and abs(tree) < EXACT else tree
+
+
+def rule_name(rule: Mapping[str, Any]) -> str:
+    """What a config's rule is called in conf/rule: the name of its module."""
+    return rule["_target_"].split(".")[-2]
+
+
+def run_name(rule: Mapping[str, Any], arch: Mapping[str, Any], dataset: str) -> str:
+    """`rule_arch_dataset`, as in `lra_e_mlp_mnist`."""
+    return f"{rule_name(rule)}_{arch['_target_'].split('.')[-1]}_{dataset}"
