@@ -65,9 +65,9 @@ def made(**fields: Any) -> Record:
     """A record with these parts, and what follows from them."""
     values: dict[str, Any] = RECORD | fields
     rule, arch, dataset = (values["config"][name] for name in ("rule", "arch", "dataset"))
-    follows = {"signature": digest(values["config"]), "name": run_name(rule, arch, dataset["name"])}
-    best = values["best_epoch"] if values["test"] else None
-    return Record(**values | follows | {"steps": values["epochs"][-1]["step"], "best_epoch": best})
+    values |= {"signature": digest(values["config"]), "name": run_name(rule, arch, dataset["name"])}
+    values |= {"steps": values["epochs"][-1]["step"], "best_epoch": values["best_epoch"] if values["test"] else None}
+    return Record(**values)
 
 
 def format_1(**fields: Any) -> bytes:
