@@ -12,6 +12,7 @@ import compare
 import matplotlib as mpl
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from rich.console import Console
 from test_records import CONFIG, made
 
@@ -120,11 +121,10 @@ def test_names_are_shown_as_they_are(write: Write, tmp_path: Path) -> None:
     (line,) = [line for line in console.export_text().splitlines() if "forward=[red]" in line]
     assert f"_a_mlp_digits init.forward={TOLD} init.{TOLD}=1 " in line
     assert ODD in compare.differences(runs)
-    shown = []
+    shown: list[Any] = []
 
     def show(figure: Figure, *_: Any, **options: Any) -> None:
-        (ax,) = figure.axes
-        shown.extend(ax.get_legend().get_texts())
+        shown.extend(figure.findobj(Text))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", show)

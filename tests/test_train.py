@@ -329,7 +329,7 @@ def test_a_damaged_record_is_named(config: Config) -> None:
     train(cfg)
     path = folder(cfg) / "seed0" / "record.json"
     path.write_text(path.read_text()[:100])
-    with pytest.raises(ValueError, match=r"record.json is no valid run record .* delete it to run this seed again"):
+    with pytest.raises(ValueError, match=r"record.json is damaged .* delete it to run this seed again"):
         train(cfg)
 
 

@@ -67,7 +67,7 @@ def _walk(top: Path, found: Checked) -> Iterator[tuple[Path, list[Path]]]:
         found.add("damaged", f"{e.filename} can't be read ({e.strerror}): mend its permissions, or the disk")
 
     for folder, within, files in os.walk(top, onerror=unreadable):
-        if not within and not files and Path(folder) != top:
+        if not within and not files and Path(folder) != top and not folder.endswith("checkpoints"):
             found.add("orphaned", f"{folder} is empty: delete it")
         within[:] = sorted(set(within) - OTHERS)
         yield Path(folder), [Path(folder, name) for name in sorted(files)]
