@@ -72,7 +72,7 @@ def folder(cfg: DictConfig) -> Path:
 
 def same_results(one: Path, other: Path, seeds: str = "*/seed*") -> int:
     """Asserts that two folders of runs hold the same records, but for time and machine, and weights; how many."""
-    changing = {"finished", "wall_s", "command", "dirty", "commit"}
+    changing = {"finished", "wall_s", "command", "dirty", "commit", "commits"}
     paths = sorted(path.relative_to(one) for path in one.glob(f"{seeds}/record.json"))
     assert paths == sorted(path.relative_to(other) for path in other.glob(f"{seeds}/record.json"))
     for path in paths:

@@ -83,34 +83,17 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_is_used(
         train(cfg)
     monkeypatch.undo()
     paths = sorted(folder(cfg).glob("checkpoints/*/*.ckpt"))
-    assert [int(path.name.split("-")[0]) for path in paths] == [161, 261]  # the last two
+    assert [path.name for path in paths] == ["000000161.ckpt", "000000261.ckpt"]  # the last two
     for path in paths[-damaged:]:
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-    with pytest.warns(UserWarning, match=r"checkpoint .*\.damaged is damaged") as warned:
+    with pytest.warns(UserWarning, match=r"checkpoint .*261\.ckpt is damaged \(it does not fit its checksum\)") as warned:
         train(cfg, console)
     assert sum("is damaged" in str(w.message) for w in warned) == damaged
     assert ("goes on from step 161" in shown(console)) == (damaged == 1)
     assert same_results(tmp_path / "alone", tmp_path / "runs") == 1
     assert not list(folder(cfg).glob("checkpoints/*"))
-
-
-def test_a_checkpoint_of_other_code_is_told(config: Config, monkeypatch: pytest.MonkeyPatch, console: Console) -> None:
-    cfg = config("rule=dfa", "checkpoint_minutes=0")
-    at_save(monkeypatch, 4, raise_killed)
-    with pytest.raises(Killed):
-        train(cfg)
-    monkeypatch.undo()
-    feedback = DFA.feedback
-    monkeypatch.setattr(DFA, "feedback", lambda *args: feedback(*args) | {"C1": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"\.ckpt is another version's, with other weights: delete .* to start from"):
-        train(cfg)
-    monkeypatch.undo()
-    before = records.source_state()[0]
-    monkeypatch.setattr(records, "source_state", lambda: ("abc", True))
-    train(cfg, console)
-    assert f"goes on from step 261, trained so far by commit {before}, from here by abc" in shown(console)
 
 
 # Signals
@@ -167,7 +150,7 @@ def test_a_clusters_notice_writes_a_checkpoint_before_its_own_handler_has_its_tu
     kept: dict[int, list[str]] = {}
 
     def requeue(signum: int, _: Any) -> None:
-        kept[signum] = [path.name.split("-")[0] for path in folder(cfg).glob("checkpoints/*/*.ckpt")]
+        kept[signum] = [path.stem for path in folder(cfg).glob("checkpoints/*/*.ckpt")]
         raise SystemExit(-1)
 
     before = {s: signal.signal(s, requeue) for s in (signal.SIGUSR2, signal.SIGTERM)}
@@ -204,22 +187,22 @@ def test_what_another_process_has_trained_meanwhile_is_not_trained_again(
     elsewhere = small(tmp_path / "elsewhere")
     train(elsewhere)
     cfg = config()
-    holds, trained = threading.Event(), threading.Event()
+    holds = threading.Event()
 
     def other() -> None:
         with training_elsewhere(cfg):
             holds.set()
-            assert trained.wait(60)
+            until(lambda: "waits" in shown(console))
             shutil.copytree(folder(elsewhere), folder(cfg), dirs_exist_ok=True)
 
     thread = threading.Thread(target=other)
     thread.start()
     assert holds.wait(60)
     monkeypatch.setattr("nobackprop.train._fit", lambda *_: pytest.fail("was trained again"))
-    threading.Timer(0.3, trained.set).start()
     assert [r.seed for r in train(cfg, console)] == [0]
     thread.join()
-    assert "waiting for another process that trains seed 0" in shown(console)
+    lock = folder(cfg) / "seed0" / ".lock"
+    assert f"waits: another process is training seed 0; if it is no more, delete {lock}\n" in shown(console)
 
 
 def test_a_busy_job_comes_last(config: Config, console: Console) -> None:
