@@ -1,4 +1,4 @@
-"""Sweeps: what is skipped, goes on and is repeated; locks; signals; damaged checkpoints; dry runs; the table."""
+"""Sweeps: what is skipped, goes on and is repeated; locks; signals; dry runs; the table."""
 
 import fcntl
 import io
@@ -8,22 +8,19 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from conftest import Config, folder, holders, run_config, same_results, small, until
+from conftest import Config, Killed, at_save, folder, holders, raise_killed, run_config, same_results, small, until
 from omegaconf import DictConfig
 from rich.console import Console
 
 from nobackprop import launchers, records, sweeps
-from nobackprop.callbacks import ResumePoint
 from nobackprop.launchers import Basic, Cluster, Job, Joblib, Outcome, Submitted
-from nobackprop.rules.dfa import DFA
 from nobackprop.stopping import Stopped
 from nobackprop.train import Busy, train
 
@@ -38,27 +35,6 @@ def shown(console: Console) -> str:
     return console.file.getvalue()
 
 
-class Killed(BaseException):
-    """Ends a run where it stands, as a power cut does."""
-
-
-def at_save(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], Any]) -> None:
-    """Does something just before the run's `number`-th occasion to write a checkpoint."""
-    save, calls = ResumePoint.save, []
-
-    def counted(self: ResumePoint, trainer: Any) -> None:
-        calls.append(None)
-        if len(calls) == number:
-            action()
-        save(self, trainer)
-
-    monkeypatch.setattr(ResumePoint, "save", counted)
-
-
-def raise_killed() -> None:
-    raise Killed
-
-
 @contextmanager
 def training_elsewhere(cfg: DictConfig, seed: int = 0) -> Iterator[None]:
     """As if another process were training a seed: it holds the system's lock."""
@@ -67,33 +43,6 @@ def training_elsewhere(cfg: DictConfig, seed: int = 0) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-# Checkpoints
-
-
-@pytest.mark.parametrize("damaged", [1, 2])
-def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_is_used(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: Console, damaged: int
-) -> None:
-    train(small(tmp_path / "alone"))
-    cfg = config("checkpoint_minutes=0")
-    at_save(monkeypatch, 4, raise_killed)
-    with pytest.raises(Killed):
-        train(cfg)
-    monkeypatch.undo()
-    paths = sorted(folder(cfg).glob("checkpoints/*/*.ckpt"))
-    assert [path.name for path in paths] == ["000000161.ckpt", "000000261.ckpt"]  # the last two
-    for path in paths[-damaged:]:
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
-    with pytest.warns(UserWarning, match=r"checkpoint .*261\.ckpt is damaged \(it does not fit its checksum\)") as warned:
-        train(cfg, console)
-    assert sum("is damaged" in str(w.message) for w in warned) == damaged
-    assert ("goes on from step 161" in shown(console)) == (damaged == 1)
-    assert same_results(tmp_path / "alone", tmp_path / "runs") == 1
-    assert not list(folder(cfg).glob("checkpoints/*"))
 
 
 # Signals
