@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -257,6 +258,18 @@ def test_torchruns_processes_wait_together_and_one_of_them_speaks(tmp_path: Path
     assert shown.result().count("records and weights: runs/lra_e_mlp_digits") == 1
     for seed in range(2):
         assert Record.read(only(tmp_path / "runs", seed)).machine.devices == 2
+
+
+def _second_dies() -> None:
+    if os.environ["LOCAL_RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def test_a_process_that_is_killed_is_told_in_a_sentence() -> None:
+    message = r"^process 1 of a run was killed by SIGKILL \(out of memory\?\); the same command goes on from the last check"
+    with pytest.raises(ChildProcessError, match=message):
+        start(_second_dies, 2)
 
 
 @pytest.mark.slow

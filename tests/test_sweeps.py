@@ -287,6 +287,29 @@ def test_processes_train_the_same_and_one_that_is_killed_harms_no_other(
     assert same_results(tmp_path / "alone", tmp_path / "runs") == 6
 
 
+def test_one_process_that_is_stopped_is_one_job_that_failed(
+    config: Config, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped, other = config("rule=bp", "max_epochs=100000", "checkpoint_minutes=60"), config("rule=dfa")
+    lock = folder(stopped) / "seed0" / ".lock"
+
+    def stop() -> None:
+        until((lock.parent / ".holder").exists)
+        time.sleep(1)
+        (pid,) = holders(lock)
+        os.kill(pid, signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    monkeypatch.setattr("nobackprop.launchers.cores", lambda: 1)
+    outcomes = sweeps.run([Job("stopped", stopped), Job("other", other)], Joblib(), console)
+    thread.join()
+    assert [o.state for o in outcomes] == ["failed", "finished"]
+    assert outcomes[0].reason == "its process was stopped by SIGTERM"
+    assert len(list(folder(stopped).glob("checkpoints/*/*.ckpt"))) == 1
+    assert re.match("was interrupted, goes on from step", sweeps.look(Job("stopped", stopped)).before)
+
+
 def test_ctrl_c_ends_the_processes_too_after_a_checkpoint(config: Config, tmp_path: Path, console: Console) -> None:
     cfg = config("rule=bp", "max_epochs=100000", "checkpoint_minutes=60")
 
