@@ -186,7 +186,7 @@ def test_files_of_other_names_and_those_of_an_earlier_version_block_nothing(
     (beside.parent / "notes").mkdir()
     (beside.parent / "notes" / "1.ckpt").write_bytes(b"none")
     assert sweeps.look(Job("a", cfg)).before == "was interrupted, goes on from step 161"
-    with pytest.warns(UserWarning, match=rf"has a name that this version does not give{UNUSED}") as warned:
+    with pytest.warns(UserWarning, match=rf"was not written by this version of nobackprop{UNUSED}") as warned:
         train(cfg, console)
     assert told(warned) == 2
     assert "goes on from step 161" in shown(console)

@@ -267,7 +267,7 @@ def _second_dies() -> None:
 
 
 def test_a_process_that_is_killed_is_told_in_a_sentence() -> None:
-    message = r"^process 1 of a run was killed by SIGKILL \(out of memory\?\); the same command goes on from the last check"
+    message = r"^process 1 of a run was killed by SIGKILL \(out of memory\?\); the same command goes on from"
     with pytest.raises(ChildProcessError, match=message):
         start(_second_dies, 2)
 

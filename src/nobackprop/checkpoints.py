@@ -76,7 +76,7 @@ def usable(folder: Path, about: About) -> Iterator[tuple[Path, dict[str, Any]]]:
     Warns of any others on the way, and puts them aside.
     """
     for path in sorted({*folder.glob("*.ckpt")} - {*files(folder)}):
-        put_aside(path, f"{path} has a name that this version does not give")
+        put_aside(path, f"{path} was not written by this version of nobackprop")
     for path in reversed(files(folder)):
         try:
             content = sealed.read(path)
