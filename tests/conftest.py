@@ -70,9 +70,45 @@ def folder(cfg: DictConfig) -> Path:
     return prepare(cfg).folder
 
 
+class Killed(BaseException):
+    """Ends a run where it stands, as a power cut does."""
+
+
+def raise_killed() -> None:
+    raise Killed
+
+
+def at_save(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], Any]) -> None:
+    """Does something just before the run's `number`-th occasion to write a checkpoint."""
+    from nobackprop.callbacks import ResumePoint  # here, since Lightning takes seconds to import
+
+    save, calls = ResumePoint.save, []
+
+    def counted(self: ResumePoint, trainer: Any) -> None:
+        calls.append(None)
+        if len(calls) == number:
+            action()
+        save(self, trainer)
+
+    monkeypatch.setattr(ResumePoint, "save", counted)
+
+
+def interrupt(cfg: DictConfig) -> list[Path]:
+    """Trains a small run of one group of seeds, killed at step 261; gives its checkpoints, of steps 161 and 261."""
+    from nobackprop.train import train
+
+    cfg = cfg.copy()
+    cfg.checkpoint_minutes = 0.0
+    with pytest.MonkeyPatch.context() as patched:
+        at_save(patched, 4, raise_killed)
+        with pytest.raises(Killed):
+            train(cfg)
+    return sorted(folder(cfg).glob("checkpoints/*/*.ckpt"))
+
+
 def same_results(one: Path, other: Path, seeds: str = "*/seed*") -> int:
     """Asserts that two folders of runs hold the same records, but for time and machine, and weights; how many."""
-    changing = {"finished", "wall_s", "command", "dirty", "commit"}
+    changing = {"finished", "wall_s", "command", "dirty", "commit", "commits"}
     paths = sorted(path.relative_to(one) for path in one.glob(f"{seeds}/record.json"))
     assert paths == sorted(path.relative_to(other) for path in other.glob(f"{seeds}/record.json"))
     for path in paths:

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -69,8 +70,7 @@ def _train_all(folder: Path) -> None:
 
     def save_and_copy(self: ResumePoint, trainer: Any) -> None:
         save(self, trainer)
-        last = checkpoints.newest(self.folder)
-        assert last is not None
+        last = checkpoints.files(self.folder)[-1]
         copies[trainer.lightning_module.steps] = f"{self.folder.name}/{last.name}", last.read_bytes()
 
     for name, overrides in RUNS.items():
@@ -254,10 +254,22 @@ def test_torchruns_processes_wait_together_and_one_of_them_speaks(tmp_path: Path
             shown = threads.submit(run, command("seeds=2", launcher=torchrun), tmp_path)
             until(lambda: list(folder.glob("seed1/record.json")))
             assert not shown.done()
-        assert shown.result().count("waiting for another process that trains seed 0") == 1
+        assert shown.result().count("waits: another process is training seed 0") == 1
     assert shown.result().count("records and weights: runs/lra_e_mlp_digits") == 1
     for seed in range(2):
         assert Record.read(only(tmp_path / "runs", seed)).machine.devices == 2
+
+
+def _second_dies() -> None:
+    if os.environ["LOCAL_RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def test_a_process_that_is_killed_is_told_in_a_sentence() -> None:
+    message = r"^process 1 of a run was killed by SIGKILL \(out of memory\?\); the same command goes on from"
+    with pytest.raises(ChildProcessError, match=message):
+        start(_second_dies, 2)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Sweeps: what is skipped, goes on and is repeated; locks; signals; damaged checkpoints; dry runs; the table."""
+"""Sweeps: what is skipped, goes on and is repeated; locks; signals; dry runs; the table."""
 
 import fcntl
 import io
@@ -8,22 +8,19 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from conftest import Config, folder, holders, run_config, same_results, small, until
+from conftest import Config, Killed, at_save, folder, holders, raise_killed, run_config, same_results, small, until
 from omegaconf import DictConfig
 from rich.console import Console
 
 from nobackprop import launchers, records, sweeps
-from nobackprop.callbacks import ResumePoint
 from nobackprop.launchers import Basic, Cluster, Job, Joblib, Outcome, Submitted
-from nobackprop.rules.dfa import DFA
 from nobackprop.stopping import Stopped
 from nobackprop.train import Busy, train
 
@@ -38,27 +35,6 @@ def shown(console: Console) -> str:
     return console.file.getvalue()
 
 
-class Killed(BaseException):
-    """Ends a run where it stands, as a power cut does."""
-
-
-def at_save(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], Any]) -> None:
-    """Does something just before the run's `number`-th occasion to write a checkpoint."""
-    save, calls = ResumePoint.save, []
-
-    def counted(self: ResumePoint, trainer: Any) -> None:
-        calls.append(None)
-        if len(calls) == number:
-            action()
-        save(self, trainer)
-
-    monkeypatch.setattr(ResumePoint, "save", counted)
-
-
-def raise_killed() -> None:
-    raise Killed
-
-
 @contextmanager
 def training_elsewhere(cfg: DictConfig, seed: int = 0) -> Iterator[None]:
     """As if another process were training a seed: it holds the system's lock."""
@@ -67,50 +43,6 @@ def training_elsewhere(cfg: DictConfig, seed: int = 0) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-# Checkpoints
-
-
-@pytest.mark.parametrize("damaged", [1, 2])
-def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_is_used(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: Console, damaged: int
-) -> None:
-    train(small(tmp_path / "alone"))
-    cfg = config("checkpoint_minutes=0")
-    at_save(monkeypatch, 4, raise_killed)
-    with pytest.raises(Killed):
-        train(cfg)
-    monkeypatch.undo()
-    paths = sorted(folder(cfg).glob("checkpoints/*/*.ckpt"))
-    assert [int(path.name.split("-")[0]) for path in paths] == [161, 261]  # the last two
-    for path in paths[-damaged:]:
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
-    with pytest.warns(UserWarning, match=r"checkpoint .*\.damaged is damaged") as warned:
-        train(cfg, console)
-    assert sum("is damaged" in str(w.message) for w in warned) == damaged
-    assert ("goes on from step 161" in shown(console)) == (damaged == 1)
-    assert same_results(tmp_path / "alone", tmp_path / "runs") == 1
-    assert not list(folder(cfg).glob("checkpoints/*"))
-
-
-def test_a_checkpoint_of_other_code_is_told(config: Config, monkeypatch: pytest.MonkeyPatch, console: Console) -> None:
-    cfg = config("rule=dfa", "checkpoint_minutes=0")
-    at_save(monkeypatch, 4, raise_killed)
-    with pytest.raises(Killed):
-        train(cfg)
-    monkeypatch.undo()
-    feedback = DFA.feedback
-    monkeypatch.setattr(DFA, "feedback", lambda *args: feedback(*args) | {"C1": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"\.ckpt is another version's, with other weights: delete .* to start from"):
-        train(cfg)
-    monkeypatch.undo()
-    before = records.source_state()[0]
-    monkeypatch.setattr(records, "source_state", lambda: ("abc", True))
-    train(cfg, console)
-    assert f"goes on from step 261, trained so far by commit {before}, from here by abc" in shown(console)
 
 
 # Signals
@@ -167,7 +99,7 @@ def test_a_clusters_notice_writes_a_checkpoint_before_its_own_handler_has_its_tu
     kept: dict[int, list[str]] = {}
 
     def requeue(signum: int, _: Any) -> None:
-        kept[signum] = [path.name.split("-")[0] for path in folder(cfg).glob("checkpoints/*/*.ckpt")]
+        kept[signum] = [path.stem for path in folder(cfg).glob("checkpoints/*/*.ckpt")]
         raise SystemExit(-1)
 
     before = {s: signal.signal(s, requeue) for s in (signal.SIGUSR2, signal.SIGTERM)}
@@ -204,22 +136,22 @@ def test_what_another_process_has_trained_meanwhile_is_not_trained_again(
     elsewhere = small(tmp_path / "elsewhere")
     train(elsewhere)
     cfg = config()
-    holds, trained = threading.Event(), threading.Event()
+    holds = threading.Event()
 
     def other() -> None:
         with training_elsewhere(cfg):
             holds.set()
-            assert trained.wait(60)
+            until(lambda: "waits" in shown(console))
             shutil.copytree(folder(elsewhere), folder(cfg), dirs_exist_ok=True)
 
     thread = threading.Thread(target=other)
     thread.start()
     assert holds.wait(60)
     monkeypatch.setattr("nobackprop.train._fit", lambda *_: pytest.fail("was trained again"))
-    threading.Timer(0.3, trained.set).start()
     assert [r.seed for r in train(cfg, console)] == [0]
     thread.join()
-    assert "waiting for another process that trains seed 0" in shown(console)
+    lock = folder(cfg) / "seed0" / ".lock"
+    assert f"waits: another process is training seed 0; if it is no more, delete {lock}\n" in shown(console)
 
 
 def test_a_busy_job_comes_last(config: Config, console: Console) -> None:
@@ -353,6 +285,29 @@ def test_processes_train_the_same_and_one_that_is_killed_harms_no_other(
     assert [o.state for o in outcomes] == ["failed", "finished", "finished", "finished"]
     assert outcomes[0].reason == "its process was killed by SIGKILL (out of memory?)"
     assert same_results(tmp_path / "alone", tmp_path / "runs") == 6
+
+
+def test_one_process_that_is_stopped_is_one_job_that_failed(
+    config: Config, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped, other = config("rule=bp", "max_epochs=100000", "checkpoint_minutes=60"), config("rule=dfa")
+    lock = folder(stopped) / "seed0" / ".lock"
+
+    def stop() -> None:
+        until((lock.parent / ".holder").exists)
+        time.sleep(1)
+        (pid,) = holders(lock)
+        os.kill(pid, signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    monkeypatch.setattr("nobackprop.launchers.cores", lambda: 1)
+    outcomes = sweeps.run([Job("stopped", stopped), Job("other", other)], Joblib(), console)
+    thread.join()
+    assert [o.state for o in outcomes] == ["failed", "finished"]
+    assert outcomes[0].reason == "its process was stopped by SIGTERM"
+    assert len(list(folder(stopped).glob("checkpoints/*/*.ckpt"))) == 1
+    assert re.match("was interrupted, goes on from step", sweeps.look(Job("stopped", stopped)).before)
 
 
 def test_ctrl_c_ends_the_processes_too_after_a_checkpoint(config: Config, tmp_path: Path, console: Console) -> None:

@@ -3,6 +3,7 @@
 import io
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -142,7 +143,7 @@ def test_a_process_that_ends_in_the_middle_of_a_job_is_reported_even_if_it_ends_
     def work(job: int, screen: Screen) -> int:
         return sys.exit(0) if job == 1 else job
 
-    with pytest.raises(ChildProcessError, match="a process that trained a seed ended with status 0"):
+    with pytest.raises(ChildProcessError, match="the process that trained 1 ended with status 0"):
         list(side_by_side(work, range(4), 2, screen))
 
 
@@ -150,11 +151,11 @@ def test_what_was_done_before_an_error_stays(config: Config, two_cores: None, mo
     cfg = config("seeds=3", "max_epochs=1")
     fit = nobackprop.train._fit
 
-    def second_fails(run: Any, dataset: Any, tasks: Any, *rest: Any) -> Any:
-        if tasks[0].seed == 1:
+    def second_fails(run: Any, dataset: Any, group: Any, screen: Any) -> Any:
+        if group.tasks[0].seed == 1:
             until((run.seed_folder(0) / "record.json").exists)
             raise OSError("No space left on device")
-        return fit(run, dataset, tasks, *rest)
+        return fit(run, dataset, group, screen)
 
     monkeypatch.setattr("nobackprop.train._fit", second_fails)
     with pytest.raises(OSError, match="No space left"):
@@ -167,8 +168,8 @@ def test_what_was_done_before_an_error_stays(config: Config, two_cores: None, mo
 @pytest.mark.parametrize(
     ("end", "message"),
     [
-        (lambda: os.kill(os.getpid(), signal.SIGKILL), "was killed, perhaps for want of memory"),
-        (lambda: os.kill(os.getpid(), signal.SIGSEGV), "was ended by SIGSEGV"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), r"was killed by SIGKILL \(out of memory\?\).*`workers`"),
+        (lambda: os.kill(os.getpid(), signal.SIGSEGV), "was killed by SIGSEGV"),
         (lambda: sys.exit(3), "ended with status 3"),
     ],
     ids=["killed", "crashed", "exited"],
@@ -237,6 +238,22 @@ def test_ctrl_c_ends_all_workers_after_a_checkpoint(tmp_path: Path) -> None:
     wait_for_the_end_of(children)
     assert shown.count("stopped; the same command goes on from step") == 2
     assert "Traceback" not in errors
+
+
+def test_a_worker_that_is_stopped_is_told_and_the_others_write_their_checkpoints(tmp_path: Path) -> None:
+    process, children = start(tmp_path)
+    os.kill(children[0], signal.SIGTERM)
+    shown, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert re.search(
+        r"^nobackprop: the process that trained lra_e_mlp_digits seed . \(./2\) was stopped by SIGTERM; the same "
+        "command goes on from the last checkpoints$",
+        errors,
+        re.MULTILINE,
+    )
+    assert "Traceback" not in errors
+    assert shown.count("stopped; the same command goes on from step") == 2
+    wait_for_the_end_of(children)
 
 
 def test_a_killed_run_ends_its_workers_and_goes_on_to_the_same_records(config: Config, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 
 from nobackprop.batches import TrainBatches
+from nobackprop.checkpoints import About
 from nobackprop.learner import Learner
 from nobackprop.stopping import StopSignals
 
@@ -122,11 +123,11 @@ class EpochLog(Callback):
 class ResumePoint(Checkpoint):
     """Writes, at most every `minutes` and when asked to stop, the checkpoint that an interrupted run goes on from.
 
-    Lightning's ModelCheckpoint knows no time interval under manual optimization (2.6).
+    It says whose it is: `about`. Lightning's ModelCheckpoint knows no time interval under manual optimization (2.6).
     """
 
-    def __init__(self, folder: Path, minutes: float, signals: StopSignals) -> None:
-        self.folder, self.interval_s, self.signals = folder, 60 * minutes, signals
+    def __init__(self, folder: Path, about: About, minutes: float, signals: StopSignals) -> None:
+        self.folder, self.about, self.interval_s, self.signals = folder, about, 60 * minutes, signals
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.saved = time.monotonic()
@@ -138,6 +139,9 @@ class ResumePoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.save(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["about"] = self.about.model_dump()
 
     def save(self, trainer: Trainer) -> None:
         due = self.signals.due or time.monotonic() - self.saved >= self.interval_s

@@ -139,14 +139,14 @@ def _check_checkpoint(path: Path, found: Checked) -> None:
 
     run = path.parent.parent.parent
     try:
-        seeds = checkpoints.seeds(path)
+        about = checkpoints.about(path)
     except FileNotFoundError:  # its training has gone on, or is over
         return
     except Mistake as e:
         found.add("damaged", f"{e}: delete it; the run's command goes on from the one before it, if there is one")
         return
     found.whole["checkpoints"] += 1
-    if all((run / f"seed{seed}" / "record.json").exists() for seed in seeds):
+    if all((run / f"seed{seed}" / "record.json").exists() for seed in about.seeds):
         found.add("orphaned", f"{path} is of seeds that are recorded: delete {path.parent}")
 
 

@@ -16,7 +16,7 @@ from math import ceil
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from shutil import copyfile
-from signal import SIGINT, SIGTERM, Signals
+from signal import SIGTERM
 from statistics import mean
 from threading import Thread
 from typing import Any, Literal, Protocol, Self
@@ -29,6 +29,7 @@ from nobackprop.hardware import cores
 from nobackprop.mistakes import Mistake
 from nobackprop.records import Record, source_state, write_atomically
 from nobackprop.settings import Settings, build, digest
+from nobackprop.stopping import how_it_ended
 from nobackprop.train import Busy, train
 
 
@@ -161,10 +162,8 @@ class Joblib:
                         process.join()
                     except (EOFError, OSError):
                         process.join()
-                        outcome = _died(process.exitcode)
+                        outcome = Outcome.failure(f"its process {how_it_ended(process.exitcode)}")
                     del running[receiver]
-                    if outcome.state == "stopped":
-                        raise KeyboardInterrupt
                     yield i, outcome
         finally:  # all at an end, or the user stopped the sweep: let the others write their checkpoints
             for _, process in running.values():
@@ -195,14 +194,6 @@ def _work(job: Job, wait_for_others: bool, sender: connection.Connection) -> Non
 
     Thread(target=follow, daemon=True).start()
     sender.send(attempt(job, Console(quiet=True), wait_for_others))
-
-
-def _died(status: int | None) -> Outcome:
-    """The outcome of a process that told none."""
-    if status in (128 + SIGINT, 128 + SIGTERM):
-        return Outcome("stopped")
-    how = f"was killed by {Signals(-status).name}" if status is not None and status < 0 else f"ended with {status}"
-    return Outcome.failure(f"its process {how}" + (" (out of memory?)" if status == -9 else ""))
 
 
 @dataclass(frozen=True)
@@ -378,7 +369,7 @@ def _queued_jobs() -> set[str]:
 def _submitted_as(job: Job) -> str | None:
     """The cluster's name of the job that was submitted last for these seeds of this run."""
     with suppress(FileNotFoundError):
-        return job.file("job").read_text()
+        return job.file("job").read_text(errors="replace")
     return None
 
 

@@ -20,9 +20,9 @@ from pytorch_lightning.plugins.environments import (
 )
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from torch import Tensor
-from torch.multiprocessing.spawn import ProcessException
+from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
-from nobackprop.stopping import StopSignals
+from nobackprop.stopping import StopSignals, how_it_ended
 
 
 class DataParallel(DDPStrategy):
@@ -99,8 +99,8 @@ def connect(strategy: Strategy) -> None:
 def start(function: Callable[..., None], processes: int, *args: Any) -> None:
     """Runs `function(*args)` in so many new processes on this machine, ranks 0, 1, ..., until all are done.
 
-    Where one fails the others are ended, and its traceback is raised. Where this process is asked to end it asks them,
-    and raises Stopped when they have.
+    Where one fails the others are ended, and its traceback is raised, or ChildProcessError where it was killed or
+    stopped by itself. Where this process is asked to end it asks them, and raises Stopped when they have.
     """
     args = find_free_network_port(), function, args
     spawned: Any = torch.multiprocessing.spawn(_as_rank, args, processes, join=False)
@@ -110,9 +110,14 @@ def start(function: Callable[..., None], processes: int, *args: Any) -> None:
                 if signals.signum is not None:
                     for process in spawned.processes:
                         process.terminate()
-        except ProcessException:
+        except ProcessException as e:
             signals.check()
-            raise
+            if not isinstance(e, ProcessExitedException):
+                raise
+            how = how_it_ended(e.exit_code)
+            raise ChildProcessError(
+                f"process {e.error_index} of a run {how}; the same command goes on from the last checkpoint"
+            ) from None
         finally:
             for process in spawned.processes:
                 process.kill()

@@ -16,6 +16,15 @@ class Stopped(SystemExit):
         super().__init__(128 + signum)
 
 
+def how_it_ended(status: int) -> str:
+    """What became of a child process, by its exit code, as in "was killed by SIGKILL (out of memory?)"."""
+    if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        return f"was stopped by {signal.Signals(status - 128).name}"
+    if status < 0:
+        return f"was killed by {signal.Signals(-status).name}{' (out of memory?)' * (status == -signal.SIGKILL)}"
+    return f"ended with status {status}"
+
+
 class StopSignals:
     """While this context is open, signals are noted and wait for `check`, called where nothing can be lost.
 

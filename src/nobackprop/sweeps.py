@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from nobackprop import checkpoints
+from nobackprop import locks
 from nobackprop.launchers import Job, Launcher, Outcome, note
 from nobackprop.literal import literal
 from nobackprop.mistakes import Mistake
@@ -46,9 +46,9 @@ def look(job: Job) -> Earlier:
     missing = [seed for seed in run.settings.seeds if seed not in done]
     before = ""
     if (error := job.file("error")).exists():
-        before = f"failed before ({(error.read_text().strip().splitlines() or [''])[-1]}), is tried again"
-    folders = left_off(run, missing, run.source.checksum).values()
-    if steps := [checkpoints.step(path) for folder in folders for path in folder.glob("*.ckpt")]:
+        told = error.read_text(errors="replace").strip().splitlines() or [""]
+        before = f"failed before ({told[-1]}), is tried again"
+    if steps := left_off(run, missing, run.source.checksum).values():
         before = f"was interrupted, goes on from step {max(steps)}"
     return Earlier(run.settings, [done[seed] for seed in run.settings.seeds if seed in done], len(missing), before)
 
@@ -73,6 +73,8 @@ def run(jobs: Sequence[Job], launcher: Launcher, console: Console, dry_run: bool
             say(i, f"failed: {outcomes[i].details}", "red")
             continue
         if not found[i].missing:
+            if not dry_run:
+                locks.tidy(found[i].settings.folder)
             outcomes[i] = Outcome("recorded", records=found[i].records)
             other = other_code(found[i].records)
             say(i, f"is recorded already{f', by {other}' if other else ''}")

@@ -1,28 +1,26 @@
 """Runs one config: loads the data, trains every seed that has no record yet, and writes the records."""
 
-import json
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from shutil import rmtree
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nobackprop import checkpoints, hardware, records
+from nobackprop import checkpoints, hardware, locks, records
 from nobackprop.batches import EvalBatches, Task, TrainBatches, batches_per_epoch, task
 from nobackprop.callbacks import EpochLog, ProgressBar, ResumePoint, Screen
+from nobackprop.checkpoints import About
 from nobackprop.data import Dataset
 from nobackprop.initializers import initial_weights
 from nobackprop.layers import Conv
@@ -33,7 +31,6 @@ from nobackprop.parallel import DataParallel, SameWeights, connect, start, to_st
 from nobackprop.pixels import Pixels
 from nobackprop.preparation import Run, prepare, trainer
 from nobackprop.records import Record
-from nobackprop.settings import digest
 from nobackprop.stopping import Stopped, StopSignals
 from nobackprop.trained import save
 from nobackprop.workers import side_by_side, workers
@@ -41,11 +38,21 @@ from nobackprop.workers import side_by_side, workers
 # Mini-batches from which compiling, half a minute once, is repaid: it saves 0.3 ms each on a small net, 3 ms on a
 # convolutional one.
 COMPILE_FROM = {False: 100_000, True: 10_000}
-ABOUT = "about.json"  # beside checkpoints: whose they are
+TELL_AGAIN_S = 600.0  # what a run waits for
 
 
 class Busy(Exception):
-    """Another process is training these seeds."""
+    """Another process is training some of these seeds. The message says which process."""
+
+
+class Group(NamedTuple):
+    """Seeds that are trained together, and what they are called on the screen."""
+
+    tasks: Sequence[Task]
+    title: str
+
+    def __str__(self) -> str:
+        return self.title
 
 
 def keeps_seeds_apart(make_optimizer: Callable[..., Optimizer]) -> bool:
@@ -79,6 +86,8 @@ def train(cfg: DictConfig, console: Console | None = None, wait_for_others: bool
     done = run.strategy.broadcast(recorded(run))  # one view of the folder for all processes
     missing = [seed for seed in s.seeds if seed not in done]
     _check_data(run, done.values(), run.source.checksum)
+    if run.rank == 0:
+        locks.tidy(run.folder)
     if done:
         text = f"{s.name}: {len(done)} of {len(s.seeds)} seeds are recorded already in {run.folder}"
         if other := records.other_code(done.values()):
@@ -99,30 +108,31 @@ def train(cfg: DictConfig, console: Console | None = None, wait_for_others: bool
         for t in tasks:
             batches_per_epoch(t, s.batch_size)  # refuses too large ones here, not in the processes of ddp
         # Processes that are still to be started are started once, for all seeds.
-        groups = [tasks]
+        together = [tasks]
         if not to_start(run.strategy):
-            groups = divide(tasks, s.batch_size, stack, left_off(run, missing, dataset.fingerprint))
-        jobs = _jobs(run, groups)
-        count = workers(len(jobs), s.threads, s.workers) if run.device.type == "cpu" and not parallel else 1
+            together = divide(tasks, s.batch_size, stack, left_off(run, missing, dataset.fingerprint))
+        groups = _groups(run, together)
+        count = workers(len(groups), s.threads, s.workers) if run.device.type == "cpu" and not parallel else 1
 
-        def attempt(job: tuple[Sequence[Task], str], screen: Screen) -> dict[int, Record] | None:
-            with suppress(Busy):
-                return _fit_unless_busy(run, dataset, *job, screen)
+        def attempt(group: Group, screen: Screen) -> dict[int, Record] | Busy:
+            try:
+                return _fit_unless_busy(run, dataset, group, screen)
+            except Busy as e:
+                return e
 
         busy = []
         with Screen(console) as screen:
-            for (group, title), trained in side_by_side(attempt, jobs, count, screen):
-                screen.finish(title)
-                if trained is None:
-                    busy.append((group, title))
+            for group, trained in side_by_side(attempt, groups, count, screen):
+                screen.finish(group.title)
+                if isinstance(trained, Busy):
+                    busy.append((group, trained))
                 else:
                     done |= trained
             if busy and not wait_for_others:
-                raise Busy(f"another process is training {', '.join(_names(group) for group, _ in busy)}")
-            for group, title in busy:
-                screen.print(f"{s.name}: waiting for another process that trains {_names(group)}")
-                done |= _fit_unless_busy(run, dataset, group, title, screen, wait=True)
-                screen.finish(title)
+                raise Busy("; ".join(str(told) for _, told in busy))
+            for group, _ in busy:
+                done |= _fit_unless_busy(run, dataset, group, screen, wait=True)
+                screen.finish(group.title)
     return [done[seed] for seed in s.seeds]
 
 
@@ -140,9 +150,9 @@ def _train_as_rank(settings: dict[str, Any], quiet: bool) -> None:
     _start_computing(run)
     dataset = run.source.load()
     with Screen(Console(quiet=quiet or run.rank > 0)) as screen:
-        for group, title in _jobs(run, [[t] for t in _tasks(run, dataset, run.settings.seeds)]):
-            _fit(run, dataset, group, title, screen)
-            screen.finish(title)
+        for group in _groups(run, [[t] for t in _tasks(run, dataset, run.settings.seeds)]):
+            _fit(run, dataset, group, screen)
+            screen.finish(group.title)
 
 
 def _tasks(run: Run, dataset: Dataset, seeds: Iterable[int]) -> list[Task]:
@@ -150,10 +160,12 @@ def _tasks(run: Run, dataset: Dataset, seeds: Iterable[int]) -> list[Task]:
     return [task(dataset, seed, **choice) for seed in seeds]
 
 
-def _jobs(run: Run, groups: Sequence[Sequence[Task]]) -> list[tuple[Sequence[Task], str]]:
-    """Each group of seeds with its title."""
-    titles = [f"{run.settings.name} {_names(group)} ({i + 1}/{len(groups)})" for i, group in enumerate(groups)]
-    return list(zip(groups, titles, strict=True))
+def _groups(run: Run, together: Sequence[Sequence[Task]]) -> list[Group]:
+    groups = []
+    for i, tasks in enumerate(together):
+        seeds = ",".join(str(t.seed) for t in tasks)
+        groups.append(Group(tasks, f"{run.settings.name} seed {seeds} ({i + 1}/{len(together)})"))
+    return groups
 
 
 def _check_data(run: Run, done: Iterable[Record], fingerprint: str | None) -> None:
@@ -204,64 +216,43 @@ def divide(
     return [*groups, *together.values()]
 
 
-def left_off(run: Run, missing: Iterable[int], fingerprint: str | None) -> dict[tuple[int, ...], Path]:
-    """The groups of missing seeds that training can go on with, and the folders of their checkpoints.
+def left_off(run: Run, missing: Iterable[int], fingerprint: str | None) -> dict[tuple[int, ...], int]:
+    """The groups of missing seeds that training can go on with, and from which step.
 
     The fingerprint is that of the images; None: of any.
     """
-    found = {}
-    for path in sorted(run.folder.glob(f"checkpoints/*_{fingerprint or '*'}/{ABOUT}")):
-        try:
-            seeds = json.loads(path.read_text())["seeds"]
-        except FileNotFoundError:  # another process has just recorded them
-            continue
-        if set(seeds) <= set(missing) and (len(seeds) == 1 or stacks(run)):
-            found[tuple(seeds)] = path.parent
-    return found
+    return {
+        tuple(about.seeds): checkpoints.step(path)
+        for path, about in checkpoints.interrupted(run.folder)
+        if about.run == run.folder.name and fingerprint in (None, about.fingerprint)
+        if set(about.seeds) <= set(missing) and (len(about.seeds) == 1 or stacks(run))
+    }
 
 
-def _names(group: Sequence[Task]) -> str:
-    return f"seed {','.join(str(t.seed) for t in group)}"
-
-
-def _fit_unless_busy(
-    run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, screen: Screen, wait: bool = False
-) -> dict[int, Record]:
+def _fit_unless_busy(run: Run, dataset: Dataset, group: Group, screen: Screen, wait: bool = False) -> dict[int, Record]:
     """Trains those of a group of seeds that were not recorded meanwhile, while no other process can.
 
-    Raises Busy where another one is training one of them, or waits for it. Of the processes of a data-parallel run one
-    alone takes the locks. The system drops a dead process's locks.
+    Raises Busy where another one is training one of them; with `wait`, waits for it, and says so now and then. Of the
+    processes of a data-parallel run one alone takes the locks.
     """
-    with ExitStack() as locks:
-        while not run.strategy.broadcast(run.rank > 0 or _lock(run, tasks, locks)):
+    seeds, tell = [t.seed for t in group.tasks], time.monotonic()
+    with ExitStack() as held:
+        while other := run.strategy.broadcast("" if run.rank > 0 else locks.take(run.folder, seeds, held)):
             if not wait:
-                raise Busy
+                raise Busy(other)
+            if time.monotonic() >= tell:
+                screen.print(f"{group.title}: waits: {other}")
+                tell += TELL_AGAIN_S
             time.sleep(0.5)
         done = run.strategy.broadcast(recorded(run))
-        left = [t for t in tasks if t.seed not in done]
+        left = [t for t in group.tasks if t.seed not in done]
         if left and (processes := to_start(run.strategy)):
             settings = run.settings.model_dump() | {"seeds": [t.seed for t in left]}
             start(_train_as_rank, processes, settings, screen.bars.console.quiet)
             done = recorded(run)
         elif left:
-            done |= {record.seed: record for record in _fit(run, dataset, left, title, screen)}
-        return {t.seed: done[t.seed] for t in tasks}
-
-
-def _lock(run: Run, tasks: Sequence[Task], locks: ExitStack) -> bool:
-    """Takes the locks of all these seeds, and tidies up behind a process that was killed; False: it could take none."""
-    with ExitStack() as taken:
-        for t in tasks:
-            run.seed_folder(t.seed).mkdir(parents=True, exist_ok=True)
-            try:
-                taken.enter_context(FileLock(run.seed_folder(t.seed) / ".lock", blocking=False))
-            except Timeout:
-                return False
-        for t in tasks:
-            for unfinished in run.seed_folder(t.seed).glob(".*.[0-9]*"):
-                unfinished.unlink()  # a process was killed while it wrote this
-        locks.push(taken.pop_all())
-    return True
+            done |= {record.seed: record for record in _fit(run, dataset, Group(left, group.title), screen)}
+        return {seed: done[seed] for seed in seeds}
 
 
 def _learner(run: Run, dataset: Dataset, tasks: Sequence[Task], steps: int) -> Learner:
@@ -288,22 +279,23 @@ def _learner(run: Run, dataset: Dataset, tasks: Sequence[Task], steps: int) -> L
     )
 
 
-def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, screen: Screen) -> list[Record]:
+def _fit(run: Run, dataset: Dataset, group: Group, screen: Screen) -> list[Record]:
     """Trains a group of seeds, from its last checkpoint if there is one, and writes their weights and records."""
-    s = run.settings
+    s, (tasks, title) = run.settings, group
     seeds = [t.seed for t in tasks]
     per_epoch = batches_per_epoch(tasks[0], s.batch_size)
     steps = min(s.max_epochs * per_epoch, s.max_steps or s.max_epochs * per_epoch)
-    learner = _learner(run, dataset, tasks, steps)
-    folder = run.folder / "checkpoints" / f"{digest({'seeds': seeds})}_{dataset.fingerprint}"
-    commit, before = records.source_state()[0], None
-    if run.rank == 0:
-        if (about := folder / ABOUT).exists():
-            before = json.loads(about.read_text())["commit"]
-        records.write_atomically(about, json.dumps({"seeds": seeds, "commit": commit}).encode())
+    make = partial(_learner, run, dataset, tasks, steps)
+    about = About(run=run.folder.name, seeds=seeds, fingerprint=dataset.fingerprint, commits=[_code()])
+    folder = about.folder(run.folder)
     loggers = []
     with StopSignals() as signals:
         try:
+            learner, checkpoint, before = _resumed(make, folder, about) if run.rank == 0 else (make(), None, [])
+            if checkpoint := run.strategy.broadcast(checkpoint):
+                screen.print(f"{title}: goes on from step {checkpoints.step(checkpoint)}{_by(before, about.commits)}")
+                both = before if before[-1:] == about.commits else before + about.commits
+                about = about.model_copy(update={"commits": both})
             if run.logger is not None and run.rank == 0:
                 loggers += [run.logger(run.folder, seed, s.model_dump()) for seed in seeds]
             fitting = trainer(
@@ -313,32 +305,21 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, screen: 
                 callbacks=[
                     ProgressBar(title, screen),
                     EpochLog(),
-                    ResumePoint(folder, s.checkpoint_minutes, signals),
+                    ResumePoint(folder, about, s.checkpoint_minutes, signals),
                     SameWeights(seeds, dataset.fingerprint),
                     *run.diagnostics,
                 ],
             )
-            if resumed := run.strategy.broadcast(checkpoints.newest(folder) if run.rank == 0 else None):
-                other = before not in (None, commit)
-                so_far = f", trained so far by commit {before}, from here by {commit}" if other else ""
-                screen.print(f"{title}: goes on from step {checkpoints.step(resumed)}{so_far}")
-            try:
-                fitting.fit(learner, ckpt_path=resumed, weights_only=True)
-            except RuntimeError as e:
-                if "loading state_dict" not in str(e):
-                    raise
-                raise Mistake(
-                    f"{resumed} is another version's, with other weights: delete {folder} to start from the beginning"
-                ) from e
+            fitting.fit(learner, ckpt_path=checkpoint, weights_only=True)
             wall = learner.wall_s
             fitting.test(learner, verbose=False)
-            finished = [_record(run, dataset, t, learner, i, wall) for i, t in enumerate(tasks)]
+            finished = [_record(run, dataset, t, learner, i, wall, about) for i, t in enumerate(tasks)]
             for logger, record in zip(loggers, finished, strict=bool(loggers)):
                 reached = {f"test/{name}": value for name, value in (record.test or {}).items()}
                 logger.experiment.summary.update(reached | {"val/best_accuracy": record.validation})
         except Stopped:
-            last = checkpoints.newest(folder)
-            there = f"goes on from step {checkpoints.step(last)}" if last else "starts it again"
+            written = checkpoints.files(folder)
+            there = f"goes on from step {checkpoints.step(written[-1])}" if written else "starts it again"
             screen.print(f"{title}: stopped; the same command {there}")
             raise
         finally:
@@ -346,21 +327,58 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, screen: 
                 logger.experiment.finish(exit_code=int(sys.exc_info()[0] is not None))
         if run.rank == 0:
             _write(run, tasks, learner, finished)
-            rmtree(folder, ignore_errors=True)
+            checkpoints.remove(folder)
         finished = run.strategy.broadcast(finished)  # also: all processes wait until they are written
         signals.check()
     return finished
 
 
+def _resumed(make: Callable[[], Learner], folder: Path, about: About) -> tuple[Learner, Path | None, list[str]]:
+    """A new learner, the last checkpoint that it can go on from, if any, and the commits that have trained that."""
+    records.remove_unfinished(folder, alone=True)
+    for path, content in checkpoints.usable(folder, about):
+        learner = make()
+        try:  # as Lightning will do again
+            learner.on_load_checkpoint(content)
+            learner.load_state_dict(content["state_dict"])
+            learner.configure_optimizers()
+            learner.optimizer.load_state_dict(content["optimizer_states"][0])
+        except Exception as e:  # whatever another version's content leads to
+            why = (str(e).splitlines() or [""])[-1].strip()
+            checkpoints.put_aside(path, f"{path} does not fit this version of the code ({type(e).__name__}: {why})")
+            continue
+        return learner, path, content["about"]["commits"]
+    return make(), None, []
+
+
+def _code() -> str:
+    """The commit of the code that runs, as records name it."""
+    commit, dirty = records.source_state()
+    return f"{commit or 'unknown'}{'+edits' * bool(dirty)}"
+
+
+def _by(before: Sequence[str], now: Sequence[str]) -> str:
+    """Which code has trained so far, where it was not certainly the same."""
+    if [*before] == [*now] and not now[0].endswith("+edits"):
+        return ""
+    return f", trained so far by commit {', '.join(before)}, from here by {now[0]}"
+
+
 def _write(run: Run, tasks: Sequence[Task], learner: Learner, finished: Sequence[Record]) -> None:
     """Writes the best weights and, last, since a seed with a record is complete, the record of each seed."""
-    for i, (t, record) in enumerate(zip(tasks, finished, strict=True)):
-        if record.best_epoch is not None:
-            weights = {name: p[i].cpu() for name, p in learner.best.items()}
-            path = run.seed_folder(t.seed) / "best.pt"
-            save(path, run.net, run.rule, weights, run.loss, learner.pixels, t.classes)
-    for t, record in zip(tasks, finished, strict=True):
-        record.write(run.seed_folder(t.seed) / "record.json")
+    path = run.folder
+    try:
+        for i, (t, record) in enumerate(zip(tasks, finished, strict=True)):
+            if record.best_epoch is not None:
+                weights = {name: p[i].cpu() for name, p in learner.best.items()}
+                path = run.seed_folder(t.seed) / "best.pt"
+                save(path, run.net, run.rule, weights, run.loss, learner.pixels, t.classes)
+        for t, record in zip(tasks, finished, strict=True):
+            path = run.seed_folder(t.seed) / "record.json"
+            record.write(path)
+    except OSError as e:
+        what = f"{path} could not be written when the run was over ({e.strerror or e})"
+        raise OSError(e.errno, f"{what}: make room, or mend the folder; the same command then goes on") from e
 
 
 def _repaid(run: Run, steps: int) -> bool:
@@ -368,7 +386,7 @@ def _repaid(run: Run, steps: int) -> bool:
     return steps >= COMPILE_FROM[convolutional] and hardware.can_compile(run.device)
 
 
-def _record(run: Run, dataset: Dataset, t: Task, learner: Learner, i: int, wall: float) -> Record:
+def _record(run: Run, dataset: Dataset, t: Task, learner: Learner, i: int, wall: float, about: About) -> Record:
     progress = learner.progress[i]
     commit, dirty = records.source_state()
     return Record(
@@ -379,6 +397,7 @@ def _record(run: Run, dataset: Dataset, t: Task, learner: Learner, i: int, wall:
         command=records.command(),
         commit=commit,
         dirty=dirty,
+        commits=about.commits,
         versions=records.versions(),
         data=records.Data(
             name=dataset.name,

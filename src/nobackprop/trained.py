@@ -1,6 +1,5 @@
 """Trained nets: written beside each record, loaded with `nobackprop.load`."""
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -11,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nobackprop import rules
+from nobackprop import rules, sealed
 from nobackprop.data import Images
 from nobackprop.losses import Loss
 from nobackprop.metrics import Scores
 from nobackprop.mistakes import Missing, Mistake
 from nobackprop.network import Network
 from nobackprop.pixels import Pixels
-from nobackprop.records import write_atomically
 from nobackprop.rule import Rule
 
 
@@ -89,7 +87,6 @@ def save(
     classes: tuple[int, ...],
 ) -> None:
     """Writes a trained net as tensors and plain data, atomically."""
-    buffer = io.BytesIO()
     content = {
         "net": net.describe(),
         "rule": _described(rule),
@@ -98,8 +95,7 @@ def save(
         "pixels": {"mean": pixels.mean, "std": pixels.std},
         "classes": list(classes),
     }
-    torch.save(content, buffer)
-    write_atomically(path, buffer.getvalue())
+    sealed.write(path, content)
 
 
 def _described(component: Rule | Loss) -> dict[str, Any]:
@@ -148,14 +144,17 @@ def load(run_folder: str | Path) -> Trained:
         if seeds:
             hint = f"choose one of its seeds: {', '.join(str(p.parent) for p in seeds)}"
         raise Missing(f"{run_folder} holds no trained net (best.pt): {hint}")
+    redo = "delete it and the record.json beside it, and run the command again"
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = sealed.read(path)
+    except sealed.Damaged as e:
+        raise Mistake(f"{e}: {redo}") from e
+    try:
         net, weights, classes = Network.from_description(content["net"]), content["weights"], tuple(content["classes"])
         pixels = Pixels(content["pixels"]["mean"], content["pixels"]["std"])
         rule, loss = ((content[name]["class"], dict(content[name]["fields"])) for name in ("rule", "loss"))
-    except Exception as e:  # torch.load raises what the damage leads to
-        redo = "delete it and the record.json beside it, and run the command again"
-        raise Mistake(f"{path} is damaged ({type(e).__name__}): {redo}") from e
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise Mistake(f"{path} holds no trained net that this version knows ({type(e).__name__}): {redo}") from e
     return Trained(
         net=net,
         rule=_made(Rule, *rule, path),

@@ -21,7 +21,7 @@ from typing import Any, TypeVar, cast
 
 from nobackprop.callbacks import Screen
 from nobackprop.hardware import cores
-from nobackprop.stopping import StopSignals
+from nobackprop.stopping import StopSignals, how_it_ended
 
 PATIENCE_S = 60.0  # for a checkpoint, when workers are asked to end
 Job = TypeVar("Job")
@@ -45,7 +45,7 @@ def side_by_side(
     """Gives each job with `work(job, screen)` as they end, done by up to `count` processes at once; 1: by this one.
 
     The first error is raised at once; the other processes are asked to end, as they are by Ctrl-C, and write a
-    checkpoint. Raises ChildProcessError where a process was killed.
+    checkpoint. Raises ChildProcessError, with the name that a job has as text, where its process was killed or stopped.
     """
     if count == 1:
         for job in jobs:
@@ -53,14 +53,22 @@ def side_by_side(
         return
     waiting = deque(range(len(jobs)))
     running: dict[Connection, ForkProcess] = {}
-    working = set()
+    working: dict[Connection, Job] = {}
+
+    def give(connection: Connection) -> None:
+        """A process its next job, or word that there is none left."""
+        index = waiting.popleft() if waiting else None
+        if index is not None:
+            working[connection] = jobs[index]
+        with suppress(BrokenPipeError):  # it was killed, as will be noticed
+            connection.send(index)
+
     with StopSignals() as signals:
         try:
             for _ in range(count):
                 connection, process = _fork(work, jobs, [*running], signals)
                 running[connection] = process
-                working.add(connection)
-                connection.send(waiting.popleft())
+                give(connection)
             while running:
                 for connection, kind, content in _messages(running):
                     if kind == "show":
@@ -68,17 +76,13 @@ def side_by_side(
                     elif kind == "end":
                         status = running.pop(connection).exitcode or 0
                         if status or connection in working:
-                            raise ChildProcessError(_how(status))
+                            raise ChildProcessError(_how(working.get(connection), status))
                     elif kind == "error":
                         raise content
                     else:
-                        if waiting:
-                            connection.send(waiting.popleft())
-                        else:
-                            working.remove(connection)
-                            connection.send(None)
-                        index, result = content
-                        yield jobs[index], result
+                        job = working.pop(connection)
+                        give(connection)
+                        yield job, content
                 signals.check()
         finally:
             _end(running, screen)
@@ -113,7 +117,7 @@ def _worker(
     with suppress(EOFError, BrokenPipeError):
         try:
             while (index := connection.recv()) is not None:
-                connection.send(("result", (index, work(jobs[index], cast(Screen, _Remote(connection))))))
+                connection.send(("result", work(jobs[index], cast(Screen, _Remote(connection)))))
         except Exception as error:
             connection.send(("error", _portable(error)))
 
@@ -173,9 +177,7 @@ def _end(running: dict[Connection, ForkProcess], screen: Screen) -> None:
         process.join()
 
 
-def _how(status: int) -> str:
-    if status == -signal.SIGKILL:
-        how = "was killed, perhaps for want of memory (fewer `workers` need less)"
-    else:
-        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-    return f"a process that trained a seed {how}; the same command goes on from the last checkpoints"
+def _how(job: object, status: int) -> str:
+    told = "a process" if job is None else f"the process that trained {job}"
+    less = " (with fewer `workers` in less memory)" if status == -signal.SIGKILL else ""
+    return f"{told} {how_it_ended(status)}; the same command goes on from the last checkpoints{less}"
