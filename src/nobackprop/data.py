@@ -1,6 +1,7 @@
 """Images and where they come from: a `Source` reads a `Dataset` of uint8 pixels, in memory or mapped from a file."""
 
 import glob
+import gzip
 import logging
 import os
 import struct
@@ -167,6 +168,9 @@ def check(images: Images, source: Source, split: str, count: int | None = None) 
     need(low >= 0 and high <= top, f"labels from {low} to {high}", f"0 to {top}")
 
 
+DIGITS = "6ebb3d2fee246a4e99363262ddf8a00a3c41bee6014c373ed9d9216ba7f651b8"  # of scikit-learn's file, unpacked
+
+
 @dataclass(frozen=True)
 class Digits(Source):
     """scikit-learn's digits: 8x8 pixels, 17 grey levels (here 0..255), part of the package, so no download.
@@ -188,9 +192,12 @@ class Digits(Source):
             raise Missing(f"digits are a part of scikit-learn, which is not installed. {self.remedy}")
         path = Path(package.origin).parent / "datasets/data/digits.csv.gz"
         try:
-            rows = np.loadtxt(path, np.float64, delimiter=",")
-        except (EOFError, zlib.error, ValueError) as e:
+            text = gzip.decompress(path.read_bytes())
+        except (EOFError, zlib.error, gzip.BadGzipFile) as e:
             raise Mistake(f"{path} is damaged: {e}. {self.remedy}") from e
+        if (found := sha256(text).hexdigest()) != DIGITS:
+            raise Mistake(f"{path} has the sha256 sum {found} when unpacked, must have {DIGITS}. {self.remedy}")
+        rows = np.loadtxt(BytesIO(text), np.float64, delimiter=",")
         values, labels = torch.from_numpy(rows).tensor_split([64], 1)
         pixels = (values * (255 / 16)).round().to(torch.uint8).view(-1, *self.shape)
         labels = labels.flatten().long()
@@ -480,9 +487,10 @@ class Parquet(Source):
 
         row = 0
         try:
-            with ParquetFile(path, page_checksum_verification=True) as file:
+            # Opened here, since pyarrow takes some names for addresses and others for no text.
+            with path.open("rb") as opened, ParquetFile(opened, page_checksum_verification=True) as file:
                 image, label = self._columns(path, file.schema_arrow)
-                some_rows = self._rows_at_once(path, file.metadata, image)
+                some_rows = self._rows_at_once(path, file.metadata)
                 for rows in file.iter_batches(some_rows, columns=[f"{image}.bytes", label]):
                     labels, blobs = rows.column(label), rows.column(image).flatten()[0].to_pylist()
                     if labels.null_count:
@@ -491,7 +499,7 @@ class Parquet(Source):
                     pixels = self._decoded(blobs, f"{path}, column {image!r}", row)
                     yield pixels, torch.tensor(labels.cast(pa.int64()).to_pylist())
                     row += len(blobs)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise Mistake(f"{path} is not a readable Parquet file: {error}. {self.remedy}") from error
 
     def _columns(self, path: Path, schema: Any) -> tuple[str, str]:
@@ -524,20 +532,18 @@ class Parquet(Source):
         """The most bytes that an encoded image may have: of RGBA of 16 bits, not compressed, and 256 KB of metadata."""
         return 8 * prod(self.shape[1:]) + 2**18
 
-    def _rows_at_once(self, path: Path, metadata: Any, image: str) -> int:
+    def _rows_at_once(self, path: Path, metadata: Any) -> int:
         """How many rows to unpack at once, into 1 GB at the most: all may hold the same value, which is stored once.
 
         Raises Mistake for a file that would fill the memory in any case: a few KB can unpack to any size.
         """
         largest = 1
-        for i in range(metadata.num_row_groups):
-            group = metadata.row_group(i)
-            columns = [group.column(k) for k in range(group.num_columns)]
-            size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == f"{image}.bytes")
-            if size > group.num_rows * self._most + 2**20:
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):  # of its columns one must not ask more:
+            size = group.total_byte_size  # where a file is damaged, pyarrow then ends the process
+            if size > group.num_rows * group.num_columns * self._most + 2**20:
                 raise Mistake(
-                    f"{path}: column {image!r} unpacks to {size:,} bytes for {group.num_rows:,} images of shape "
-                    f"{self.shape}; allowed: {self._most:,} an image. {self.remedy}"
+                    f"{path}: {group.num_rows:,} rows unpack to {size:,} bytes; allowed for images of shape "
+                    f"{self.shape}: {self._most:,} a row and column. {self.remedy}"
                 )
             largest = max(largest, size)
         need, have = metadata.num_rows * prod(self.shape), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -104,8 +104,8 @@ class Sums:
         """Keeps them for later readings; where. None where nothing can be written."""
         content = b"".join(b"%s  %s\n" % (number, file) for file, number in sorted(self._now.items()))
         for path in self._places():
-            # The system lets root write where the folder says that nobody may.
-            if path.parent == self.where and not self.where.stat().st_mode & 0o222:
+            # Root may write where the folder says that nobody may; a folder that is not there is not made.
+            if path.parent == self.where and not (path.parent.is_dir() and path.parent.stat().st_mode & 0o222):
                 continue
             try:
                 write_atomically(path, content)
