@@ -2,13 +2,17 @@ import os
 import pickle
 import re
 import struct
+import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import md5
 from io import BytesIO
 from pathlib import Path
+from random import Random
+from types import SimpleNamespace
 from typing import Any
 from urllib.error import URLError
 
@@ -17,12 +21,13 @@ import pyarrow as pa
 import pytest
 import torch
 import torchvision.datasets
-from conftest import assert_same_images, random_images
-from PIL import Image
+from conftest import assert_same_images, random_images, run_config, until
+from filelock import FileLock
+from PIL import Image, ImageFile
 from pyarrow import parquet
 from torch import Tensor
 
-from nobackprop import data
+from nobackprop import data, files
 from nobackprop.data import (
     Dataset,
     Digits,
@@ -32,12 +37,17 @@ from nobackprop.data import (
     Torchvision,
     check,
 )
+from nobackprop.mistakes import Mistake
+from nobackprop.train import train
 
 FOLDERS = {"MNIST": "MNIST/raw", "FashionMNIST": "FashionMNIST/raw", "KMNIST": "KMNIST/raw"}
 
 
 @pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Without network, and with a user's cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user's cache"))
+
     def refuse(*_: Any, **__: Any) -> None:
         raise URLError("there is no network")
 
@@ -156,9 +166,157 @@ def test_one_process_downloads_and_the_others_wait(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(torchvision.datasets.MNIST, "download", download)
     with ThreadPoolExecutor(4) as pool:
-        pairs = list(pool.map(lambda _: Torchvision("MNIST", tmp_path).read(), range(4)))
+        loaded = list(pool.map(lambda _: Torchvision("MNIST", tmp_path).load(), range(4)))
     assert len(started) == 1
-    assert [len(train.labels) for train, _ in pairs] == [7] * 4
+    assert [len(dataset.train.labels) for dataset in loaded] == [7] * 4
+
+
+def test_a_folder_of_kmnist_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, "KMNIST", 70, 30)
+    write_mnist(tmp_path / "images", "KMNIST", 70, 30)
+    options = ["dataset=kmnist", f"paths.data={tmp_path / 'images'}", "rule=bp", "max_epochs=1", "batch_size=9"]
+    (record,) = train(run_config(*options, "logger=none", "arch.hidden=[8]", f"paths.runs={tmp_path / 'runs'}"))
+    assert (record.data.name, record.data.train, record.data.validation, record.data.test) == ("KMNIST", 63, 7, 30)
+    assert record.steps == 7
+
+
+def test_what_torchvision_kept_for_itself_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Old versions left their own file of images, which it still prefers to those that are checked."""
+    small(monkeypatch, "MNIST", 7, 3)
+    train, _ = write_mnist(tmp_path)
+    processed = tmp_path / "MNIST/processed"
+    processed.mkdir()
+    for name in ("training.pt", "test.pt"):
+        torch.save((torch.zeros(7, 28, 28, dtype=torch.uint8), torch.zeros(7, dtype=torch.int64)), processed / name)
+    assert_same_images(Torchvision("MNIST", tmp_path).load().train, train)
+
+
+# Torchvision: downloads that fail, folders that are not there, locks
+
+
+def tree(root: Path) -> list[str]:
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*"))
+
+
+@pytest.mark.parametrize("name", ["MNIST", "KMNIST", "CIFAR10"])
+@pytest.mark.parametrize("download", [True, False])
+def test_a_mistyped_folder_does_not_come_into_being(tmp_path: Path, name: str, download: bool) -> None:
+    with pytest.raises(FileNotFoundError, match=rf"{name} needs the files .* in {tmp_path}/no/such/folder/"):
+        Torchvision(name, tmp_path / "no/such/folder", download).load()
+    assert tree(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [URLError("broken off"), RuntimeError("corrupted"), KeyboardInterrupt()])
+@pytest.mark.parametrize(("name", "part"), [("MNIST", "MNIST/raw/t10k.gz"), ("CIFAR10", "cifar-10-python.tar.gz")])
+def test_a_download_that_is_broken_off_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, part: str, error: BaseException
+) -> None:
+    def download(self: Any) -> None:
+        Path(self.root, part).parent.mkdir(parents=True, exist_ok=True)
+        Path(self.root, part).write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(getattr(torchvision.datasets, name), "download", download)
+    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else FileNotFoundError
+    with pytest.raises(expected):
+        Torchvision(name, tmp_path / "new").load()
+    assert tree(tmp_path) == []
+    own = tmp_path / "old" / data.TORCHVISION[name].folder / "own"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"a user's")
+    with pytest.raises(expected):
+        Torchvision(name, tmp_path / "old").load()
+    assert own.read_bytes() == b"a user's"
+    assert Path(tmp_path / "old" / f".{name}.lock").exists()  # others may wait for it
+
+
+def test_a_home_is_found_and_one_that_is_not_known_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, "MNIST", 7, 3)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_mnist(tmp_path / "images")
+    write_tiny(tmp_path / "images")
+    assert len(Torchvision("MNIST", "~/images", download=False).load().train.labels) == 7
+    assert len(parquet_source(Path("~/images")).load().train.labels) == 7
+    elsewhere = parquet_source(Path("/nowhere"), train="~/images/p/train-*.parquet", test=f"{tmp_path}/images/p/test*")
+    assert len(elsewhere.load().train.labels) == 7
+    for source in (Torchvision("MNIST", "~no-such-user/x"), parquet_source(Path("~no-such-user/x"))):
+        with pytest.raises(ValueError, match=r"the folder ~no-such-user/x can't be found: .* Write the whole path"):
+            source.load()
+
+
+def test_a_file_where_a_folder_should_be_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for root in (tmp_path / "file", tmp_path / "file/below"):
+        for source in (Torchvision("MNIST", root), Torchvision("CIFAR10", root, False), parquet_source(root)):
+            with pytest.raises(ValueError, match=rf"{tmp_path}/file( is a file, but must be a folder|/below)"):
+                source.load()
+    (tmp_path / "MNIST").write_text("")
+    with pytest.raises(
+        ValueError, match=rf"MNIST needs the files .*: \[Errno 20\] Not a directory: '{tmp_path}/MNIST/raw"
+    ):
+        Torchvision("MNIST", tmp_path).load()
+
+
+@pytest.mark.parametrize("download", [True, False])
+def test_what_is_no_regular_file_is_told_and_not_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, download: bool
+) -> None:
+    small(monkeypatch, "MNIST", 7, 3)
+    write_mnist(tmp_path)
+    write_tiny(tmp_path)
+    labels, shard = tmp_path / "MNIST/raw/t10k-labels-idx1-ubyte", tmp_path / "p/train-1.parquet"
+    for path in (labels, shard):
+        path.unlink()
+    for make in (Path.mkdir, os.mkfifo):
+        make(labels)
+        make(shard)
+        with pytest.raises(ValueError, match=rf"{labels} is not a regular file"):
+            Torchvision("MNIST", tmp_path, download).load()
+        with pytest.raises(ValueError, match=rf"{shard} is not a regular file"):
+            parquet_source(tmp_path).load()
+        for path in (labels, shard):
+            path.rmdir() if path.is_dir() else path.unlink()
+    (tmp_path / "elsewhere").write_bytes(b"\0\0\x08\1\0\0\0\3\1\2\3")
+    labels.symlink_to(tmp_path / "elsewhere")
+    assert Torchvision("MNIST", tmp_path, download).load().test.labels.tolist() == [1, 2, 3]
+
+
+def test_a_file_that_may_not_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small(monkeypatch, "MNIST", 7, 3)
+    write_mnist(tmp_path)
+    write_tiny(tmp_path)
+    opened = Path.open
+
+    def refuse(self: Path, *args: Any, **kwargs: Any) -> Any:
+        if self.name in ("t10k-labels-idx1-ubyte", "train-1.parquet"):
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    for source, name in ((Torchvision("MNIST", tmp_path), "t10k-labels-idx1-ubyte"), (parquet_source(tmp_path), "1.p")):
+        with pytest.raises(
+            ValueError, match=rf"the system refused {tmp_path}/.*{name}.*: Permission denied\. (Del|Cor)"
+        ):
+            source.load()
+
+
+def test_waiting_for_a_lock_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    small(monkeypatch, "MNIST", 7, 3)
+    monkeypatch.setattr(files, "WAIT_S", 0.1)
+    monkeypatch.setattr(torchvision.datasets.MNIST, "download", lambda self: pytest.fail("downloaded twice"))
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(tmp_path / ".MNIST.lock"):
+            waiting = pool.submit(Torchvision("MNIST", tmp_path).load)
+            until(lambda: caplog.messages)
+            write_mnist(tmp_path)
+        assert len(waiting.result().train.labels) == 7
+    assert caplog.messages == [
+        f"waiting for another process that is downloading MNIST: it holds the lock {tmp_path}/.MNIST.lock, and gives "
+        "it up when it ends. If no process is at work there, on any machine, the lock is stale: delete that file.",
+        *caplog.messages[1:],
+    ]
 
 
 def test_label_out_of_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,9 +438,11 @@ def test_parquet_is_read_in_order(tmp_path: Path, image: str, label: str, channe
 
 def test_parquet_columns_can_be_named(tmp_path: Path) -> None:
     train, _ = write_tiny(tmp_path, "picture", "coarse_label")
-    with pytest.raises(ValueError, match=r"train-0.parquet has the columns \['picture', .*\]; needed: img or image"):
+    with pytest.raises(
+        ValueError, match=r"train-0.parquet has the columns \['picture', .*\]; needed: one img or image"
+    ):
         parquet_source(tmp_path).load()
-    with pytest.raises(ValueError, match=r"has the columns .*; needed: label or fine_label\."):
+    with pytest.raises(ValueError, match=r"has the columns .*; needed: one label or fine_label\."):
         parquet_source(tmp_path, image_column="picture").load()
     assert_same_images(
         parquet_source(tmp_path, image_column="picture", label_column="coarse_label").load().train, train
@@ -305,17 +465,26 @@ def test_parquet_errors_name_file_and_row(tmp_path: Path) -> None:
     write_tiny(tmp_path)
     path = tmp_path / "p/train-1.parquet"
     where = re.escape(str(path))
+    image = f"{where}, column 'img'"
     good, big = encoded(random_images(1, (3, 5, 4), 2).pixels[0]), encoded(random_images(1, (3, 4, 4), 2).pixels[0])
     Image.fromarray(np.full((5, 4), 40_000, np.uint16)).save(deep := BytesIO(), "PNG")
     source = parquet_source(tmp_path)
     cases: list[tuple[list[bytes | None], list[Any], str]] = [
-        ([good, b"no image"], [0, 1], rf"{where}, row 1 is not a readable image: cannot identify.*Correct"),
-        ([good, good, good[:70]], [0, 1, 1], rf"{where}, row 2 is not a readable image"),
-        ([None, good], [0, 1], rf"{where}, row 0 is not a readable image: it has no bytes"),
-        ([good, deep.getvalue()], [0, 1], rf"{where}, row 1 is not a readable image: it has more than 8 bits"),
-        ([good, big], [0, 1], rf"{where}, row 1 is 4 x 4 pixels; allowed: 5 x 4\."),
-        ([good, good], [0, None], rf"{where}, row 1 has no label"),
-        ([good, good], ["a", "b"], rf"{where}: column 'img' is struct.* and 'label' is string; allowed"),
+        (
+            [good, b"no image"],
+            [0, 1],
+            rf"{image}, row 1 is not a readable image: it is none of JPEG, PNG,.*Correct",
+        ),
+        ([good, good, good[:70]], [0, 1, 1], rf"{image}, row 2 is not a readable image"),
+        ([None, good], [0, 1], rf"{image}, row 0 is not a readable image: it has no bytes"),
+        (
+            [good, deep.getvalue()],
+            [0, 1],
+            rf"{image}, row 1 is not a readable image: it has more than 8 bits",
+        ),
+        ([good, big], [0, 1], rf"{image}, row 1 is 4 x 4 pixels; allowed: 5 x 4\."),
+        ([good, good], [0, None], rf"{where}, column 'label', row 1 has no label"),
+        ([good, good], ["a", "b"], rf"{where}: column 'label' is string; allowed: an int"),
         ([good, good], [0, 10], r"the training images in .* have labels from 0 to 10; allowed: 0 to 9\."),
         ([good, good], [0, -1], r"the training images in .* have labels from -1 to"),
     ]
@@ -323,11 +492,8 @@ def test_parquet_errors_name_file_and_row(tmp_path: Path) -> None:
         write_parquet(path, blobs, labels)
         with pytest.raises(ValueError, match=message):
             source.load()
-    parquet.write_table(pa.table({"img": pa.array([{"path": "a"}]), "label": [1]}), path)
-    with pytest.raises(ValueError, match=rf"{where}: column 'img' has no field 'bytes'"):
-        source.load()
-    parquet.write_table(pa.table({"img": ["a"], "label": [1]}), path)
-    with pytest.raises(ValueError, match=rf"{where}: column 'img' is string"):
+    write_parquet(path, [good] * 3, pa.array([1, 2, 2**63], pa.uint64()))
+    with pytest.raises(ValueError, match=rf"{where} is not a readable Parquet file: Integer value"):
         source.load()
     path.write_bytes(b"PAR1 cut")
     with pytest.raises(ValueError, match=rf"{where} is not a readable Parquet file"):
@@ -345,6 +511,177 @@ def test_parquet_without_files_or_images(tmp_path: Path) -> None:
         parquet_source(tmp_path).load()
     with pytest.raises(ValueError, match=r"shape \(2, 5, 4\) is not allowed"):
         parquet_source(tmp_path, shape=(2, 5, 4))
+
+
+def test_parquet_types_of_columns_are_checked(tmp_path: Path) -> None:
+    """A text would be opened as a path on this machine."""
+    train, _ = write_tiny(tmp_path)
+    path = tmp_path / "p/train-1.parquet"
+    (tmp_path / "secret.png").write_bytes(encoded(train.pixels[0]))
+    secret, labels = str(tmp_path / "secret.png"), pa.array([1])
+    binary = pa.array([{"bytes": encoded(train.pixels[0])}])
+    for columns, names, message in (
+        ([pa.array([{"bytes": secret}]), labels], None, "field 'bytes' of column 'img' is string; allowed: binary"),
+        ([pa.array([{"bytes": 1}]), labels], None, "field 'bytes' of column 'img' is int64; allowed: binary"),
+        ([pa.array([{"bytes": [b"a"]}]), labels], None, "field 'bytes' of column 'img' is list<"),
+        (
+            [pa.array([{"path": secret}]), labels],
+            None,
+            "column 'img' has not one field 'bytes', but struct<path: string>",
+        ),
+        ([pa.array([secret]), labels], None, "column 'img' is string; allowed: a struct with bytes"),
+        ([binary, pa.array([0.5])], None, "column 'label' is double; allowed: an int"),
+        ([binary, pa.array([True])], None, "column 'label' is bool; allowed: an int"),
+        (
+            [binary, labels, labels],
+            ["img", "label", "label"],
+            r" has the columns \['img', .*\]; needed: one label or fine",
+        ),
+    ):
+        parquet.write_table(pa.Table.from_arrays(columns, names or ["img", "label"]), path)
+        with pytest.raises(ValueError, match=rf"{path}.*{message}"):
+            parquet_source(tmp_path).load()
+    table = pa.table({"img": binary.cast(pa.struct([("bytes", pa.large_binary())])), "label": labels.cast(pa.uint8())})
+    parquet.write_table(table, path)
+    assert torch.equal(parquet_source(tmp_path).load().train.pixels[4], train.pixels[0])
+
+
+def test_parquet_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, _ = write_tiny(tmp_path)
+    path, source, good = tmp_path / "p/train-0.parquet", parquet_source(tmp_path), encoded(train.pixels[0])
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+
+    def write(blobs: list[bytes], **options: Any) -> None:
+        table = pa.table({"img": pa.array([{"bytes": blob} for blob in blobs]), "label": [1] * len(blobs)})
+        parquet.write_table(table, path, compression="zstd", **options)
+
+    write([bytes(2**26)])
+    assert path.stat().st_size < 10_000
+    with pytest.raises(ValueError, match=rf"{path}: 1 rows unpack to 67,\d+,\d+ bytes; allowed for images of shape"):
+        source.load()
+    write([bytes(300_000)])
+    with pytest.raises(ValueError, match=rf"{path}, column 'img', row 0 has 300,000 bytes; allowed: 262,304"):
+        source.load()
+    Image.new("L", (8000, 8000)).save(large := BytesIO(), "PNG")
+    write([large.getvalue()])
+    with pytest.raises(ValueError, match=rf"{path}, column 'img', row 0 is 8000 x 8000 pixels; allowed: 5 x 4"):
+        source.load()
+    Image.new("1", (50_000, 50_000)).save(large := BytesIO(), "PNG")
+    with pytest.raises(ValueError, match=r"is not a readable image: Image size \(2500000000 pixels\) exceeds"):
+        data.open_image(large, "it", "")
+    with monkeypatch.context() as patch:
+        patch.setattr(data.os, "sysconf", lambda _: 10)
+        write([good] * 2)
+        with pytest.raises(
+            ValueError, match=r"2 images of shape \(3, 5, 4\) need 0 GB of memory; this machine has 0 GB"
+        ):
+            source.load()
+    # 20,000 times the same 10 MB, which are stored once, unpack to 200 GB.
+    group = SimpleNamespace(num_rows=20_000, num_columns=2, total_byte_size=10_000_000)
+    metadata = SimpleNamespace(num_row_groups=1, row_group=lambda _: group, num_rows=20_000)
+    assert source._rows_at_once(path, metadata) == 107
+
+
+def test_parquet_patterns(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"\['p/test-0.parquet'\] in .* would train and test: the patterns p/\*.parquet "
+    ):
+        parquet_source(tmp_path, train="p/*.parquet").load()
+    for pattern in ("", "/", "p/[", "..", "**/none"):
+        with pytest.raises(ValueError, match=r"no file|not a regular file"):
+            parquet_source(tmp_path, train=pattern).load()
+    (tmp_path / "p/._train-2.parquet").write_bytes(b"what macOS adds")
+    assert len(parquet_source(tmp_path, train="**/*train*").load().train.labels) == 7
+
+
+# Images of every kind
+
+
+def picture(mode: str = "RGB") -> Image.Image:
+    return Image.fromarray(random_images(1, (3, 5, 4), 2).pixels[0].permute(1, 2, 0).numpy()).convert(mode)
+
+
+def opened(image: Image.Image, format: str, **options: Any) -> Image.Image:
+    image.save(buffer := BytesIO(), format, **options)
+    return data.open_image(buffer, "it", "Do this.")
+
+
+@pytest.mark.parametrize(
+    ("format", "options"),
+    [
+        ("PNG", {}),
+        ("BMP", {}),
+        ("PPM", {}),
+        ("WEBP", {"lossless": True}),
+        ("WEBP", {"lossless": True, "save_all": True, "append_images": [picture().rotate(180)]}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+        ("TIFF", {"save_all": True, "append_images": [picture().rotate(180)]}),
+        ("PNG", {"save_all": True, "append_images": [picture().rotate(180)]}),
+    ],
+)
+def test_images_are_the_same_in_every_format_and_of_several_the_first(format: str, options: dict[str, Any]) -> None:
+    assert opened(picture(), format, **options).tobytes() == picture().tobytes()
+
+
+def test_the_first_frame_of_a_gif_is_read() -> None:
+    palette = picture().quantize(16)
+    frames = {"save_all": True, "append_images": [palette.rotate(180)]}
+    assert opened(palette, "GIF", **frames).tobytes() == palette.convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr"])
+def test_images_of_every_mode_become_rgb(mode: str) -> None:
+    format = "TIFF" if mode in ("PA", "CMYK", "YCbCr") else "PNG"
+    assert opened(picture(mode), format).tobytes() == picture(mode).convert("RGB").tobytes()
+
+
+def test_images_of_more_than_8_bits_a_channel_or_of_other_formats_are_refused() -> None:
+    for mode, format in (("I;16", "PNG"), ("I", "TIFF"), ("F", "TIFF"), ("I", "PPM")):
+        image = Image.new("I", (4, 5), 700) if format == "PPM" else picture("L").convert(mode)
+        with pytest.raises(
+            ValueError, match=r"it is not a readable image: it has more than 8 bits a channel\. Do this"
+        ):
+            opened(image, format)
+    for format in ("EPS", "PDF", "ICO", "TGA"):  # to read EPS, Pillow starts another program
+        with pytest.raises(ValueError, match=r"it is not a readable image: it is none of JPEG, PNG, .*\. Do this"):
+            opened(picture(), format)
+
+
+TURNED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}  # as a camera stores an image of each EXIF orientation
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF", "JPEG"])
+@pytest.mark.parametrize("orientation", [1, *TURNED])
+def test_images_are_turned_upright(format: str, orientation: int) -> None:
+    upright = picture().resize((40, 56))
+    stored = upright.transpose(TURNED[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(format, {})
+    stored.save(buffer := BytesIO(), format, exif=exif, **options)
+    image = data.open_image(buffer, "it", "", size=(40, 56))
+    difference = np.abs(np.asarray(image).astype(int) - np.asarray(upright).astype(int))
+    assert difference.max() <= (6 if format == "JPEG" else 0)
+    if orientation > 4:
+        with pytest.raises(ValueError, match="it is 56 x 40 pixels; allowed: 40 x 56"):
+            data.open_image(buffer, "it", "", size=(56, 40))
+
+
+def test_damaged_exif_data_says_nothing() -> None:
+    for damaged in (b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0nothing", b"\xff" * 40):
+        picture().save(buffer := BytesIO(), "JPEG", exif=damaged)
+        with data.quiet_decoding():
+            assert data.open_image(buffer, "it", "").size == (4, 5)
 
 
 # Digits and the checks that all share
@@ -368,6 +705,25 @@ def test_digits() -> None:
         assert (share - 0.1).abs().max() < 0.005
     assert torch.equal(Digits().load().test.labels, test.labels)
     assert (test.labels[:10].tolist(), train.labels[:3].tolist()) == (list(range(10)), [0, 1, 2])
+
+
+def test_damaged_digits_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = data.find_spec("sklearn")
+    assert spec is not None
+    assert spec.origin is not None
+    good = Path(spec.origin).with_name("datasets").joinpath("data/digits.csv.gz").read_bytes()
+    path = tmp_path / "datasets/data/digits.csv.gz"
+    path.parent.mkdir(parents=True)
+    monkeypatch.setattr(data, "find_spec", lambda _: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1
+    for damaged in (None, b"", good[:1000], bytes(flipped), good[:-6] + b"\0" * 6, b"no gzip"):
+        if damaged is not None:
+            path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"digits.*Install scikit-learn again\."):
+            Digits().load()
+    path.write_bytes(good)
+    assert Digits().load().fingerprint == "dbe5d0da206217cd"
 
 
 def test_fingerprint_changes_with_every_byte(toy: Dataset) -> None:
@@ -406,6 +762,186 @@ def test_check_says_what_is_wrong() -> None:
     ):
         with pytest.raises(ValueError, match=re.escape(f"made: the test images in here have {message}. Do this.")):
             check(bad, Declared(), "test", count)
+
+
+# What files held when they were read first
+
+
+def sources(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Source, Path]]:
+    """A source of each kind whose files carry no checksums, with one of its files."""
+    small(monkeypatch, "MNIST", 7, 3)
+    write_mnist(root)
+    write_tiny(root)
+    return {
+        "MNIST": (Torchvision("MNIST", root), root / "MNIST/raw/t10k-images-idx3-ubyte"),
+        "tiny": (parquet_source(root), root / "p/train-1.parquet"),
+    }
+
+
+def loaded(source: Source) -> Dataset:
+    """As another process would load it."""
+    data._load.cache_clear()
+    return source.load()
+
+
+def flip(path: Path, place: int = -1) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["MNIST", "tiny"])
+def test_a_change_after_the_first_reading_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    source, path = sources(tmp_path, monkeypatch)[name]
+    first = loaded(source).fingerprint
+    kept = Path(source.where) / f"{name}.sha256"
+    what = {"MNIST": "are not the official ones", "tiny": "are read for the first time"}[name]
+    assert caplog.messages == [
+        f"{name}: the files in {source.where} {what}, with fingerprint {first} in all records; a change is refused "
+        f"from now on, by the checksums in {kept}"
+    ]
+    assert subprocess.run(["sha256sum", "--check", "--status", kept.name], cwd=kept.parent).returncode == 0
+    assert loaded(source).fingerprint == first
+    assert len(caplog.messages) == 1
+    good, file = path.read_bytes(), os.path.relpath(path, source.where)
+    flip(path, 20)  # in MNIST's file a pixel, in the other an image's own header
+    with pytest.raises(
+        ValueError, match=rf"not those that were read first \(changed: \['{file}'\]\)\. .* delete {kept}"
+    ):
+        loaded(source)
+    path.write_bytes(good)
+    assert loaded(source).fingerprint == first
+    flip(kept, 3)
+    with pytest.raises(ValueError, match="changed: "):
+        loaded(source)
+    kept.write_bytes(b"")
+    with pytest.raises(ValueError, match="new: "):
+        loaded(source)
+    kept.unlink()
+    assert loaded(source).fingerprint == first
+    assert len(caplog.messages) == 2
+
+
+def test_a_part_that_is_missing_or_new_is_refused(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    source = parquet_source(tmp_path)
+    assert len(loaded(source).train.labels) == 7
+    part = (tmp_path / "p/train-1.parquet").rename(tmp_path / "away")
+    with pytest.raises(ValueError, match=r"were read first \(missing: \['p/train-1.parquet'\]\)"):
+        loaded(source)
+    part.rename(tmp_path / "p/train-2.parquet")
+    with pytest.raises(ValueError, match=r"\(missing: \['p/train-1.parquet'\]; new: \['p/train-2.parquet'\]\)"):
+        loaded(source)
+
+
+def test_names_of_parts_may_be_odd(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    for name in (b"caf\xe9", b"line\nbreak", b"back\\slash", b"r\rt", b" "):
+        os.link(tmp_path / "p/train-1.parquet", tmp_path / os.fsdecode(b"p/train-" + name + b".parquet"))
+    assert len(loaded(parquet_source(tmp_path)).train.labels) == 7 + 5 * 3
+    assert len(loaded(parquet_source(tmp_path)).train.labels) == 7 + 5 * 3
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/p/train-caf\xe9.parquet")).unlink()
+    with pytest.raises(ValueError, match=r"missing: \['p/train-caf"):
+        loaded(parquet_source(tmp_path))
+
+
+def test_official_files_pass_in_silence_until_they_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, path = sources(tmp_path, monkeypatch)["MNIST"]
+    sums = tuple(md5(file.read_bytes()).hexdigest() for file in source.files().values())
+    monkeypatch.setitem(data.TORCHVISION, "MNIST", replace(data.TORCHVISION["MNIST"], md5=sums))
+    loaded(source)
+    assert caplog.messages == []
+    flip(path)
+    with pytest.raises(
+        ValueError, match=r"changed: \['t10k-images-idx3-ubyte'\]\)\. Delete the wrong files and run again"
+    ):
+        loaded(source)
+    (path.parent / "MNIST.sha256").unlink()
+    loaded(source)
+    assert "are not the official ones" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("name", ["MNIST", "tiny"])
+def test_where_nobody_may_write_checksums_are_kept_in_the_users_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    source, path = sources(tmp_path / "data", monkeypatch)[name]
+    Path(source.where).chmod(0o555)
+    loaded(source)
+    (kept,) = (tmp_path / "user's cache/nobackprop").iterdir()
+    assert caplog.messages[0].endswith(f"by the checksums in {kept}")
+    assert not list((tmp_path / "data").rglob("*.sha256"))
+    flip(path)
+    with pytest.raises(ValueError, match=rf"delete {kept}, which"):
+        loaded(source)
+    flip(path)
+    kept.unlink()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file/cache"))
+    for times in (2, 3):
+        loaded(source)
+        assert len(caplog.messages) == times
+        assert caplog.messages[-1].endswith("no checksums could be kept")
+
+
+DAMAGES = {
+    "flip": lambda content, draw: flipped_bits(content, draw, 1),
+    "flips": lambda content, draw: flipped_bits(content, draw, 9),
+    "cut": lambda content, draw: content[: draw.randrange(len(content))],
+    "zeroed": lambda content, draw: zeroed(content, draw),
+}
+
+
+def flipped_bits(content: bytes, draw: Random, count: int) -> bytes:
+    damaged = bytearray(content)
+    for _ in range(count):
+        damaged[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    return bytes(damaged)
+
+
+def zeroed(content: bytes, draw: Random) -> bytes:
+    """A sector of a disk that reads as zeros."""
+    start = draw.randrange(0, len(content), 512)
+    return content[:start] + bytes(len(content[start : start + 512])) + content[start + 512 :]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["MNIST", "tiny"])
+def test_no_damage_is_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, damage: str
+) -> None:
+    """Of files that were read before, all damage is refused; of others, what is read all the same is told."""
+    source, _ = sources(tmp_path, monkeypatch)[name]
+    first = loaded(source).fingerprint
+    kept = Path(source.where) / f"{name}.sha256"
+    sums, draw, outcomes = kept.read_bytes(), Random(0), Counter()
+    for _ in range(300):
+        path = draw.choice([*source.files().values()])
+        good = path.read_bytes()
+        if (damaged := DAMAGES[damage](good, draw)) == good:
+            continue
+        path.write_bytes(damaged)
+        with pytest.raises(Mistake, match=r"changed: |has \d+ bytes and the header"):
+            loaded(source)
+        kept.unlink()
+        caplog.clear()
+        try:
+            fingerprint = loaded(source).fingerprint
+        except Mistake:
+            outcomes["refused"] += 1
+        else:
+            (told,) = caplog.messages
+            assert f"with fingerprint {fingerprint} in all records" in told
+            outcomes["told, others" if fingerprint != first else "told, the same"] += 1
+        kept.write_bytes(sums)
+        path.write_bytes(good)
+    assert outcomes.total() > 250
+    print(name, damage, dict(outcomes))
 
 
 # Real images

@@ -1,9 +1,16 @@
 """Images and where they come from: a `Source` reads a `Dataset` of uint8 pixels, in memory or mapped from a file."""
 
+import glob
+import gzip
+import logging
+import os
 import struct
+import warnings
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from hashlib import sha256
@@ -12,18 +19,21 @@ from importlib.util import find_spec
 from io import BytesIO
 from math import prod
 from pathlib import Path
+from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
+from nobackprop.files import Sums, as_folder, digest, locked, reading, some
 from nobackprop.mistakes import Missing, Mistake
 from nobackprop.pixels import Pixels
 
 if TYPE_CHECKING:
     from PIL import Image
+
+logger = logging.getLogger(__name__)
 
 ImageShape = tuple[int, int, int]
 
@@ -94,6 +104,17 @@ class Source(ABC):
         """
         return _load(self)
 
+    def files(self) -> Mapping[str, Path]:
+        """Those of its files that carry no checksums, by their names in `where`; downloaded, where that is asked for.
+
+        They must stay what they were when they were read first.
+        """
+        return {}
+
+    def official(self) -> bool | None:
+        """Whether the `files` are those that the data set's makers published; None: that is not known."""
+        return None
+
     @abstractmethod
     def read(self) -> tuple[Images, Images]:
         """The training and the test images, not checked yet."""
@@ -101,10 +122,29 @@ class Source(ABC):
 
 @lru_cache(maxsize=2)
 def _load(source: Source) -> Dataset:
-    train, test = source.read()
-    check(train, source, "training", source.counts[0])
-    check(test, source, "test", source.counts[1])
-    return Dataset(source.name, train, test, source.num_classes, source.checksum, source.validate_on_test)
+    with reading(source.name, source.remedy):
+        found = source.files()
+        sums = Sums(source.name, Path(source.where), found) if found else None
+        known = sums is None or sums.known(source.remedy)
+        train, test = source.read()
+        check(train, source, "training", source.counts[0])
+        check(test, source, "test", source.counts[1])
+        dataset = Dataset(source.name, train, test, source.num_classes, source.checksum, source.validate_on_test)
+        if sums is not None and not known:
+            _keep(sums, source, dataset.fingerprint)
+    return dataset
+
+
+def _keep(sums: Sums, source: Source, fingerprint: str) -> None:
+    """Keeps the checksums of a first reading, and says so, unless it is known what the files should be."""
+    official, kept = source.official(), sums.keep()
+    if official:
+        return
+    what = "are read for the first time" if official is None else "are not the official ones"
+    then = f"a change is refused from now on, by the checksums in {kept}" if kept else "no checksums could be kept"
+    logger.warning(
+        f"{source.name}: the files in {source.where} {what}, with fingerprint {fingerprint} in all records; {then}"
+    )
 
 
 def check(images: Images, source: Source, split: str, count: int | None = None) -> None:
@@ -128,6 +168,9 @@ def check(images: Images, source: Source, split: str, count: int | None = None) 
     need(low >= 0 and high <= top, f"labels from {low} to {high}", f"0 to {top}")
 
 
+DIGITS = "6ebb3d2fee246a4e99363262ddf8a00a3c41bee6014c373ed9d9216ba7f651b8"  # of scikit-learn's file, unpacked
+
+
 @dataclass(frozen=True)
 class Digits(Source):
     """scikit-learn's digits: 8x8 pixels, 17 grey levels (here 0..255), part of the package, so no download.
@@ -147,7 +190,14 @@ class Digits(Source):
         package = find_spec("sklearn")
         if package is None or package.origin is None:
             raise Missing(f"digits are a part of scikit-learn, which is not installed. {self.remedy}")
-        rows = np.loadtxt(Path(package.origin).parent / "datasets/data/digits.csv.gz", np.float64, delimiter=",")
+        path = Path(package.origin).parent / "datasets/data/digits.csv.gz"
+        try:
+            text = gzip.decompress(path.read_bytes())
+        except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+            raise Mistake(f"{path} is damaged: {e}. {self.remedy}") from e
+        if (found := sha256(text).hexdigest()) != DIGITS:
+            raise Mistake(f"{path} has the sha256 sum {found} when unpacked, must have {DIGITS}. {self.remedy}")
+        rows = np.loadtxt(BytesIO(text), np.float64, delimiter=",")
         values, labels = torch.from_numpy(rows).tensor_split([64], 1)
         pixels = (values * (255 / 16)).round().to(torch.uint8).view(-1, *self.shape)
         labels = labels.flatten().long()
@@ -159,17 +209,44 @@ class Digits(Source):
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a torchvision data set: its folder, shape, classes, training and test images."""
+    """What is known of a torchvision data set.
+
+    `md5` are the published sums of its files in MNIST's format, in the order of `_idx_files`, where they are known.
+    (torchvision has those of the compressed files.)
+    """
 
     folder: str
     shape: ImageShape
     num_classes: int
-    counts: tuple[int, int]
+    counts: tuple[int, int]  # training and test images
+    md5: tuple[str, ...] = ()
 
 
 TORCHVISION = {
-    "MNIST": Facts("MNIST/raw", (1, 28, 28), 10, (60_000, 10_000)),
-    "FashionMNIST": Facts("FashionMNIST/raw", (1, 28, 28), 10, (60_000, 10_000)),
+    "MNIST": Facts(
+        "MNIST/raw",
+        (1, 28, 28),
+        10,
+        (60_000, 10_000),
+        (
+            "6bbc9ace898e44ae57da46a324031adb",
+            "a25bea736e30d166cdddb491f175f624",
+            "2646ac647ad5339dbf082846283269ea",
+            "27ae3e4e09519cfbb04c329615203637",
+        ),
+    ),
+    "FashionMNIST": Facts(
+        "FashionMNIST/raw",
+        (1, 28, 28),
+        10,
+        (60_000, 10_000),
+        (
+            "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+            "9018921c3c673c538a1fc5bad174d6f9",
+            "8181f5470baa50b63fa0f6fddb340f0a",
+            "15d484375f8d13e6eb1aabb0c3f46965",
+        ),
+    ),
     "KMNIST": Facts("KMNIST/raw", (1, 28, 28), 10, (60_000, 10_000)),
     "CIFAR10": Facts("cifar-10-batches-py", (3, 32, 32), 10, (50_000, 10_000)),
     "CIFAR100": Facts("cifar-100-python", (3, 32, 32), 100, (50_000, 10_000)),
@@ -178,9 +255,10 @@ TORCHVISION = {
 
 @dataclass(frozen=True)
 class Torchvision(Source):
-    """A data set that torchvision downloads and reads: a key of `TORCHVISION`, in torchvision's layout under `root`.
+    """A data set that torchvision downloads: a key of `TORCHVISION`, in torchvision's layout under `root`.
 
     Files that are there are used as they are, without network. Missing ones are downloaded if `download` is true.
+    CIFAR's files must have the published checksums. Those of the others may have their images in another order.
     """
 
     dataset: str
@@ -209,7 +287,7 @@ class Torchvision(Source):
 
     @property
     def where(self) -> str:
-        return str(Path(self.root).expanduser() / TORCHVISION[self.dataset].folder)
+        return str(as_folder(as_folder(self.root) / TORCHVISION[self.dataset].folder))
 
     @property
     def remedy(self) -> str:
@@ -220,26 +298,37 @@ class Torchvision(Source):
     def _elsewhere(self) -> str:
         return f"point `paths.data` at a folder that holds {self.name}"
 
+    def files(self) -> dict[str, Path]:
+        self._provide()
+        return {name: Path(self.where, name) for name in self._idx_files()}
+
+    def official(self) -> bool | None:
+        right = TORCHVISION[self.dataset].md5
+        return [digest(Path(self.where, name), "md5") for name in self._idx_files()] == [*right] if right else None
+
     def read(self) -> tuple[Images, Images]:
-        import torchvision.datasets
+        if idx := self._idx_files():
+            pixels, labels, test_pixels, test_labels = (_idx(Path(self.where, file), idx[file]) for file in idx)
+            return Images(pixels[:, None], labels.long()), Images(test_pixels[:, None], test_labels.long())
+        train, test = (self._class(as_folder(self.root), train=train) for train in (True, False))
+        return _images(train), _images(test)
 
-        cls = getattr(torchvision.datasets, self.dataset)
-        root = Path(self.root).expanduser()
-        self._provide(cls, root)
-        train, test = (_images(cls(root, train=train)) for train in (True, False))
-        return train, test
+    @property
+    def _class(self) -> Any:
+        import torchvision.datasets  # takes seconds
 
-    def _provide(self, cls: Any, root: Path) -> None:
-        """Checks the files that are there (torchvision doesn't notice a cut idx file), downloads those that are not."""
-        missing, wrong = self._faults(cls)
+        return getattr(torchvision.datasets, self.dataset)
+
+    def _provide(self) -> None:
+        """Checks the files that are there, downloads those that are not."""
+        missing, wrong = self._faults()
         cause, failed = None, ""
         if (missing or wrong) and self.download:
             try:
-                root.mkdir(parents=True, exist_ok=True)
-                with FileLock(root / f".{self.dataset}.lock"):  # of the jobs of a sweep one downloads, the others wait
-                    missing, wrong = self._faults(cls)
+                with self._downloading():  # of the jobs of a sweep one downloads, the others wait
+                    missing, wrong = self._faults()
                     if missing and not wrong:
-                        cls(root, download=True)
+                        self._class(as_folder(self.root), download=True)
                         missing = []
             except (OSError, RuntimeError, HTTPException) as error:
                 cause, failed = error, " ".join(str(error).split())
@@ -252,20 +341,48 @@ class Torchvision(Source):
                 raise Missing(f"{text}, and the download failed: {failed}. {remedy}") from cause
             raise Missing(f"{text}. Set `dataset.source.download=true`, or {self._elsewhere}.")
 
-    def _faults(self, cls: Any) -> tuple[list[str], list[str]]:
+    @contextmanager
+    def _downloading(self) -> Iterator[None]:
+        """Holds the lock of downloads to `root`. Where the download fails, what is new there is removed again."""
+        root, where = as_folder(self.root), Path(self.where)
+        archive = root / getattr(self._class, "filename", "")
+        made = [path for path in (root, *root.parents) if not path.exists()]
+        root.mkdir(parents=True, exist_ok=True)
+        lock = root / f".{self.dataset}.lock"
+        with locked(lock, f"downloading {self.name}"):
+            new = [path for path in (where, *where.parents, archive) if not path.exists()]
+            try:
+                yield
+            except BaseException:
+                with suppress(OSError):
+                    if where in new:
+                        rmtree(where, ignore_errors=True)
+                    if archive in new:
+                        archive.unlink(missing_ok=True)
+                    if made:
+                        lock.unlink()
+                    for path in where.parents:
+                        if path in (*new, *made):
+                            path.rmdir()
+                raise
+
+    def _faults(self) -> tuple[list[str], list[str]]:
         """The names of the files that are missing, and what is wrong with others."""
-        needed = _cifar_files(cls) if hasattr(cls, "train_list") else self._idx_files()
         missing, wrong = [], []
-        for name, right in needed.items():
+        for name, right in (self._idx_files() or _cifar_files(self._class)).items():
             path = Path(self.where, name)
-            if not path.is_file():
+            if not path.exists():
                 missing.append(name)
+            elif not path.is_file():
+                wrong.append(f"{path} is not a regular file")
             elif fault := _md5_fault(path, right) if isinstance(right, str) else _idx_fault(path, right):
                 wrong.append(f"{path} {fault}")
         return missing, wrong
 
     def _idx_files(self) -> dict[str, tuple[int, ...]]:
-        """The name of each file of MNIST's format and the sizes in its header."""
+        """The name of each file of MNIST's format and the sizes in its header; none for CIFAR."""
+        if self.shape[0] > 1:
+            return {}
         return {
             f"{split}-{kind}": (count, *sizes)
             for split, count in zip(("train", "t10k"), self.counts, strict=True)
@@ -289,26 +406,28 @@ def _idx_fault(path: Path, sizes: tuple[int, ...]) -> str:
     return "" if right else f"has {have} bytes and the header {found}, must have {need} bytes and {header}"
 
 
-def _md5_fault(path: Path, md5: str) -> str:
-    from torchvision.datasets.utils import calculate_md5
+def _idx(path: Path, sizes: tuple[int, ...]) -> Tensor:
+    """The bytes of a file in MNIST's format."""
+    return torch.from_numpy(np.fromfile(path, np.uint8, offset=4 * (1 + len(sizes)))).view(sizes)
 
-    found = calculate_md5(path)
+
+def _md5_fault(path: Path, md5: str) -> str:
+    found = digest(path, "md5")
     return "" if found == md5 else f"has the md5 sum {found}, must have {md5}"
 
 
 def _images(split: Any) -> Images:
-    """What a torchvision data set holds: (n, H, W) or (n, H, W, C), tensor or array."""
-    pixels = torch.as_tensor(split.data)
-    pixels = pixels[:, None] if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)
-    return Images(pixels.contiguous(), torch.as_tensor(split.targets, dtype=torch.int64))
+    """What torchvision's CIFAR holds: an array (n, H, W, C) and a list."""
+    return Images(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets))
 
 
 @dataclass(frozen=True)
 class Parquet(Source):
-    """Parquet files in Hugging Face's layout: a column of {bytes, path} with JPEG or PNG bytes, one of int labels.
+    """Parquet files in Hugging Face's layout: a column of {bytes, path} with encoded images, one of int labels.
 
     `train` and `test` are glob patterns under `root`. The columns are `image_column`, else `img` or `image`, and
-    `label_column`, else `label` or `fine_label`. Images become RGB, or grey where shape[0] is 1.
+    `label_column`, else `label` or `fine_label`. Images become RGB, or grey where shape[0] is 1. Paths in the column
+    are not followed.
     """
 
     root: str | Path
@@ -322,99 +441,183 @@ class Parquet(Source):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
-        if len(self.shape) != 3 or self.shape[0] not in (1, 3):
+        if len(self.shape) != 3 or self.shape[0] not in (1, 3) or min(self.shape) < 1:
             raise Mistake(f"shape {self.shape} is not allowed; it must be (1, H, W) or (3, H, W)")
 
     @property
     def where(self) -> str:
-        return str(Path(self.root).expanduser())
+        return str(as_folder(self.root))
 
     @property
     def remedy(self) -> str:
         return "Correct `dataset.source`, or replace the files by whole ones."
 
-    def read(self) -> tuple[Images, Images]:
-        return self._split(self.train), self._split(self.test)
+    def files(self) -> dict[str, Path]:
+        train, test = self._matching(self.train), self._matching(self.test)
+        if both := train.keys() & test.keys():
+            raise Mistake(
+                f"{self.name}: {some(both)} in {self.where} would train and test: the patterns {self.train} and "
+                f"{self.test} must match different files"
+            )
+        return train | test
 
-    def _split(self, pattern: str) -> Images:
-        files = sorted(Path(self.where).glob(pattern))
-        if not files:
+    def _matching(self, pattern: str) -> dict[str, Path]:
+        """The files that a pattern matches, by name, in order. A name with a leading dot is matched only by a dot."""
+        names = sorted(glob.glob(os.path.expanduser(pattern), root_dir=self.where, recursive=True))
+        if not names:
             raise Missing(
                 f"{self.name}: no file {pattern} in {self.where}. Put it there, or point `paths.data` at a folder "
                 "that holds it."
             )
-        pixels, labels = zip(*map(self._file, files), strict=True)
+        return {name: Path(self.where, name) for name in names}
+
+    def read(self) -> tuple[Images, Images]:
+        return self._split(self.train), self._split(self.test)
+
+    def _split(self, pattern: str) -> Images:
+        parts = [part for path in self._matching(pattern).values() for part in self._parts(path)]
+        pixels = [torch.empty(0, *self.shape, dtype=torch.uint8), *(part for part, _ in parts)]
+        labels = [torch.empty(0, dtype=torch.int64), *(part for _, part in parts)]
         return Images(torch.cat(pixels), torch.cat(labels))
 
-    def _file(self, path: Path) -> tuple[Tensor, Tensor]:
+    def _parts(self, path: Path) -> Iterator[tuple[Tensor, Tensor]]:
+        """The pixels and labels of some rows of a file after the other."""
         import pyarrow as pa
         from pyarrow.parquet import ParquetFile
 
+        row = 0
         try:
-            with ParquetFile(path) as file:
-                schema = file.schema_arrow
-                image = self._column(path, schema.names, self.image_column, ("img", "image"))
-                label = self._column(path, schema.names, self.label_column, ("label", "fine_label"))
-                types = schema.field(image).type, schema.field(label).type
-                if not (pa.types.is_struct(types[0]) and pa.types.is_integer(types[1])):
-                    raise Mistake(
-                        f"{path}: column {image!r} is {types[0]} and {label!r} is {types[1]}; allowed: a struct with "
-                        f"bytes, and an int. {self.remedy}"
-                    )
-                table = file.read(columns=[f"{image}.bytes", label]).flatten()
-        except (pa.ArrowException, OSError) as error:
+            # Opened here, since pyarrow takes some names for addresses and others for no text.
+            with path.open("rb") as opened, ParquetFile(opened, page_checksum_verification=True) as file:
+                image, label = self._columns(path, file.schema_arrow)
+                some_rows = self._rows_at_once(path, file.metadata)
+                for rows in file.iter_batches(some_rows, columns=[f"{image}.bytes", label]):
+                    labels, blobs = rows.column(label), rows.column(image).flatten()[0].to_pylist()
+                    if labels.null_count:
+                        first = row + labels.is_null().to_pylist().index(True)
+                        raise Mistake(f"{path}, column {label!r}, row {first} has no label. {self.remedy}")
+                    pixels = self._decoded(blobs, f"{path}, column {image!r}", row)
+                    yield pixels, torch.tensor(labels.cast(pa.int64()).to_pylist())
+                    row += len(blobs)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise Mistake(f"{path} is not a readable Parquet file: {error}. {self.remedy}") from error
-        if f"{image}.bytes" not in table.column_names:
-            raise Mistake(f"{path}: column {image!r} has no field 'bytes'. {self.remedy}")
-        labels = table[label].to_pylist()
-        if None in labels:
-            raise Mistake(f"{path}, row {labels.index(None)} has no label. {self.remedy}")
-        blobs = table[f"{image}.bytes"].to_pylist()
-        pixels = _decode(blobs, self.shape, lambda row: f"{path}, row {row}", self.remedy)
-        return pixels, torch.tensor(labels, dtype=torch.int64)
+
+    def _columns(self, path: Path, schema: Any) -> tuple[str, str]:
+        """The names of the columns of images and of labels. Raises Mistake where one is missing, or of another type."""
+        import pyarrow.types as types
+
+        image = self._column(path, schema.names, self.image_column, ("img", "image"))
+        label = self._column(path, schema.names, self.label_column, ("label", "fine_label"))
+        kind = schema.field(image).type
+        if not types.is_struct(kind):
+            raise Mistake(f"{path}: column {image!r} is {kind}; allowed: a struct with bytes. {self.remedy}")
+        if kind.get_field_index("bytes") < 0:
+            raise Mistake(f"{path}: column {image!r} has not one field 'bytes', but {kind}. {self.remedy}")
+        content = kind.field("bytes").type
+        if not (types.is_binary(content) or types.is_large_binary(content)):  # a text would be taken for a path
+            raise Mistake(f"{path}: field 'bytes' of column {image!r} is {content}; allowed: binary. {self.remedy}")
+        if not types.is_integer(schema.field(label).type):
+            raise Mistake(f"{path}: column {label!r} is {schema.field(label).type}; allowed: an int. {self.remedy}")
+        return image, label
 
     def _column(self, path: Path, found: list[str], name: str | None, usual: tuple[str, ...]) -> str:
         allowed = (name,) if name else usual
         for column in allowed:
-            if column in found:
+            if found.count(column) == 1:
                 return column
-        raise Mistake(f"{path} has the columns {found}; needed: {' or '.join(allowed)}. {self.remedy}")
+        raise Mistake(f"{path} has the columns {found}; needed: one {' or '.join(allowed)}. {self.remedy}")
+
+    @property
+    def _most(self) -> int:
+        """The most bytes that an encoded image may have: of RGBA of 16 bits, not compressed, and 256 KB of metadata."""
+        return 8 * prod(self.shape[1:]) + 2**18
+
+    def _rows_at_once(self, path: Path, metadata: Any) -> int:
+        """How many rows to unpack at once, into 1 GB at the most: all may hold the same value, which is stored once.
+
+        Raises Mistake for a file that would fill the memory in any case: a few KB can unpack to any size.
+        """
+        largest = 1
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):  # of its columns one must not ask more:
+            size = group.total_byte_size  # where a file is damaged, pyarrow then ends the process
+            if size > group.num_rows * group.num_columns * self._most + 2**20:
+                raise Mistake(
+                    f"{path}: {group.num_rows:,} rows unpack to {size:,} bytes; allowed for images of shape "
+                    f"{self.shape}: {self._most:,} a row and column. {self.remedy}"
+                )
+            largest = max(largest, size)
+        need, have = metadata.num_rows * prod(self.shape), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if need > have:
+            raise Mistake(
+                f"{path}: {metadata.num_rows:,} images of shape {self.shape} need {need / 1e9:,.0f} GB of memory; this "
+                f"machine has {have / 1e9:,.0f} GB. {self.remedy}"
+            )
+        return min(1024, max(1, 2**30 // largest))
+
+    def _decoded(self, blobs: Sequence[bytes | None], column: str, row: int) -> Tensor:
+        """The pixels (n, *shape) of n encoded images, the first in that row of the column.
+
+        Raises Mistake where one can't be read or has another shape.
+        """
+        channels, height, width = self.shape
+        pixels = np.empty((len(blobs), height, width, channels), np.uint8)
+
+        def decode(start: int) -> None:
+            for i, blob in enumerate(blobs[start : start + 64], start):
+                where = f"{column}, row {row + i}"
+                if blob is None:
+                    raise Mistake(f"{where} is not a readable image: it has no bytes. {self.remedy}")
+                if len(blob) > self._most:
+                    raise Mistake(f"{where} has {len(blob):,} bytes; allowed: {self._most:,}. {self.remedy}")
+                mode = "L" if channels == 1 else "RGB"
+                image = open_image(BytesIO(blob), where, self.remedy, mode, (width, height))
+                pixels[i] = np.asarray(image).reshape(height, width, channels)
+
+        with quiet_decoding(), ThreadPoolExecutor() as pool:
+            for _ in pool.map(decode, range(0, len(blobs), 64)):
+                pass
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
-def open_image(source: bytes | Path | None, where: str, remedy: str, mode: str = "RGB") -> "Image.Image":
-    """A decoded image file, converted to RGB or, with mode "L", grey; Mistake, with `where`, if it can't be read."""
-    from PIL import Image
+# Of Pillow's formats those that files of data sets have: others run programs, or read more than an image.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+
+
+def open_image(
+    source: BytesIO | Path, where: str, remedy: str, mode: str = "RGB", size: tuple[int, int] | None = None
+) -> "Image.Image":
+    """An image file, decoded, upright as its EXIF data says, and converted to RGB or, with mode "L", grey.
+
+    Of several frames it is the first. Raises Mistake, with `where`, if it can't be read, or is not of that size (width,
+    height): before it is decoded, since a small file may hold a very large image.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    def need_size(found: tuple[int, ...], *turned: tuple[int, ...]) -> None:
+        if size is not None and size not in (found, *turned):
+            raise Mistake(f"{where} is {found[1]} x {found[0]} pixels; allowed: {size[1]} x {size[0]}. {remedy}")
 
     try:
-        if source is None:
-            raise Mistake("it has no bytes")
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as file:
+        with Image.open(source, formats=FORMATS) as file:
+            need_size(file.size, file.size[::-1])
             if file.mode == "F" or file.mode.startswith("I"):  # which Pillow would clip, not scale
-                raise Mistake("it has more than 8 bits a channel")
+                raise Mistake(f"{where} is not a readable image: it has more than 8 bits a channel. {remedy}")
+            file.load()
+            with suppress(struct.error, KeyError, OSError, SyntaxError, TypeError, ValueError, ZeroDivisionError):
+                ImageOps.exif_transpose(file, in_place=True)  # damaged EXIF data says nothing
+            need_size(file.size)
             return file.convert(mode)
+    except Mistake:
+        raise
+    except UnidentifiedImageError:
+        raise Mistake(f"{where} is not a readable image: it is none of {', '.join(FORMATS)}. {remedy}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all that Pillow raises for it
         raise Mistake(f"{where} is not a readable image: {error}. {remedy}") from error
 
 
-def _decode(images: Sequence[bytes | None], shape: ImageShape, where: Callable[[int], str], remedy: str) -> Tensor:
-    """The pixels (n, *shape) of encoded images.
-
-    Raises Mistake, with `where` of its index, for an image that can't be read or has another size.
-    """
-    channels, height, width = shape
-    pixels = torch.empty(len(images), height, width, channels, dtype=torch.uint8)
-    array = pixels.numpy()
-
-    def decode_some(start: int) -> None:
-        for i in range(start, min(start + 256, len(images))):
-            image = open_image(images[i], where(i), remedy, "L" if channels == 1 else "RGB")
-            if image.size != (width, height):
-                raise Mistake(
-                    f"{where(i)} is {image.height} x {image.width} pixels; allowed: {height} x {width}. {remedy}"
-                )
-            array[i] = np.asarray(image).reshape(height, width, channels)
-
-    with ThreadPoolExecutor() as pool:
-        for _ in pool.map(decode_some, range(0, len(images), 256)):
-            pass
-    return pixels.permute(0, 3, 1, 2).contiguous()
+@contextmanager
+def quiet_decoding() -> Iterator[None]:
+    """Keeps to itself what Pillow warns of: odd metadata."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield

@@ -1,8 +1,9 @@
 """Image files in ImageNet's layout, made into pixels once and kept in a file that is mapped into memory."""
 
+import logging
 import os
 import warnings
-from collections.abc import Iterable
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,19 +17,21 @@ from typing import Literal
 
 import numpy as np
 import torch
-from filelock import FileLock
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
-from nobackprop.data import Images, ImageShape, Source, open_image
+from nobackprop.data import Images, ImageShape, Source, open_image, quiet_decoding
+from nobackprop.files import as_folder, locked, reading, some
 from nobackprop.hardware import cores
 from nobackprop.mistakes import Missing, Mistake
 from nobackprop.records import write_atomically
 
-SUFFIXES = (".jpg", ".jpeg", ".png")
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 BLOCK = 256  # images that are made together and share a checksum
 SAMPLE = 8  # blocks of each split that are verified at every load
-FORMAT = 1  # of the cache; count on when pixels are made in another way
+FORMAT = 2  # of the cache; count on when pixels are made in another way. 1: not turned upright by their EXIF data
 
 FOLDERS = {"train": "train", "test": "val"}  # of each split, under root
 Blocks = dict[tuple[str, int], tuple[str, str]]  # of a split's i-th block: hashes of what it is made of, of its pixels
@@ -39,7 +42,7 @@ class Index(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[1] = FORMAT
+    format: Literal[1, 2] = FORMAT
     shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     channels: Literal["RGB", "BGR"]
     classes: list[str]
@@ -52,11 +55,13 @@ class Index(BaseModel):
 class ImageNet(Source):
     """ImageNet's layout: root/train/<class>/<image> and root/val/<class>/<image>; class i is the i-th folder by name.
 
-    Files .jpg, .jpeg and .png become RGB, are cut to a square about their centre and scaled to (3, size, size). The
-    first run keeps these pixels in the folder `cache`, size * size * 3 bytes an image (193 GB and 7.5 GB for ImageNet's
-    training and validation images); if it is stopped, the next one goes on. From then on `root` is needed no more.
-    While it is there, it must hold the same files by name; that their content has changed is not noticed. A load
-    verifies some blocks of the cache, drawn at random, or with `verify` all of them.
+    Files of `SUFFIXES` are turned upright by their EXIF data, become RGB, are cut to a square about their centre and
+    scaled to (3, size, size); of several frames the first is taken. What else is there is left out, and counted in a
+    line; names with a leading dot and `__MACOSX` are the system's. The first run keeps these pixels in the folder
+    `cache`, size * size * 3 bytes an image (193 GB and 7.5 GB for ImageNet's training and validation images); if it is
+    stopped, the next one goes on. From then on `root` is needed no more. While it is there, it must hold the same files
+    by name; that their content has changed is not noticed. A load verifies some blocks of the cache, drawn at random,
+    or with `verify` all of them.
 
     `literal` is the mDFA program's protocol: channels are BGR, as OpenCV reads them, and what is selected on the
     validation folder is reported on it too, so its figures are optimistic.
@@ -79,7 +84,7 @@ class ImageNet(Source):
 
     @property
     def where(self) -> str:
-        return str(Path(self.root).expanduser())
+        return str(as_folder(self.root))
 
     @property
     def remedy(self) -> str:
@@ -91,14 +96,16 @@ class ImageNet(Source):
 
     @property
     def checksum(self) -> str | None:
-        index = self._index()
+        with reading(self.name, self.remedy):
+            index = self._index()
         return index and index.fingerprint
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
         """Their names. Raises Missing without a folder of training images and without a finished cache."""
-        index = self._index()
-        return tuple(index.classes if index else self._folders(FOLDERS["train"]))
+        with reading(self.name, self.remedy):
+            index = self._index()
+            return tuple(index.classes if index else self._folders(FOLDERS["train"]))
 
     @property
     def num_classes(self) -> int:
@@ -127,7 +134,7 @@ class ImageNet(Source):
 
     @property
     def _cache(self) -> Path:
-        return Path(self.cache).expanduser()
+        return as_folder(self.cache)
 
     def _pixels(self, split: str) -> Path:
         return self._cache / f"{split}.pixels"
@@ -185,14 +192,14 @@ class ImageNet(Source):
         for split, folder in FOLDERS.items():
             if not Path(self.where, folder).is_dir():
                 continue
-            tree = self._tree(folder)
+            tree, _ = self._tree(folder)
             made = [blocks[key][0] for key in sorted(blocks) if key[0] == split]
-            if made == [self._recipe(paths) for paths in _divided(tree)]:
+            if made == [self._recipe(paths, index.format) for paths in _divided(tree)]:
                 continue
             then = dict(zip(index.classes, index.counts[split], strict=True))
             now = {name: len(files) for name, files in tree.items()}
             differ = sorted(name for name in {*then, *now} if then.get(name, 0) != now.get(name, 0))
-            how = f"numbers differ in {_some(differ)}" if differ else "some have other names"
+            how = f"numbers differ in {some(differ)}" if differ else "some have other names"
             raise Mistake(
                 f"{self.name}: the files in {Path(self.where, folder)} are not those that {self._cache} was made from, "
                 f"{sum(then.values())} then and {sum(now.values())} now: {how}. Put the old files back, choose another "
@@ -224,53 +231,78 @@ class ImageNet(Source):
     def _folders(self, split: str) -> list[str]:
         folder = Path(self.where, split)
         names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-        if not names:
+        if not (shown := sorted(name for name in names if not _hidden(name))):
             raise Missing(
                 f"{self.name}: {folder} holds no folder; needed: one folder of images for each class, or a finished "
                 f"cache in {self._cache}. {self.remedy}"
             )
-        return sorted(names)
+        return shown
 
-    def _tree(self, split: str) -> dict[str, list[str]]:
-        """The image files of each class, both by name; a million names are listed in seconds."""
-        tree = {}
-        for name in self._folders(split):
+    def _tree(self, split: str) -> tuple[dict[str, list[str]], Counter[str]]:
+        """The image files of each class, both by name, and how many of what else there is.
+
+        A million names are listed in seconds.
+        """
+        tree: dict[str, list[str]] = {name: [] for name in self._folders(split)}
+        others = Counter[str]()
+        with os.scandir(Path(self.where, split)) as entries:
+            others["files beside the classes"] = sum(not (_hidden(e.name) or e.is_dir()) for e in entries)
+        for name, images in tree.items():
             with os.scandir(Path(self.where, split, name)) as entries:
-                tree[name] = sorted(entry.name for entry in entries if entry.name.lower().endswith(SUFFIXES))
-        return tree
+                for entry in entries:
+                    if _hidden(entry.name):
+                        continue
+                    if other := _no_image(entry):
+                        others[other] += 1
+                    else:
+                        images.append(entry.name)
+            images.sort()
+        return tree, others
 
-    def _recipe(self, paths: list[str]) -> str:
-        return _hash("\n".join([f"{FORMAT} {self.size} {self._channels}", *paths]).encode())
+    def _recipe(self, paths: list[str], format: int = FORMAT) -> str:
+        return _hash("\n".join([f"{format} {self.size} {self._channels}", *paths]).encode())
 
     def _build(self) -> None:
-        trees = {split: self._tree(folder) for split, folder in FOLDERS.items()}
+        listed = {split: self._tree(folder) for split, folder in FOLDERS.items()}
+        trees = {split: tree for split, (tree, _) in listed.items()}
         if trees["train"].keys() != trees["test"].keys():
             raise Mistake(
                 f"{self.name}: the classes in {Path(self.where, FOLDERS['test'])} are not those in {FOLDERS['train']}: "
-                f"without "
-                f"{_some(trees['train'].keys() - trees['test'].keys())}, with "
-                f"{_some(trees['test'].keys() - trees['train'].keys())}. {self.remedy}"
+                f"without {some(trees['train'].keys() - trees['test'].keys())}, with "
+                f"{some(trees['test'].keys() - trees['train'].keys())}. {self.remedy}"
             )
         for split, tree in trees.items():
             for name, files in tree.items():
                 if not files:
                     folder = Path(self.where, FOLDERS[split], name)
-                    raise Missing(f"{self.name}: no .jpg, .jpeg or .png file in {folder}. {self.remedy}")
+                    raise Missing(f"{self.name}: no file {', '.join(SUFFIXES)} in {folder}. {self.remedy}")
                 for text in (name, *files):
-                    if not text.isascii() and any("\udc80" <= c <= "\udcff" for c in text):
+                    if "\n" in text or (not text.isascii() and any("\udc80" <= c <= "\udcff" for c in text)):
                         folder = str(Path(self.where, FOLDERS[split], name))
-                        raise Mistake(f"{self.name}: in {folder!a} the name {text!a} is not UTF-8: rename it")
+                        raise Mistake(
+                            f"{self.name}: in {folder!a} the name {text!a} is not UTF-8, or has a line break: rename it"
+                        )
+        counts = {split: [len(files) for files in tree.values()] for split, tree in trees.items()}
+        self._need_room(counts)
         self._cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(self._cache / "lock"):
-            if self._index() is None:  # else: another process made it meanwhile
-                self._make(trees)
+        with locked(self._cache / "lock", f"making {self._cache}"):
+            if self._index() is not None:
+                return  # another process made it meanwhile
+            index = self._make(trees, counts)
+        others = sum((others for _, others in listed.values()), Counter())
+        logger.warning(
+            f"{self.name}: {self._cache} was made from {sum(counts['train']):,} training and {sum(counts['test']):,} "
+            f"test images of {len(index.classes):,} classes in {self.where}, with fingerprint {index.fingerprint} in "
+            f"all records; left out there: {', '.join(f'{n:,} {kind}' for kind, n in others.items()) or 'nothing'}"
+        )
 
-    def _make(self, trees: dict[str, dict[str, list[str]]]) -> None:
+    def _make(self, trees: dict[str, dict[str, list[str]]], counts: dict[str, list[int]]) -> Index:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        counts = {split: [len(files) for files in tree.values()] for split, tree in trees.items()}
-        self._reserve({split: sum(n) * prod(self.shape) for split, n in counts.items()})
+        for split, n in counts.items():
+            with self._pixels(split).open("ab") as file:
+                file.truncate(sum(n) * prod(self.shape))
         old, blocks, lock = self._blocks(), Blocks(), Lock()
         journal = self._cache / "blocks.txt"
         write_atomically(journal, _lines(old))
@@ -302,12 +334,11 @@ class ImageNet(Source):
 
         jobs = [(split, i, paths) for split, tree in trees.items() for i, paths in enumerate(_divided(tree))]
         with (
-            warnings.catch_warnings(),
+            quiet_decoding(),
             bar,
             journal.open("ab", buffering=0) as lines,
             ThreadPoolExecutor(cores()) as pool,  # decoding, scaling, hashing and writing let other threads run
         ):
-            warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata
             for _ in pool.map(make, jobs):  # the first block that fails ends it, with those that have begun
                 pass
         for split in trees:
@@ -323,21 +354,20 @@ class ImageNet(Source):
             fingerprint=_fingerprint(counts, blocks),
         )
         write_atomically(self._cache / "index.json", index.model_dump_json().encode())  # last: now it is finished
+        return index
 
-    def _reserve(self, sizes: dict[str, int]) -> None:
-        """Makes the files of pixels as long as they get. Raises Mistake where the disk has no room for them."""
-        missing = sum(sizes.values())
-        for split in sizes:
+    def _need_room(self, counts: dict[str, list[int]]) -> None:
+        """Raises Mistake where the disk has no room for that many images."""
+        missing = sum(map(sum, counts.values())) * prod(self.shape)
+        for split in counts:
             if (path := self._pixels(split)).exists():
                 missing -= path.stat().st_blocks * 512  # a hole in a file takes no room
-        if (free := disk_usage(self._cache).free) < missing:
+        there = next(path for path in (self._cache, *self._cache.parents) if path.exists())
+        if (free := disk_usage(there).free) < missing:
             raise Mistake(
                 f"{self.name}: the cache {self._cache} needs another {missing / 1e9:.1f} GB, the disk has "
                 f"{free / 1e9:.1f} GB: choose another dataset.source.cache, or a smaller dataset.source.size"
             )
-        for split, size in sizes.items():
-            with self._pixels(split).open("ab") as file:
-                file.truncate(size)
 
     def _decoded(self, path: Path) -> NDArray[np.uint8]:
         from PIL import Image, ImageOps
@@ -369,6 +399,20 @@ def _fingerprint(counts: dict[str, list[int]], blocks: Blocks) -> str:
     return _hash("\n".join(parts).encode())[:16]
 
 
-def _some(names: Iterable[str]) -> str:
-    shown = sorted(names)
-    return str(shown) if len(shown) <= 5 else f"{str(shown[:5])[:-1]}, ... {len(shown)} in all]"
+def _hidden(name: str) -> bool:
+    """Whether a name is the system's or an editor's: it is of no class and no image."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _no_image(entry: os.DirEntry[str]) -> str:
+    """What something in the folder of a class is instead of an image, in words; empty for an image.
+
+    A link to nothing counts as the image that it should be: its name is told when it is read.
+    """
+    if entry.is_dir():
+        return "folders in those of classes"
+    if not entry.name.lower().endswith(SUFFIXES):
+        return repr(Path(entry.name).suffix.lower()) if "." in entry.name else "files without a suffix"
+    if entry.is_file() or (entry.is_symlink() and not Path(entry).exists()):
+        return ""
+    return "pipes, sockets or devices"
