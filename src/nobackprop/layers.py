@@ -107,12 +107,13 @@ def like_type(product: Tensor, like: Tensor) -> Tensor:
     return product if product.dtype == like.dtype else product.to(like.dtype)
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as autocast gives them to a convolution; of a convolution's derivatives it does not know."""
-    device = tensors[0].device.type
+def _autocast(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as autocast gives them to a convolution; of a convolution's derivatives it does not know."""
+    device = a.device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        return tensors
-    return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
+        return a, b
+    short = torch.get_autocast_dtype(device)
+    return a.to(short), b.to(short)
 
 
 def _positive(layer: Layer, *fields: str) -> None:

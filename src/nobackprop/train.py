@@ -92,6 +92,8 @@ def train(cfg: DictConfig, console: Console | None = None, wait_for_others: bool
                 f"optimizer {s.optimizer['_target_']} mixes the seeds of a stack or can't step without autograd: "
                 "choose an elementwise optimizer (sgd, adam, adamw, rmsprop), or train one seed at a time: stack=false"
             )
+        if s.compile:
+            hardware.check_compiler(run.device)
         dataset = run.source.load()
         _check_data(run, done.values(), dataset.fingerprint)
         tasks = _tasks(run, dataset, missing)
@@ -262,8 +264,13 @@ def _lock(run: Run, tasks: Sequence[Task], locks: ExitStack) -> bool:
     return True
 
 
-def _learner(run: Run, dataset: Dataset, tasks: Sequence[Task], steps: int) -> Learner:
-    """What trains a group of seeds, for that many mini-batches, from their initial weights."""
+def _learner(
+    run: Run, dataset: Dataset, tasks: Sequence[Task], steps: int, uncompiled: Callable[[str], None]
+) -> Learner:
+    """What trains a group of seeds, for that many mini-batches, from their initial weights.
+
+    Where torch's compiler is this program's choice and fails, `uncompiled` is told why.
+    """
     s = run.settings
     relabels = [t.relabel for t in tasks]
     return Learner(
@@ -283,6 +290,7 @@ def _learner(run: Run, dataset: Dataset, tasks: Sequence[Task], steps: int) -> L
         l2=s.l2,
         patience=s.patience,
         compile=s.compile if s.compile is not None else _repaid(run, steps),
+        uncompiled=uncompiled if s.compile is None else None,
     )
 
 
@@ -292,7 +300,8 @@ def _fit(run: Run, dataset: Dataset, tasks: Sequence[Task], title: str, screen: 
     seeds = [t.seed for t in tasks]
     per_epoch = batches_per_epoch(tasks[0], s.batch_size)
     steps = min(s.max_epochs * per_epoch, s.max_steps or s.max_epochs * per_epoch)
-    learner = _learner(run, dataset, tasks, steps)
+    uncompiled = "{}: trains uncompiled, since torch.compile fails here: {}".format
+    learner = _learner(run, dataset, tasks, steps, lambda why: screen.print(uncompiled(title, why)))
     folder = run.folder / "checkpoints" / f"{digest({'seeds': seeds})}_{dataset.fingerprint}"
     commit, before = records.source_state()[0], None
     if run.rank == 0:
@@ -362,8 +371,9 @@ def _write(run: Run, tasks: Sequence[Task], learner: Learner, finished: Sequence
 
 
 def _repaid(run: Run, steps: int) -> bool:
+    """Whether compiling, half a minute once, makes a training of so many mini-batches shorter."""
     convolutional = any(isinstance(layer, Conv) for layer in run.net.layers)
-    return steps >= COMPILE_FROM[convolutional] and hardware.can_compile(run.device)
+    return steps >= COMPILE_FROM[convolutional]
 
 
 def _record(run: Run, dataset: Dataset, t: Task, learner: Learner, i: int, wall: float) -> Record:
