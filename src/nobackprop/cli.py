@@ -26,7 +26,10 @@ CONF = _here / "conf" if (_here / "conf").is_dir() else _here.parents[1] / "conf
 def run(cfg: DictConfig) -> None:
     """Trains one config and prints its summary. (The jobs of a multirun go to sweeps.py.)"""
     from nobackprop import lean
+    from nobackprop.preparation import configure
 
+    if not cfg.dry_run:
+        configure(cfg)  # so that a wrong value is answered at once
     lean.start()  # before all that imports Lightning
     from pytorch_lightning.utilities import rank_zero_only
     from rich.console import Console

@@ -1,16 +1,17 @@
 """What this machine grants, and what torch is told about it before it trains."""
 
 import ctypes
-import importlib.util
 import os
-import shutil
 import sys
 
 import torch
 
+from nobackprop.mistakes import Mistake
 from nobackprop.streams import stream
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+# What torch.compile raises: its own, all of them RuntimeErrors, and those of a cache folder or a missing package.
+COMPILER_ERRORS = (RuntimeError, OSError, ImportError)
 
 
 def cores() -> int:
@@ -56,8 +57,49 @@ def keep_freed_memory() -> None:
         mallopt(M_MMAP_THRESHOLD, 2**30)
 
 
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile finds the compiler it needs: one for C++ on a CPU, Triton on a GPU."""
-    if device.type == "cpu":
-        return any(shutil.which(compiler) for compiler in ("g++", "clang++", "c++"))
-    return importlib.util.find_spec("triton") is not None
+def on_gpu(accelerator: str) -> bool:
+    """Whether `trainer.accelerator` stands for a GPU (of CUDA's): `auto` does where torch finds one.
+
+    Raises Mistake where a GPU is asked for and there is none.
+    """
+    there = torch.cuda.is_available()
+    if accelerator in ("gpu", "cuda") and not there:
+        raise Mistake(
+            f"trainer.accelerator is {accelerator}, and torch {torch.__version__} finds no GPU here: use cpu, or mend "
+            "the driver, or install the torch that is made for this GPU"
+        )
+    return accelerator != "cpu" and there
+
+
+def check_gpu(device: torch.device) -> None:
+    """Raises Mistake where a GPU that was found can't compute, as one that is too old or taken by another process."""
+    try:
+        torch.zeros(2, device=device).sum().item()
+    except RuntimeError as e:
+        raise Mistake(
+            f"trainer.accelerator: {device} is there and can't be used ({first_line(e)}): mend that, or use "
+            "trainer.accelerator=cpu"
+        ) from e
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises Mistake where torch.compile does not work on this machine: compiles a small function to see."""
+    try:
+        torch.compile(lambda x: x + 1, dynamic=False)(torch.ones(2, device=device))
+    except COMPILER_ERRORS as e:
+        raise Mistake(
+            f"compile is true, and torch's compiler does not work here ({first_line(e)}): mend that, or use "
+            "compile=false"
+        ) from e
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in a line: of a compiler's output the first line that names an error."""
+    lines = str(getattr(error, "inner_exception", error)).strip().splitlines() or [type(error).__name__]
+    return next((line for line in lines if "error: " in line), lines[0])
+
+
+def too_little_memory(error: BaseException) -> bool:
+    """Whether memory was asked for and not given. torch has no exception of its own for that on a CPU."""
+    out = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return out or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))

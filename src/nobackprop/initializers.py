@@ -8,7 +8,7 @@ device, the rule or the other tensors. Fan-in is that of the tensor's shape: for
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from typing import ClassVar
 
 import torch
@@ -19,6 +19,9 @@ from nobackprop.mistakes import Mistake
 from nobackprop.network import Network
 from nobackprop.rule import Rule
 from nobackprop.streams import stream
+
+MOST = 2**60  # numbers in a tensor; torch counts its bytes in 63 bits
+LARGEST = 1e30  # bound or standard deviation of a draw: torch draws in float32
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,16 @@ class Uniform(Initializer):
             raise Mistake(f"scale is {self.scale}: it bounds the draw, so 0 or more")
 
     def draw(self, shape: Shape, generator: Generator) -> Tensor:
-        bound = self.scale * prod(shape[1:]) ** self.power
+        """Raises Mistake where a float32 has no such numbers."""
+        fan_in = prod(shape[1:])
+        try:
+            bound = self.scale * fan_in**self.power
+        except OverflowError:
+            bound = inf
+        if bound > LARGEST:
+            raise Mistake(
+                f"init: {self} draws from +-{bound:g} for a fan-in of {fan_in}: a float32 has no such weights"
+            )
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
@@ -64,8 +76,8 @@ class Normal(Initializer):
     std: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.std < 0:
-            raise Mistake(f"std is {self.std}: a standard deviation is 0 or more")
+        if not 0 <= self.std <= LARGEST:
+            raise Mistake(f"std is {self.std}: a standard deviation is 0 or more (and no more than {LARGEST})")
 
     def draw(self, shape: Shape, generator: Generator) -> Tensor:
         return torch.empty(shape).normal_(0, self.std, generator=generator)
@@ -90,8 +102,11 @@ class _Scaled(Initializer):
     gain: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.gain < 0:
-            raise Mistake(f"gain is {self.gain}: weights are drawn for a gain of 1 and multiplied, so 0 or more")
+        if not 0 <= self.gain <= LARGEST:
+            raise Mistake(
+                f"gain is {self.gain}: weights are drawn for a gain of 1 and multiplied, so 0 or more (and no more than "
+                f"{LARGEST})"
+            )
 
 
 class Orthogonal(_Scaled):
@@ -156,7 +171,7 @@ def from_string(text: str | float) -> Initializer:
     if match is None or (match[1] and match[2] in "NA"):
         raise Mistake(f"unknown initializer {text!r}: write one of {STRINGS}")
     literal, letter, value = match[1], match[2], float(match[3])
-    if value > 1e30:
+    if value > LARGEST:
         raise Mistake(f"initializer {text!r}: a float32 has no such weights")
     if letter == "N":
         return Normal(value)
@@ -176,6 +191,8 @@ def initial_weights(
     absolute = rule.nonnegative(net)
 
     def draw(initializer: Initializer, name: str, shape: Shape) -> Tensor:
+        if prod(shape) >= MOST:
+            raise Mistake(f"arch: {name} would have the shape {shape}, more numbers than any memory holds")
         tensor = initializer.draw(shape, stream(seed, name))
         if name not in absolute and (name == "W1" or not initializer.nonnegative):
             return tensor

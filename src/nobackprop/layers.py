@@ -7,6 +7,9 @@
 | `hebbian(h, d)` | d h^T, d | correlation of h and d, summed over positions; both are means over the samples |
 
 A learning rule decides which error d reaches a layer and which M stands in for W; the rest is here, once for all rules.
+
+Under torch's autocast the products alone are computed in its shorter type; what comes out is in the type of what went
+in. Rules live by small differences, such as LRA-E's h - f(z - beta d), which are zero between numbers of eight bits.
 """
 
 from dataclasses import dataclass
@@ -38,14 +41,14 @@ class Dense:
         return (self.units,)
 
     def forward(self, W: Tensor, b: Tensor | None, h: Tensor) -> Tensor:
-        return F.linear(h.flatten(1), W, b)  # (N, units)
+        return like_type(F.linear(h.flatten(1), W, b), W)  # (N, units)
 
     def feedback(self, M: Tensor, e: Tensor, like: Tensor) -> Tensor:
-        return (e @ M).view_as(like)  # (N, *in_shape)
+        return like_type(e @ M, e).view_as(like)  # (N, *in_shape)
 
     def hebbian(self, h: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         d = d / len(d)
-        return d.mT @ h.flatten(1), d.sum(0)  # (units, inputs), (units,)
+        return like_type(d.mT @ h.flatten(1), d), d.sum(0)  # (units, inputs), (units,)
 
 
 @dataclass(frozen=True)
@@ -78,21 +81,39 @@ class Conv:
         return (self.channels, height, width)
 
     def forward(self, W: Tensor, b: Tensor | None, h: Tensor) -> Tensor:
-        return F.conv2d(h, W, b, self.stride, self.padding)  # (N, channels, H', W')
+        return like_type(F.conv2d(h, W, b, self.stride, self.padding), W)  # (N, channels, H', W')
 
     def feedback(self, M: Tensor, e: Tensor, like: Tensor) -> Tensor:
-        return conv2d_input(like.shape, M, e, self.stride, self.padding)  # (N, C, H, W)
+        down = conv2d_input(like.shape, *_autocast(M, e), self.stride, self.padding)  # (N, C, H, W)
+        return like_type(down, e)
 
     def hebbian(self, h: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-        W = d.new_empty(1).expand(self.weight_shape(tuple(h.shape[1:])))  # for its shape alone
+        short_h, short_d = _autocast(h, d)
+        W = short_d.new_empty(1).expand(self.weight_shape(tuple(h.shape[1:])))  # for its shape alone
         stride, padding = [self.stride] * 2, [self.padding] * 2
         _, dW, db = torch.ops.aten.convolution_backward(
-            d, h, W, [self.channels], stride, padding, [1, 1], False, [0, 0], 1, [False, True, True]
+            short_d, short_h, W, [self.channels], stride, padding, [1, 1], False, [0, 0], 1, [False, True, True]
         )
-        return dW / len(d), db / len(d)
+        if short_d is not d:
+            db = d.sum((0, 2, 3))  # no product
+        return like_type(dW, d) / len(d), db / len(d)
 
 
 Layer = Dense | Conv
+
+
+def like_type(product: Tensor, like: Tensor) -> Tensor:
+    """The product in the type of `like`, from which autocast may have shortened it."""
+    return product if product.dtype == like.dtype else product.to(like.dtype)
+
+
+def _autocast(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as autocast gives them to a convolution; of a convolution's derivatives it does not know."""
+    device = a.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return a, b
+    short = torch.get_autocast_dtype(device)
+    return a.to(short), b.to(short)
 
 
 def _positive(layer: Layer, *fields: str) -> None:

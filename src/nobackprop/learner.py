@@ -14,9 +14,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from nobackprop.batches import EvalBatches, TrainBatches
+from nobackprop.hardware import COMPILER_ERRORS, first_line, too_little_memory
 from nobackprop.layers import Conv
 from nobackprop.losses import Loss
 from nobackprop.metrics import Scores
+from nobackprop.mistakes import Mistake
 from nobackprop.network import Network
 from nobackprop.parallel import mean_over_processes
 from nobackprop.pixels import Pixels
@@ -43,9 +45,9 @@ class Learner(LightningModule):
     A stack of one calls the rule directly, a larger one under `torch.func.vmap`. Of each seed the weights with the best
     validation accuracy are kept, and tested at the end. A seed that diverges (NaN or infinite loss) or whose patience
     is over counts as stopped, and the others go on. `weights` are those that each seed starts from, by its number;
-    `batches`, `validation` and `test` make the data loaders. `compile` has torch.compile make the rule's gradients. As
-    one of several processes (`rank` of `ranks`) it sees its part of each mini-batch, and steps with the mean gradient
-    of all.
+    `batches`, `validation` and `test` make the data loaders. `compile` has torch.compile make the rule's gradients;
+    where that fails and `uncompiled` is given, it is told why, and training goes on without. As one of several
+    processes (`rank` of `ranks`) it sees its part of each mini-batch, and steps with the mean gradient of all.
     """
 
     def __init__(
@@ -65,13 +67,16 @@ class Learner(LightningModule):
         l2: float = 0.0,
         patience: int | None = None,
         compile: bool = False,
+        uncompiled: Callable[[str], None] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.net, self.rule, self.loss, self.pixels = net, rule, loss, pixels
         self.batches, self.validation, self.test = batches, validation, test
         self.make_optimizer, self.make_schedule = optimizer, schedule
-        self.update, self.l2, self.patience, self.compiled = UPDATES[update], l2, patience, compile
+        self.update, self.l2, self.patience = UPDATES[update], l2, patience
+        self.to_compile, self.uncompiled = compile, uncompiled
+        self.compiled = False  # what really happened
         self.seeds, self.alone = tuple(weights), len(weights) == 1
         names = next(iter(weights.values()))
         self.w = nn.ParameterDict({n: _fixed(torch.stack([w[n] for w in weights.values()])) for n in names})
@@ -121,6 +126,8 @@ class Learner(LightningModule):
         samples, noise, logits = x.shape[1] * self.ranks, self._noise(x), []
         if self.alone:
             x, y, noise = x[0], y[0], self._without_axis(noise)
+        if self.to_compile:
+            self._compile(x, y, noise)
         for phase in self.phases:
             for p in self.weights.values():
                 p.grad = None  # also: without a gradient from the rule, the optimizer leaves p alone, weight decay too
@@ -144,8 +151,21 @@ class Learner(LightningModule):
             grads, logits = phase(net, w, Batch(x, y, loss, noise))
             return grads, [] if logits is None else [logits]
 
-        over_seeds = self._over_seeds(outputs)
-        return torch.compile(over_seeds, dynamic=False) if self.compiled else over_seeds
+        return self._over_seeds(outputs)
+
+    def _compile(self, *batch: Any) -> None:
+        """Compiles all phases of the rule for the tensors of a step, before that step moves a weight."""
+        self.to_compile = False
+        try:
+            compiled = [torch.compile(phase, dynamic=False) for phase in self.phases]
+            for phase in compiled:
+                phase(self.stack, *batch)
+        except COMPILER_ERRORS as e:  # if it is the rule's own error, the step will meet it again
+            if self.uncompiled is None:
+                raise
+            self.uncompiled(first_line(e))
+        else:
+            self.phases, self.compiled = compiled, True
 
     def _over_seeds(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` of one seed, for tensors without an axis of seeds where there is one, under vmap where more."""
@@ -185,7 +205,16 @@ class Learner(LightningModule):
         """Trains on k mini-batches: pixels (k, S, N, C, H, W), labels (k, S, N)."""
         pixels, labels = chunk
         y = self.loss.target(labels.flatten(), self.w["W1"].dtype).unflatten(0, labels.shape)
-        steps = [self.step(self.inputs(p), t) for p, t in zip(pixels, y, strict=True)]
+        try:
+            steps = [self.step(self.inputs(p), t) for p, t in zip(pixels, y, strict=True)]
+        except (RuntimeError, MemoryError) as e:
+            if not too_little_memory(e):
+                raise
+            stacked = f"; stack=false trains the {len(self.seeds)} seeds one after another" * (not self.alone)
+            raise Mistake(
+                f"a step on {labels.shape[2]} images takes more memory than there is ({first_line(e)}): use a smaller "
+                f"batch_size or arch, or recompute=true{stacked}"
+            ) from e
         if logits := [z for z in steps if z is not None]:
             self.train_scores.update(torch.cat(logits, 1), labels.transpose(0, 1).flatten(1))
 
@@ -271,11 +300,13 @@ class Learner(LightningModule):
             checkpoint["state_dict"] |= self.train_scores.state_dict(prefix="train_scores.")
         checkpoint["steps"] = self.steps
         checkpoint["wall_s"] = self.wall_s
+        checkpoint["compiled"] = self.compiled
         checkpoint["progress"] = [vars(p) for p in self.progress]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.steps = checkpoint["steps"]
         self.spent_s = checkpoint["wall_s"]
+        self.compiled = checkpoint.get("compiled", False)  # which those of before did not say
         self.progress = [Progress(**p) for p in checkpoint["progress"]]
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nobackprop.activations import Activation, activation
-from nobackprop.layers import Conv, Dense, Layer, Shape
+from nobackprop.layers import Conv, Dense, Layer, Shape, like_type
 from nobackprop.mistakes import Mistake
 
 Weights = Mapping[str, Tensor]
@@ -92,8 +92,8 @@ class Network:
         if like.ndim == 4 and like.stride(1) == 1:  # channels last in memory, and so is the result: B is the smaller
             _, C, H, W = like.shape
             B = B.view(C, H, W, -1).permute(1, 2, 0, 3).flatten(0, 2)
-            return F.linear(e, B).view(-1, H, W, C).permute(0, 3, 1, 2)
-        return F.linear(e, B).view_as(like)
+            return like_type(F.linear(e, B), e).view(-1, H, W, C).permute(0, 3, 1, 2)
+        return like_type(F.linear(e, B), e).view_as(like)
 
     def hebbian(self, l: int, h: Tensor, d: Tensor) -> dict[str, Tensor]:
         """Gradients of W and b of layer l, by name, from its input h and the error d at its z (means over samples)."""

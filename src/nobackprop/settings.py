@@ -74,7 +74,7 @@ class InitSettings(_Strict):
 class TrainerSettings(_Strict):
     """conf/trainer: what of Lightning's Trainer may be set; all else would break the count of epochs and steps."""
 
-    accelerator: str
+    accelerator: Literal["auto", "cpu", "gpu", "cuda"]
     strategy: Literal["auto", "ddp"]
     devices: PositiveInt | Annotated[list[NonNegativeInt], Field(min_length=1)] | Literal["auto"]
     num_nodes: PositiveInt

@@ -102,6 +102,8 @@ def train(cfg: DictConfig, console: Console | None = None, wait_for_others: bool
                 f"optimizer {s.optimizer['_target_']} mixes the seeds of a stack or can't step without autograd: "
                 "choose an elementwise optimizer (sgd, adam, adamw, rmsprop), or train one seed at a time: stack=false"
             )
+        if s.compile:
+            hardware.check_compiler(run.device)
         dataset = run.source.load()
         _check_data(run, done.values(), dataset.fingerprint)
         tasks = _tasks(run, dataset, missing)
@@ -255,8 +257,13 @@ def _fit_unless_busy(run: Run, dataset: Dataset, group: Group, screen: Screen, w
         return {seed: done[seed] for seed in seeds}
 
 
-def _learner(run: Run, dataset: Dataset, tasks: Sequence[Task], steps: int) -> Learner:
-    """What trains a group of seeds, for that many mini-batches, from their initial weights."""
+def _learner(
+    run: Run, dataset: Dataset, tasks: Sequence[Task], steps: int, uncompiled: Callable[[str], None]
+) -> Learner:
+    """What trains a group of seeds, for that many mini-batches, from their initial weights.
+
+    Where torch's compiler is this program's choice and fails, `uncompiled` is told why.
+    """
     s = run.settings
     relabels = [t.relabel for t in tasks]
     return Learner(
@@ -276,6 +283,7 @@ def _learner(run: Run, dataset: Dataset, tasks: Sequence[Task], steps: int) -> L
         l2=s.l2,
         patience=s.patience,
         compile=s.compile if s.compile is not None else _repaid(run, steps),
+        uncompiled=uncompiled if s.compile is None else None,
     )
 
 
@@ -285,7 +293,8 @@ def _fit(run: Run, dataset: Dataset, group: Group, screen: Screen) -> list[Recor
     seeds = [t.seed for t in tasks]
     per_epoch = batches_per_epoch(tasks[0], s.batch_size)
     steps = min(s.max_epochs * per_epoch, s.max_steps or s.max_epochs * per_epoch)
-    make = partial(_learner, run, dataset, tasks, steps)
+    uncompiled = "{}: trains uncompiled, since torch.compile fails here: {}".format
+    make = partial(_learner, run, dataset, tasks, steps, lambda why: screen.print(uncompiled(title, why)))
     about = About(run=run.folder.name, seeds=seeds, fingerprint=dataset.fingerprint, commits=[_code()])
     folder = about.folder(run.folder)
     loggers = []
@@ -382,8 +391,9 @@ def _write(run: Run, tasks: Sequence[Task], learner: Learner, finished: Sequence
 
 
 def _repaid(run: Run, steps: int) -> bool:
+    """Whether compiling, half a minute once, makes a training of so many mini-batches shorter."""
     convolutional = any(isinstance(layer, Conv) for layer in run.net.layers)
-    return steps >= COMPILE_FROM[convolutional] and hardware.can_compile(run.device)
+    return steps >= COMPILE_FROM[convolutional]
 
 
 def _record(run: Run, dataset: Dataset, t: Task, learner: Learner, i: int, wall: float, about: About) -> Record:
