@@ -24,6 +24,7 @@ from nobackprop import checkpoints
 from nobackprop.launchers import Job, Launcher, Outcome, note
 from nobackprop.preparation import prepare
 from nobackprop.records import Record, mean_and_deviation, other_code, tested
+from nobackprop.sentences import about_files, check_writable
 from nobackprop.settings import Settings
 from nobackprop.stopping import Stopped
 from nobackprop.train import left_off, recorded
@@ -40,16 +41,18 @@ class Earlier:
 
 
 def look(job: Job) -> Earlier:
-    """Raises Mistake for a config that can't work and for damaged records."""
-    run = prepare(job.config)
-    done = recorded(run)
-    missing = [seed for seed in run.settings.seeds if seed not in done]
-    before = ""
-    if (error := job.file("error")).exists():
-        before = f"failed before ({(error.read_text().strip().splitlines() or [''])[-1]}), is tried again"
-    folders = left_off(run, missing, run.source.checksum).values()
-    if steps := [checkpoints.step(path) for folder in folders for path in folder.glob("*.ckpt")]:
-        before = f"was interrupted, goes on from step {max(steps)}"
+    """Raises Mistake for a config that can't work, a folder that can't be written to, and damaged records."""
+    with about_files(job.config):
+        run = prepare(job.config)
+        check_writable(Path(run.settings.paths.runs))
+        done = recorded(run)
+        missing = [seed for seed in run.settings.seeds if seed not in done]
+        before = ""
+        if (error := job.file("error")).exists():
+            before = f"failed before ({(error.read_text().strip().splitlines() or [''])[-1]}), is tried again"
+        folders = left_off(run, missing, run.source.checksum).values()
+        if steps := [checkpoints.step(path) for folder in folders for path in folder.glob("*.ckpt")]:
+            before = f"was interrupted, goes on from step {max(steps)}"
     return Earlier(run.settings, [done[seed] for seed in run.settings.seeds if seed in done], len(missing), before)
 
 

@@ -84,7 +84,7 @@ def train(cfg: DictConfig, console: Console | None = None, wait_for_others: bool
             text += f", trained by {other} (another paths.runs trains them again)"
         if run.diagnostics:
             text += ", and stay without diagnostics if they were trained without: use another paths.runs to have them"
-        console.print(text, highlight=False, soft_wrap=True)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     if missing:
         parallel, stack = isinstance(run.strategy, DataParallel), stacks(run)
         if stack and len(missing) > 1 and not keeps_seeds_apart(run.optimizer):
