@@ -16,7 +16,18 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from nobackprop.mistakes import Mistake
-from nobackprop.sentences import COMPOSING, CONF, about_files, check, check_writable, close, composing, home, leaves
+from nobackprop.sentences import (
+    COMPOSING,
+    CONF,
+    about_files,
+    answering,
+    check,
+    check_writable,
+    close,
+    composing,
+    home,
+    leaves,
+)
 
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
@@ -143,27 +154,25 @@ def main() -> None:
     The exit status is 0 if all went well, 1 for a mistake or a job that failed, 2 for an option that is none, 130 for
     Ctrl-C and 143 for SIGTERM.
     """
-    texts = [home(text) for text in sys.argv[1:]]
+    texts = [home("dry_run=true" if text == "--dry-run" else text) for text in sys.argv[1:]]
     if "--version" in texts:
         print(_version())
         return
-    args, sys.argv[1:] = _in_order(["dry_run=true" if text == "--dry-run" else text for text in texts])
+    args, sys.argv[1:] = _in_order(texts)
     if FULL_ERROR:
         run()
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra leaves errors to the lines below
-    try:
-        if not args.shell_completion:
-            check(args.overrides)
-        run()
-    except Mistake as e:
-        sys.exit(f"nobackprop: {e}")
-    except COMPOSING as e:
-        folders = [Path(args.config_dir).absolute(), CONF] if args.config_dir else [CONF]
-        sys.exit(f"nobackprop: {composing(e, args.overrides, folders)}")
-    except KeyboardInterrupt:
-        sys.stderr.write("nobackprop: interrupted; the same command goes on\n")
-        sys.exit(130)
+    with answering("nobackprop"):
+        try:
+            if not args.shell_completion:
+                check(args.overrides)
+            run()
+        except Mistake:
+            raise
+        except COMPOSING as e:
+            folders = [Path(args.config_dir).absolute(), CONF] if args.config_dir else [CONF]
+            raise Mistake(composing(e, args.overrides, folders)) from e
     launcher: Any = sys.modules.get("hydra_plugins.nobackprop_launcher")  # where a multirun has counted
     if launcher and launcher.SweepLauncher.failed:
         sys.exit(1)
@@ -176,9 +185,9 @@ def _in_order(texts: Sequence[str]) -> tuple[Namespace, list[str]]:
     if not wrong:
         args, wrong = parser.parse_known_intermixed_args(texts)
     if wrong:
-        known = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
-        plain = wrong[0].lstrip("-")
-        hint = f": write {plain}" if "=" in plain else close(wrong[0], [*known, "--dry-run"])
+        known = [name for action in parser._actions for name in action.option_strings if len(name) > 3]
+        key, equals, value = wrong[0].lstrip("-").partition("=")
+        hint = f": write {key.replace('-', '_')}={value}" if equals else close(key, ["--dry-run", *known])
         parser.exit(2, f"nobackprop: there is no option {wrong[0]}{hint}\n")
     others = list(texts)
     for text in args.overrides:

@@ -14,7 +14,7 @@ import hydra
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
@@ -32,7 +32,9 @@ def close(name: str, names: Iterable[str]) -> str:
     """`. Did you mean ...?` with the names that are most like this one; empty where none is."""
     plain = {_plain(other): other for other in names}
     wanted = _plain(name)
-    found = get_close_matches(wanted, plain, 1) or [text for text in plain if len(wanted) > 2 and wanted in text][:3]
+    same, starting = [t for t in plain if t == wanted], [t for t in plain if t.startswith(wanted)]
+    holding = [t for t in plain if wanted in t]
+    found = (same or starting or get_close_matches(wanted, plain, 1) or holding)[:3]
     return f". Did you mean {' or '.join(plain[text] for text in found)}?" if found else ""
 
 
@@ -123,7 +125,7 @@ def first(override: Override) -> str:
 # Composing
 
 
-def composing(error: Exception, overrides: Sequence[str], folders: Sequence[Path]) -> str:
+def composing(error: Any, overrides: Sequence[str], folders: Sequence[Path]) -> str:
     """The sentence on one of `COMPOSING`; `folders` are those of the configs, the user's own first."""
     message, cause = str(error), error.__cause__ or error
     if isinstance(cause, yaml.YAMLError | ValueError | GrammarParseError):
@@ -138,8 +140,10 @@ def composing(error: Exception, overrides: Sequence[str], folders: Sequence[Path
                 for number, line in enumerate(path.read_text().splitlines(), 1):
                     if line.lstrip("# ").strip() == header[1]:
                         return f"{path}, line {number}: write # @package and one name, as in # @package _global_"
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
-        return _no_such_option(error.missing_cfg_file, error.options, folders)
+    if option := re.search(r"Could not find '(.*)'\s*Available options in '(.*)'", message):
+        path, group = option.groups()
+        name, names = path.removeprefix(f"{group}/"), sorted({*options(group, folders), *error.options})
+        return f"there is no {group}={name}; choose one of {', '.join(names)}{close(name, names)}"
     if several := re.match(r"Ambiguous value for argument '([^=]*)=(.*)'", message):
         key, values = several.groups()
         instead = "" if (CONF / key).is_dir() else f"; a list is written {key}=[{values}]"
@@ -164,16 +168,6 @@ def _named(error: BaseException) -> str | None:
     return getattr(getattr(error, "problem_mark", error), "name", None)
 
 
-def _no_such_option(name: str, found: Sequence[str], folders: Iterable[Path]) -> str:
-    """The sentence on a choice, as `rule/lrae`, that is not there; Hydra has `found` those of the innermost folder."""
-    group, _, choice = name.partition("/")
-    choices = options(group, folders)
-    if not choices:  # one of Hydra's own groups
-        group, _, choice = name.rpartition("/")
-        choices = [*found]
-    return f"there is no {group}={choice}; choose one of {', '.join(choices)}{close(choice, choices)}"
-
-
 def _no_such_key(path: str, overrides: Iterable[str], folders: Sequence[Path]) -> str:
     """The sentence on a key that is not there, as `rule.bta`; empty where another mistake comes first."""
     *parents, key = path.split(".")
@@ -186,6 +180,8 @@ def _no_such_key(path: str, overrides: Iterable[str], folders: Sequence[Path]) -
     except COMPOSING:
         return ""
     node = OmegaConf.select(cfg, ".".join(parents)) if parents else cfg
+    if node is None:  # Hydra's own
+        return ""
     if not OmegaConf.is_dict(node):
         return f"there is no key {path}: {'.'.join(parents)} is {node!r}, without keys of its own"
     names = [str(name) for name in node] + ([] if parents else ["tuned"])
