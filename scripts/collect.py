@@ -13,8 +13,6 @@ import argparse
 from pathlib import Path
 
 from nobackprop.collecting import collect, table, write_table
-from nobackprop.mistakes import Mistake
-from nobackprop.sentences import answering
 
 
 def main() -> None:
@@ -23,12 +21,14 @@ def main() -> None:
     parser.add_argument("--into", type=Path, metavar="FILE.jsonl", help="where to append what is new")
     parser.add_argument("--table", type=Path, metavar="FILE", help="a table of all records: .csv or .parquet")
     options = parser.parse_args()
-    with answering("collect.py"):
+    try:
         found = collect(options.runs, options.into)
         if options.table:
             write_table(table(found.records.values()), options.table)
-        if not found.records and not found.unreadable:
-            raise Mistake(f"no run records in {', '.join(map(str, options.runs))}")
+    except (ValueError, OSError) as e:
+        parser.exit(2, f"collect.py: {e}\n")
+    if not found.records and not found.unreadable:
+        parser.exit(2, f"collect.py: no run records in {', '.join(map(str, options.runs))}\n")
     for problem in found.unreadable + found.conflicts:
         print(problem)
     print(f"{len(found.records)} records of {len({signature for signature, _ in found.records})} runs", end="")

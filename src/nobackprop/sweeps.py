@@ -41,18 +41,17 @@ class Earlier:
 
 
 def look(job: Job) -> Earlier:
-    """Raises Mistake for a config that can't work, a folder that can't be written to, and damaged records."""
-    with about_files(job.config):
-        run = prepare(job.config)
-        check_writable(Path(run.settings.paths.runs))
-        done = recorded(run)
-        missing = [seed for seed in run.settings.seeds if seed not in done]
-        before = ""
-        if (error := job.file("error")).exists():
-            before = f"failed before ({(error.read_text().strip().splitlines() or [''])[-1]}), is tried again"
-        folders = left_off(run, missing, run.source.checksum).values()
-        if steps := [checkpoints.step(path) for folder in folders for path in folder.glob("*.ckpt")]:
-            before = f"was interrupted, goes on from step {max(steps)}"
+    """Raises Mistake for a config that can't work and for damaged records, OSError for a folder it can't write to."""
+    run = prepare(job.config)
+    check_writable(Path(run.settings.paths.runs))
+    done = recorded(run)
+    missing = [seed for seed in run.settings.seeds if seed not in done]
+    before = ""
+    if (error := job.file("error")).exists():
+        before = f"failed before ({(error.read_text().strip().splitlines() or [''])[-1]}), is tried again"
+    folders = left_off(run, missing, run.source.checksum).values()
+    if steps := [checkpoints.step(path) for folder in folders for path in folder.glob("*.ckpt")]:
+        before = f"was interrupted, goes on from step {max(steps)}"
     return Earlier(run.settings, [done[seed] for seed in run.settings.seeds if seed in done], len(missing), before)
 
 
@@ -70,7 +69,8 @@ def run(jobs: Sequence[Job], launcher: Launcher, console: Console, dry_run: bool
 
     for i, job in enumerate(jobs):
         try:
-            found[i] = look(job)
+            with about_files(job.config):
+                found[i] = look(job)
         except Exception as e:
             outcomes[i] = Outcome.failure(e)
             say(i, f"failed: {outcomes[i].details}", "red")
