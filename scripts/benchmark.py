@@ -43,7 +43,6 @@ from torch.utils._pytree import tree_leaves
 
 from nobackprop import hardware, optimizers, records
 from nobackprop.batches import TrainBatches, task
-from nobackprop.cli import CONF
 from nobackprop.imagenet import ImageNet
 from nobackprop.initializers import Uniform, initial_weights
 from nobackprop.learner import Learner
@@ -57,6 +56,7 @@ from nobackprop.rules.dfa import DFA
 from nobackprop.rules.fa import FA
 from nobackprop.rules.lra_e import LRAE
 from nobackprop.rules.mdfa import MDFA
+from nobackprop.sentences import CONF
 from nobackprop.train import train
 
 RULES: dict[str, Rule] = {"bp": BP(), "fa": FA(), "dfa": DFA(), "mdfa": MDFA(), "lra_e": LRAE()}

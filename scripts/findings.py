@@ -15,7 +15,7 @@ from statistics import mean, stdev
 from typing import Annotated, Any, Literal
 
 import pandas as pd
-from grid import Cell, by_key, cells, load
+from grid import Cell, by_key, cells
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
@@ -31,10 +31,10 @@ from pydantic import (
 )
 
 from nobackprop.claims import Accuracies, Claims, Conditions, Labels, Result, interval, judge
-from nobackprop.cli import CONF
 from nobackprop.identity import digest, rule_name
 from nobackprop.mistakes import Mistake
 from nobackprop.records import Record
+from nobackprop.sentences import CONF, load
 from nobackprop.settings import Settings
 
 ROOT = Path(__file__).parents[1]

@@ -4,14 +4,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
-import yaml
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from nobackprop.cli import CONF
 from nobackprop.mistakes import Missing, Mistake
+from nobackprop.sentences import COMPOSING, CONF, check, close, composing, home, load
 
 TUNED = "+tuned@_global_="  # after an experiment, whose settings it replaces; plain tuned=... comes before it
 
@@ -43,22 +41,19 @@ class Cell:
 
 
 def composed(overrides: Iterable[str]) -> DictConfig:
-    """The config of these overrides."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", list(by_key(overrides).values()))
+    """The config of these overrides. Raises Mistake where they make none."""
+    given = [home(text) for text in by_key(overrides).values()]
+    check(given)
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose("train", given)
+    except COMPOSING as e:
+        raise Mistake(composing(e, given, [CONF])) from e
 
 
 def by_key(overrides: Iterable[str]) -> dict[str, str]:
     """Overrides by their keys; of several of one key the last one counts."""
     return {text.split("=", 1)[0]: text for text in overrides}
-
-
-def load(path: Path) -> Any:
-    """A YAML file's content. Raises Mistake, naming file and line, where it is none, or has a key twice."""
-    try:
-        return OmegaConf.to_container(OmegaConf.load(path))
-    except (yaml.YAMLError, OSError) as e:
-        raise Mistake(" ".join(f"{path}: {e}".split())) from None
 
 
 def cells(paper: str) -> Iterator[Cell]:
@@ -68,7 +63,7 @@ def cells(paper: str) -> Iterator[Cell]:
     """
     papers = sorted(path.stem for path in (CONF / "grid").glob("*.yaml"))
     if paper not in papers:
-        raise Mistake(f"no grid for paper {paper!r}: choose one of {', '.join(papers)}")
+        raise Mistake(f"no grid for paper {paper!r}: choose one of {', '.join(papers)}{close(paper, papers)}")
     for grid in load(CONF / "grid" / f"{paper}.yaml"):
         for choices in product(*(axis.items() for axis in grid.values())):
             labels = {axis: str(label) for axis, (label, _) in zip(grid, choices, strict=True)}
@@ -86,9 +81,11 @@ def select(every: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
             known.setdefault(axis, set()).add(label)
     for axis, choices in wanted.items():
         if axis not in known:
-            raise Mistake(f"--only {axis}=...: no such axis; choose from {', '.join(known)}")
-        if unknown := set(choices) - known[axis]:
-            raise Mistake(f"--only {axis}={','.join(sorted(unknown))}: choose from {', '.join(sorted(known[axis]))}")
+            raise Mistake(f"--only {axis}=...: no such axis; choose from {', '.join(known)}{close(axis, known)}")
+        if unknown := sorted(set(choices) - known[axis]):
+            there = sorted(known[axis])
+            told = f"choose from {', '.join(there)}{close(unknown[0], there)}"
+            raise Mistake(f"--only {axis}={','.join(unknown)}: {told}")
     fitting = [c for c in every if all(c.labels.get(axis) in choices for axis, choices in wanted.items())]
     if not fitting:
         raise Mistake(f"no cell fits --only {' '.join(only)}: these choices do not occur together")

@@ -7,16 +7,16 @@
 What is recorded already is not run again; a cell that fails does not end the others; cells whose settings are still to
 be searched (scripts/tune.py) are named and passed over. `--set` takes further overrides for every cell, as the command
 `nobackprop` takes them; `--set launcher=slurm launcher.partition=...` submits the cells to a cluster. Ends with a table
-of all cells; exit status 1 if any failed.
+of all cells; exit status 1 if any failed or the command has a mistake.
 """
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from grid import Cell, cells, select
-from hydra.errors import HydraException
 from rich.console import Console
+
+from nobackprop.sentences import answering
 
 
 def run(chosen: Sequence[Cell], further: Sequence[str], console: Console, dry: bool) -> bool:
@@ -53,11 +53,9 @@ def main() -> None:
     further += [] if options.seeds is None else [f"seeds={options.seeds}"]
     further += [] if options.epochs is None else [f"max_epochs={options.epochs}"]
     further += [] if options.jobs is None else ["launcher=joblib", f"launcher.workers={options.jobs}"]
-    try:
+    with answering("reproduce.py"):
         chosen = select(list(cells(options.paper)), options.only)
         well = run(chosen, further, Console(), options.dry_run)
-    except (ValueError, FileNotFoundError, HydraException) as error:
-        parser.exit(2, f"{Path(__file__).name}: {error}\n")
     parser.exit(0 if well else 1)
 
 

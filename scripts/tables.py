@@ -24,6 +24,7 @@ from nobackprop.claims import Claims, Result
 from nobackprop.collecting import collect
 from nobackprop.mistakes import Mistake
 from nobackprop.records import Record, write_atomically
+from nobackprop.sentences import answering
 
 SIGNS, FEWER = "†‡§¶‖⋆", "fewer epochs than planned"  # as many signs as a table can have kinds of departure
 TEX = str.maketrans({"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "±": r"$\pm$", "°": r"$^\circ$"})
@@ -466,10 +467,8 @@ def command(description: str | None, make: Callable[[Path, Path], Mapping[Path, 
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     options = parser.parse_args()
-    try:
+    with answering(parser.prog):
         replace_with(make(options.results, options.readme), options.results)
-    except (ValueError, OSError) as e:
-        parser.exit(2, f"{parser.prog}: {e}\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ The cells are those of conf/grid/<grid>.yaml that take a file of tuned settings,
 that file once a cell has all its trials. The trials are the points of a scrambled Halton sequence, so more trials go on
 where fewer ended, and every cell tries the same rates. Each trial is an ordinary run on one seed: what is recorded is
 not run again. The best validation accuracy decides, never a test figure; a trial that diverges counts as 0. Ends with a
-table; exit status 1 if all trials of a cell diverged.
+table; exit status 1 if all trials of a cell diverged or the command has a mistake.
 """
 
 import argparse
@@ -17,8 +17,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Annotated, Any
 
-from grid import TUNED, Cell, cells, composed, load, select
-from hydra.errors import HydraException
+from grid import TUNED, Cell, cells, composed, select
 from omegaconf import OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 from rich.console import Console
@@ -27,11 +26,11 @@ from rich.table import Table
 from scipy.stats import qmc
 
 from nobackprop import hardware, records
-from nobackprop.cli import CONF
 from nobackprop.launchers import Job, Joblib
 from nobackprop.mistakes import Mistake
 from nobackprop.preparation import prepare
 from nobackprop.records import Record
+from nobackprop.sentences import CONF, answering, close, load
 
 Setting = bool | int | float | str
 Point = dict[str, Setting]
@@ -81,7 +80,7 @@ class Search(BaseModel):
         """Raises Mistake for a search that does not exist or a file that is no search, saying what is wrong."""
         names = sorted(path.stem for path in (CONF / "search").glob("*.yaml"))
         if name not in names:
-            raise Mistake(f"no search {name!r}: choose one of {', '.join(names)}")
+            raise Mistake(f"no search {name!r}: choose one of {', '.join(names)}{close(name, names)}")
         path = CONF / "search" / f"{name}.yaml"
         search = cls.of(load(path), str(path))
         known = {choice for cell in cells(name) for choice in cell.labels.items()}
@@ -232,7 +231,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     console = Console()
-    try:
+    with answering("tune.py"):
         search = Search.read(options.search)
         given = {key: value for key in ("trials", "epochs") if (value := getattr(options, key)) is not None}
         search = Search.of(search.model_dump() | given, "the command")
@@ -246,10 +245,6 @@ def main() -> None:
             found.append(each)
             if each.accuracy and each.cell.tuned is not None:
                 write(each, options.search, search, options.set, each.cell.tuned)
-    except (ValueError, FileNotFoundError, HydraException) as error:
-        parser.exit(2, f"{Path(__file__).name}: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"{Path(__file__).name}: stopped; the same command goes on from here\n")
     console.print(table(found))
     parser.exit(0 if all(each.accuracy for each in found) else 1)
 

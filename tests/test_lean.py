@@ -13,6 +13,13 @@ def after_a_lean_start(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
+def test_lightning_waits_until_it_is_asked_for() -> None:
+    code = "loaded = [name for name in sys.modules if 'lightning' in name or 'torchmetrics' in name]\n"
+    code += "import lightning_fabric, torchmetrics, pytorch_lightning\n"
+    code += f"print(loaded, {{*sys.modules}} & {{*{HEAVY}}})"
+    assert after_a_lean_start(code) == "[] set()"
+
+
 def test_a_run_needs_nothing_heavy() -> None:
     code = f"""
 import torch

@@ -121,3 +121,42 @@ def test_a_choice_that_is_not_there_is_named(only: list[str], message: str) -> N
         grid.select(list(grid.cells("lra_e")), only)
     with pytest.raises(ValueError, match=f"no grid for paper 'none': choose one of {', '.join(PAPERS)}"):
         list(grid.cells("none"))
+    with pytest.raises(ValueError, match=r"Did you mean mdfa\?$"):
+        list(grid.cells("MDFA"))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["lrae"], "no grid for paper 'lrae': .* Did you mean lra_e\\?"),
+        (["lra_e", "--only", "rule=lrae"], "--only rule=lrae: choose from .*lra_e\\. Did you mean lra_e\\?"),
+        (["lra_e", "--only", "rul=bp"], "--only rul=...: no such axis; .*\\. Did you mean rule\\?"),
+        (
+            ["mdfa", "--only", "rule=bp", "--set", "optimizer.lrr=1"],
+            "there is no key optimizer.lrr; .* Did you mean lr\\?",
+        ),
+        (
+            ["mdfa", "--only", "rule=bp", "--set", "dataset=MNIST"],
+            "there is no dataset=MNIST; .* Did you mean mnist\\?",
+        ),
+        (
+            ["mdfa", "--only", "rule=bp", "--set", "~logger"],
+            "~logger: logger can't be taken out of a run; write logger=none",
+        ),
+        (["mdfa", "--only", "rule=bp", "--jobs", "0"], "launcher.workers: Input should be greater than 0"),
+    ],
+)
+def test_a_mistake_ends_in_one_sentence(monkeypatch: pytest.MonkeyPatch, given: list[str], told: str) -> None:
+    monkeypatch.setattr("sys.argv", ["reproduce.py", *given, "--dry-run"])
+    with pytest.raises(SystemExit, match=f"^reproduce.py: {told}"):
+        reproduce.main()
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slip(*_: object) -> None:
+        raise ValueError("too many values to unpack")
+
+    monkeypatch.setattr(reproduce, "run", slip)
+    monkeypatch.setattr("sys.argv", ["reproduce.py", "mdfa"])
+    with pytest.raises(ValueError, match="too many values"):
+        reproduce.main()

@@ -1,5 +1,6 @@
 """Sweeps: what is skipped, goes on and is repeated; locks; signals; dry runs; the table."""
 
+import errno
 import fcntl
 import io
 import os
@@ -218,6 +219,32 @@ def test_a_sweep_skips_repeats_goes_on_and_tells(
     diverged = outcomes[0].records[0].model_copy(update={"diverged_epoch": 2})
     assert Outcome("finished", records=[diverged, outcomes[0].records[1]]).objective == pytest.approx(best[1] / 2)
     assert Outcome("failed").objective is None
+
+
+@pytest.mark.parametrize(
+    ("error", "details"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), r"\S+/runs can't be used for records, .*: No space left .*"),
+        (ChildProcessError("a process that trained a seed was killed"), "a process that trained a seed was killed"),
+        (ValueError("a slip"), r'Traceback .*(?s:.*)File ".*(?s:.*)ValueError: a slip\n'),
+    ],
+)
+def test_a_job_tells_what_went_wrong_and_of_a_fault_where(
+    config: Config, console: Console, monkeypatch: pytest.MonkeyPatch, error: Exception, details: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(launchers, "train", fail)
+    outcome = launchers.attempt(Job("", config()), console, wait_for_others=True)
+    assert outcome.state == "failed"
+    assert re.fullmatch(details, outcome.details)
+
+
+def test_a_job_whose_folder_cannot_be_made_fails_before_it_is_trained(config: Config, console: Console) -> None:
+    (outcome,) = sweeps.run([Job("a", config("paths.runs=/dev/null/runs"))], Basic(), console)
+    assert outcome.reason.startswith("/dev/null can't be used for records, weights and checkpoints: Not a directory")
+    assert "1/1 a: failed: /dev/null can't be used" in shown(console)
 
 
 def test_a_dry_run_writes_nothing_and_estimates_by_earlier_records(

@@ -103,15 +103,15 @@ def test_a_key_that_is_there_twice_is_named(monkeypatch: pytest.MonkeyPatch, tmp
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "compare.yaml").write_text(text)
     monkeypatch.setattr(tune, "CONF", tmp_path)
-    with pytest.raises(
-        ValueError, match=r"^\S*compare\.yaml: .*found duplicate key rule\.scale in.*line \d+, column 3$"
-    ):
+    with pytest.raises(ValueError, match=r"^\S*compare\.yaml, line \d+: found duplicate key rule\.scale$"):
         tune.Search.read("compare")
 
 
 def test_a_search_or_a_choice_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no search 'mdfa': choose one of compare, lra_e"):
         tune.Search.read("mdfa")
+    with pytest.raises(ValueError, match=r"no search 'lrae': .*\. Did you mean lra_e\?"):
+        tune.Search.read("lrae")
     space = SEARCH["space"] | {"rule.beta": {"low": 0.1, "high": 1.0, "when": {"rule": ["lra_e", "lra"]}}}
     (tmp_path / "search").mkdir()
     OmegaConf.save(SEARCH | {"space": space}, tmp_path / "search" / "lra_e.yaml")
@@ -164,9 +164,10 @@ def test_what_is_found_is_written_and_used_and_nothing_runs_twice(
     assert settings.init.backward == settings.init.forward
 
     monkeypatch.setattr(sys, "argv", ["tune.py", *command, "batch_size=20", "--runs", str(runs)])
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(
+        SystemExit, match=r"^tune\.py: .*bp\.yaml was found by `python scripts/tune\.py lra_e --trials 3"
+    ):
         tune.main()
-    assert "bp.yaml was found by `python scripts/tune.py lra_e --trials 3" in capsys.readouterr().err
     assert len([*runs.glob("*/seed1000/record.json")]) == 3
 
     monkeypatch.setattr(sys, "argv", ["tune.py", *command, "--runs", str(runs)])

@@ -1,26 +1,32 @@
 """What Weights & Biases gets, as far as it can be seen offline: one run a seed, whole after an interruption."""
 
+import io
 import json
 import subprocess
 import sys
 from functools import partial
 from itertools import product
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import pytest
 from conftest import CONF, Config, small
 from omegaconf import OmegaConf
+from rich.console import Console
 
 from nobackprop.callbacks import ResumePoint
+from nobackprop.cli import announce_mode
 from nobackprop.preparation import prepare
 from nobackprop.settings import Settings
+from nobackprop.tracking import wandb_logger
 from nobackprop.train import train
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Config:
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     """A small run on digits, of 20 mini-batches an epoch, that keeps W&B runs offline."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     return partial(small, tmp_path / "runs", "logger=wandb", "batch_size=64")
 
 
@@ -80,6 +86,42 @@ def test_each_seed_is_a_run_with_its_config_and_scores_that_is_finished(config: 
         assert summary["val/best_accuracy"] == record.validation
         assert record.best_epoch != len(record.epochs)
         assert summary["trainer/global_step"] == record.steps
+
+
+@pytest.mark.parametrize("machine", [False, True])
+def test_wandb_learns_where_it_was_trained_only_when_asked(config: Config, tmp_path: Path, machine: bool) -> None:
+    s = Settings.of(config("launcher=slurm", "launcher.account=mine", f"paths.data={tmp_path}/data"))
+    content = s.model_dump()
+    content["dataset"]["source"] |= {"root": f"{tmp_path}/images", "split": "a"}
+    given: Any = {key: value for key, value in s.logger.items() if not key.startswith("_")} | {"machine": machine}
+    run = wandb_logger(s.folder, 0, content, **given).experiment
+    run.log({"val/accuracy": 0.5})
+    run.finish()
+    kept = offline_run(s.folder / "seed0")
+    here = (gethostname(), str(tmp_path), str(Path.cwd()), sys.executable, sys.argv[0])
+    found = {text for text in here if f'"{text}' in json.dumps(kept)}
+    everything = b"".join(path.read_bytes() for path in (s.folder / "seed0").rglob("*") if path.is_file())
+    assert (gethostname() in found) == machine
+    assert (str(tmp_path).encode() in everything) == machine
+    assert machine or not found
+    update = kept["run"][0]["config"]["update"]
+    assert ("paths" in update, "launcher" in update) == (machine, machine)
+    assert update["dataset"]["source"]["split"] == "a"
+    assert content["paths"]["data"] == f"{tmp_path}/data"  # for the others who use it
+
+
+def test_wandb_is_online_only_when_the_user_says_so(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mode(*overrides: str) -> tuple[str, str]:
+        console = Console(file=io.StringIO(), width=200)
+        cfg = config(*overrides)
+        announce_mode(cfg, console)
+        assert isinstance(console.file, io.StringIO)
+        return Settings.of(cfg).logger["mode"], console.file.getvalue()
+
+    assert mode() == ("offline", "")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert mode() == ("online", "W&B is online by WANDB_MODE; logger.mode=... overrides it\n")
+    assert mode("logger.mode=disabled") == ("disabled", "")
 
 
 def test_seeds_of_a_config_are_a_group_and_a_sweep_may_be_one(config: Config) -> None:

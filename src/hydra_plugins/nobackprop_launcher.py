@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
@@ -9,7 +10,9 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nobackprop.cli import announce_mode, announce_tuned, answered, tuned_files
 from nobackprop.mistakes import Mistake
+from nobackprop.sentences import about_files, check_writable
 
 
 class SweepLauncher(Launcher):
@@ -17,47 +20,62 @@ class SweepLauncher(Launcher):
 
     failed: ClassVar[int] = 0  # jobs, of all batches
 
+    @answered
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Raises Mistake where the folder of the runs can't be written to, in which Hydra leaves a file."""
         self.context, self.config = hydra_context, config
+        if isinstance(runs := OmegaConf.select(config, "paths.runs"), str):
+            folder = Path(runs).expanduser()
+            with about_files(config):
+                check_writable(folder)
+            config.hydra.sweep.dir = str(folder)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Runs a batch of jobs. The value of each is its mean best validation accuracy, None if it failed."""
+        configs = [self.context.config_loader.load_sweep_config(self.config, list(job)) for job in job_overrides]
+        objectives = self._run(job_overrides, configs)
+        return [
+            JobReturn(overrides=overrides, cfg=config, status=JobStatus.COMPLETED, _return_value=objective)
+            for overrides, config, objective in zip(job_overrides, configs, objectives, strict=True)
+        ]
+
+    @answered
+    def _run(self, job_overrides: Sequence[Sequence[str]], configs: Sequence[DictConfig]) -> list[float | None]:
         from rich.console import Console
 
-        from nobackprop import launchers, sweeps  # torch takes seconds to import
-        from nobackprop.cli import announce_tuned
-
         console = Console()
-        jobs: list[launchers.Job] = []
         tuned: dict[str, bool] = {}  # whether Hydra found a file of that name
-        for overrides in job_overrides:
-            config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
+        for config in configs:
             runtime: Any = config.hydra.runtime
             if runtime.choices.tuned not in tuned:
-                tuned[runtime.choices.tuned] = announce_tuned(runtime, config, console)
+                used = tuned_files(runtime)
+                announce_tuned(used, config, console)
+                tuned[runtime.choices.tuned] = "tuned" in used
             with open_dict(config):
                 del config["hydra"]
-            same = {text.lower() for text in (*sys.argv, "dry_run=true")}  # Hydra writes False for false
-            varied = [text for text in filter_overrides(overrides) if text.lower() not in same]
-            jobs.append(launchers.Job(" ".join(varied) or "the run", config))
         if len(set(tuned.values())) > 1:
             text = "some jobs have such settings and others not; tuned=none compares them with the same"
             console.print(text, soft_wrap=True)
-        if any(job.config.launcher != jobs[0].config.launcher for job in jobs):
+        announce_mode(configs[0], console)
+        if any(config.launcher != configs[0].launcher for config in configs):
             raise Mistake("launcher: one for the whole sweep, not one a job")
-        trials = OmegaConf.select(self.config, "hydra.sweeper.n_trials")
-        if jobs[0].config.dry_run and trials:
-            console.print(f"the first {len(jobs)} of a search of {trials} trials:", highlight=False)
-        outcomes = sweeps.run(jobs, launchers.launcher_of(jobs[0].config), console, jobs[0].config.dry_run)
+        dry_run, trials = configs[0].dry_run, OmegaConf.select(self.config, "hydra.sweeper.n_trials")
+        if dry_run and trials:
+            console.print(f"the first {len(configs)} of a search of {trials} trials:", highlight=False)
+        from nobackprop import launchers, sweeps  # torch takes seconds to import
+
+        same = {text.lower() for text in (*sys.argv, "dry_run=true")}  # Hydra writes False for false
+        jobs = []
+        for overrides, config in zip(job_overrides, configs, strict=True):
+            varied = [text for text in filter_overrides(overrides) if text.lower() not in same]
+            jobs.append(launchers.Job(" ".join(varied) or "the run", config))
+        outcomes = sweeps.run(jobs, launchers.launcher_of(configs[0]), console, dry_run)
         SweepLauncher.failed += sum(outcome.state == "failed" for outcome in outcomes)
-        if jobs[0].config.dry_run:
+        if dry_run:
             raise SystemExit(min(SweepLauncher.failed, 1))
         if trials and (queued := sum(outcome.state == "queued" for outcome in outcomes)):
             raise Mistake(
                 f"a search goes on from what its trials came to, and {queued} are left to the cluster: use "
                 "launcher.wait=true, or give the same command again when they have ended"
             )
-        return [
-            JobReturn(overrides=overrides, cfg=job.config, status=JobStatus.COMPLETED, _return_value=outcome.objective)
-            for overrides, job, outcome in zip(job_overrides, jobs, outcomes, strict=True)
-        ]
+        return [outcome.objective for outcome in outcomes]

@@ -28,6 +28,7 @@ from rich.console import Console
 from nobackprop.hardware import cores
 from nobackprop.mistakes import Mistake
 from nobackprop.records import Record, source_state, write_atomically
+from nobackprop.sentences import about_files
 from nobackprop.settings import Settings, build, digest
 from nobackprop.stopping import how_it_ended
 from nobackprop.train import Busy, train
@@ -59,7 +60,7 @@ class Outcome:
     def failure(cls, error: Exception | str) -> Self:
         """Of bad input its message is told, of any other exception the traceback, too."""
         text = details = str(error)
-        if isinstance(error, Exception) and not isinstance(error, Mistake):
+        if isinstance(error, Exception) and not isinstance(error, Mistake | ChildProcessError):
             text, details = f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))
         return cls("failed", (text.splitlines() or [""])[0], details)
 
@@ -90,7 +91,8 @@ class Launcher(Protocol):
 def attempt(job: Job, console: Console, wait_for_others: bool) -> Outcome:
     """Trains a job. Whatever goes wrong is an outcome, too."""
     try:
-        records = train(job.config, console, wait_for_others)
+        with about_files(job.config):
+            records = train(job.config, console, wait_for_others)
     except Busy as e:
         return Outcome("busy", str(e))
     except Exception as e:
@@ -232,7 +234,8 @@ class Cluster:
             if name in queued:
                 yield i, Outcome("queued", f"as job {name} of an earlier sweep")
         waiting, running = deque(i for i in jobs if submitted[i] not in queued), {}
-        executor = self._executor(Path(next(iter(jobs.values())).config.paths.runs)) if waiting else None
+        runs = Path(Settings.of(next(iter(jobs.values())).config).paths.runs)
+        executor = self._executor(runs) if waiting else None
         most = self.at_once(list(jobs.values())) if self.executor == "local" else len(jobs)
         while waiting or running:
             if batch := [waiting.popleft() for _ in range(min(most - len(running), len(waiting)))]:

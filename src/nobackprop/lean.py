@@ -11,25 +11,27 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
+LIGHTNING = {"pytorch_lightning", "lightning_fabric", "torchmetrics"}
 UNUSED = {"torchvision", "scipy", "matplotlib"}  # what torchmetrics must not find
 COMPILER = "torch._dynamo"
 
 
 def start() -> None:
-    """Imports Lightning without its unused company. Does nothing where Lightning or the compiler is there already."""
-    if {"pytorch_lightning", "torchmetrics", COMPILER} & sys.modules.keys():
+    """Has Lightning, when it is imported, come without its unused company.
+
+    Does nothing where Lightning or the compiler is there already.
+    """
+    if (LIGHTNING | {COMPILER}) & sys.modules.keys():
         return
     import numpy  # noqa: F401 - torch imports it too, and would swallow a Ctrl-C meanwhile
     import torch
 
     sys.modules[COMPILER] = torch._dynamo = Compiler(COMPILER)  # pyright: ignore[reportAttributeAccessIssue]
-    sys.meta_path.insert(0, Submodules)
-    with _not_found(UNUSED):
-        import pytorch_lightning  # noqa: F401
+    sys.meta_path[:0] = [Submodules, Lightning]
 
 
 @contextmanager
@@ -94,3 +96,21 @@ class Submodules(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         pass  # it is loaded
+
+
+class Lightning(MetaPathFinder):
+    """Where one of Lightning's packages is imported, has it not find what is unused."""
+
+    @classmethod
+    def find_spec(cls, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(fullname, path) if fullname in LIGHTNING else None
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def without_company(module: ModuleType) -> None:
+            with _not_found(UNUSED):
+                execute(module)
+
+        spec.loader.exec_module = without_company
+        return spec

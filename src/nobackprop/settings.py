@@ -1,15 +1,18 @@
 """The settings of a run: what may be set, checked at once; and what identifies its result."""
 
 import json
+import os
+import re
+from importlib import import_module
 from inspect import signature
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -27,13 +30,34 @@ from pydantic import ValidationError as PydanticError
 
 from nobackprop.identity import digest, run_name
 from nobackprop.mistakes import Mistake
+from nobackprop.sentences import close
 
 MOST_SEEDS = 100_000  # when counted; more are a slip of the pen
-Component = dict[str, Any]  # a mapping with Hydra's `_target_`
+
+
+def _component(node: Any) -> Any:
+    if isinstance(node, dict) and re.fullmatch(r"\w+(\.\w+)+", str(node.get("_target_"))):
+        return node
+    raise Mistake("write keys with values, of which _target_ names a class, as in _target_: nobackprop.rules.bp.BP")
+
+
+def _component_or_none(node: Any) -> Any:
+    return node if node == {} else _component(node)
+
+
+def _start(spec: Any) -> Any:
+    if isinstance(spec, str | int | float) and not isinstance(spec, bool):
+        return spec
+    return _component(spec)
+
+
+Component = Annotated[dict[str, Any], BeforeValidator(_component)]  # a mapping with Hydra's `_target_`
+ComponentOrNone = Annotated[dict[str, Any], BeforeValidator(_component_or_none)]  # empty: none
+Start = Annotated[dict[str, Any] | str | int | float, BeforeValidator(_start)]
 
 
 def _seed_list(seeds: Any) -> Any:
-    if isinstance(seeds, list):
+    if isinstance(seeds, list) and seeds:
         return seeds
     if isinstance(seeds, int) and not isinstance(seeds, bool) and 0 < seeds <= MOST_SEEDS:
         return list(range(seeds))
@@ -67,8 +91,8 @@ class DatasetSettings(_Strict):
 class InitSettings(_Strict):
     """conf/init: a `_target_` or one of the mDFA program's strings, for W and for the rule's own weights."""
 
-    forward: Component | str | int | float
-    backward: Component | str | int | float
+    forward: Start
+    backward: Start
 
 
 class TrainerSettings(_Strict):
@@ -89,9 +113,18 @@ class TrainerSettings(_Strict):
         raise Mistake("use 1 (or a list of one device), or trainer=ddp to train on several")
 
 
+def _folder(path: Any) -> Any:
+    if isinstance(path, str) and path:
+        return os.path.expanduser(path)
+    raise Mistake("write the folder's name, with ./ before one that looks like a number, as in paths.runs=./1e5")
+
+
+Folder = Annotated[str, BeforeValidator(_folder)]
+
+
 class Paths(_Strict):
-    data: str
-    runs: str
+    data: Folder
+    runs: Folder
 
 
 class Settings(_Strict):
@@ -103,12 +136,12 @@ class Settings(_Strict):
     init: InitSettings
     loss: Component
     optimizer: Component
-    schedule: Component  # empty: none
+    schedule: ComponentOrNone
     trainer: TrainerSettings
-    logger: Component  # empty: none
-    diagnostics: Component  # empty: none
+    logger: ComponentOrNone
+    diagnostics: ComponentOrNone
     launcher: Component
-    seeds: Annotated[list[NonNegativeInt], Field(min_length=1), BeforeValidator(_seed_list)]  # how many, or a list
+    seeds: Annotated[list[NonNegativeInt], BeforeValidator(_seed_list)]  # how many, or a list
     max_epochs: PositiveInt
     max_steps: PositiveInt | None
     batch_size: PositiveInt
@@ -133,6 +166,8 @@ class Settings(_Strict):
             settings = cls.model_validate(content)
         except MissingMandatoryValue as e:
             raise Mistake(f"{e.full_key} must be given: add {e.full_key}=...") from None
+        except OmegaConfBaseException as e:  # an interpolation of what is not there
+            raise Mistake(f"{e.full_key}: {str(e).splitlines()[0]}") from None
         except PydanticError as e:
             raise Mistake("; ".join(_sentence(error) for error in e.errors())) from None
         if len(set(settings.seeds)) < len(settings.seeds):
@@ -177,26 +212,54 @@ def _check_finite(tree: Any, *path: Any) -> None:
 
 
 def build(node: Component, key: str, *args: Any, **kwargs: Any) -> Any:
-    """Instantiates a config node, called `key` in messages. Raises Mistake for an unknown target, key or value."""
-    try:
-        target = get_object(node["_target_"])
-    except (KeyError, ValueError, ImportError, AttributeError) as e:
-        raise Mistake(f"{key}: no such _target_, {node.get('_target_')!r}: {e}") from None
-    if not callable(target):
-        raise Mistake(f"{key}: _target_ {node['_target_']!r} must name a class or a function")
+    """Instantiates a config node, called `key` in messages.
+
+    Raises Mistake for an unknown target, key or value. What the target's own code raises for another reason is an
+    InstantiationException, with the error as its cause.
+    """
+    target = _target(node["_target_"], key)
     known = {name: p for name, p in signature(target).parameters.items() if name not in ("params", "optimizer")}
     for name in node:
         if name.startswith("_"):
             continue
         if name not in known:
-            raise Mistake(f"{key}: unknown key {name}; choose from: {', '.join(known) or 'none'}")
+            raise Mistake(f"{key}: unknown key {name}; choose from: {', '.join(known) or 'none'}{close(name, known)}")
         annotation = known[name].annotation  # others', but for flags, promise less than they take
         if target.__module__.startswith("nobackprop.") or annotation in (bool, bool | None):
             _check_type(f"{key}.{name}", node[name], annotation)
     try:
         return instantiate(node, *args, **kwargs, _convert_="all")
     except InstantiationException as e:
-        raise Mistake(f"{key}: {e.__cause__ or e}") from e
+        cause = e.__cause__
+        if cause is None or isinstance(cause, Mistake) or _about_keys(cause, target):
+            raise Mistake(f"{key}: {cause or e}") from e
+        raise
+
+
+def _target(name: str, key: str) -> Any:
+    """What a `_target_` names. Raises Mistake where there is no such thing; other errors of its module are its own."""
+    found, path = None, ""
+    for part in name.split("."):
+        within, path = path, f"{path}.{part}".removeprefix(".")
+        try:
+            found = getattr(found, part) if hasattr(found, part) else import_module(path)
+        except ModuleNotFoundError as e:
+            if not f"{path}.".startswith(f"{e.name}."):
+                raise
+            there = [text for text in dir(found) if not text.startswith("_")] if within else []
+            lacks = f"{within} has no {part}{close(part, there)}" if within else f"there is no module {part}"
+            hint = "" if within else ": put its folder on PYTHONPATH, or check the name"
+            raise Mistake(f"{key}: _target_ is {name}, but {lacks}{hint}") from None
+    if not callable(found):
+        raise Mistake(f"{key}: _target_ is {name}, which is neither a class nor a function")
+    return found
+
+
+def _about_keys(error: BaseException, target: Any) -> bool:
+    """Whether an error says that the given keys don't fit a target: one of torch's own, or of the call itself."""
+    calling = error.__traceback__
+    in_call = calling is not None and calling.tb_next is None
+    return isinstance(error, TypeError | ValueError) and (in_call or target.__module__.split(".")[0] == "torch")
 
 
 def _check_type(key: str, value: Any, annotation: Any) -> None:
@@ -209,7 +272,10 @@ def _check_type(key: str, value: Any, annotation: Any) -> None:
 
 def _sentence(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "missing":
+        return f"{where} must be given: add {where}=..."
     if error["type"] == "extra_forbidden":
         model: Any = Settings if len(error["loc"]) == 1 else Settings.model_fields[error["loc"][0]].annotation
-        return f"unknown key {where!r}; choose from: {', '.join(model.model_fields)}"
+        names = list(model.model_fields)
+        return f"unknown key {where!r}; choose from: {', '.join(names)}{close(str(error['loc'][-1]), names)}"
     return f"{where}: {error['msg'].removeprefix('Value error, ')}, got {error['input']!r}"

@@ -24,6 +24,7 @@ from nobackprop.literal import literal
 from nobackprop.mistakes import Mistake
 from nobackprop.preparation import prepare
 from nobackprop.records import Record, mean_and_deviation, other_code, tested
+from nobackprop.sentences import about_files, check_writable
 from nobackprop.settings import Settings
 from nobackprop.stopping import Stopped
 from nobackprop.train import left_off, recorded
@@ -40,8 +41,9 @@ class Earlier:
 
 
 def look(job: Job) -> Earlier:
-    """Raises Mistake for a config that can't work and for damaged records."""
+    """Raises Mistake for a config that can't work and for damaged records, OSError for a folder it can't write to."""
     run = prepare(job.config)
+    check_writable(Path(run.settings.paths.runs))
     done = recorded(run)
     missing = [seed for seed in run.settings.seeds if seed not in done]
     before = ""
@@ -67,7 +69,8 @@ def run(jobs: Sequence[Job], launcher: Launcher, console: Console, dry_run: bool
 
     for i, job in enumerate(jobs):
         try:
-            found[i] = look(job)
+            with about_files(job.config):
+                found[i] = look(job)
         except Exception as e:
             outcomes[i] = Outcome.failure(e)
             say(i, f"failed: {outcomes[i].details}", "red")

@@ -23,15 +23,23 @@ def wandb_logger(
     entity: str | None,
     group: str | None,
     tags: list[str],
+    machine: bool,
 ) -> WandbLogger:
     """A Weights & Biases run of its own for one seed of the run in `folder`; finish it with `experiment.finish()`.
 
     Its id is the run's signature and the seed, so that an interrupted run goes on as the same one: online W&B resumes
-    it, offline the new files replace those of before. A W&B sweep gives ids itself, one a command; raises Mistake
-    where a command of a sweep has several seeds.
+    it, offline the new files replace those of before. Only with `machine` does W&B learn where it was trained: the name
+    of the machine, folders, the command, the git state. A W&B sweep gives ids itself, one a command; raises
+    Mistake where a command of a sweep has several seeds.
     """
     if "WANDB_SWEEP_ID" in os.environ and len(config["seeds"]) > 1:
         raise Mistake(f"seeds: a run of a W&B sweep is one seed, such as seeds=[0]; got {config['seeds']}")
+    private = {}
+    if not machine:
+        private = {"host": "", "x_disable_meta": True, "disable_git": True, "save_code": False}
+        config = {key: value for key, value in config.items() if key not in ("paths", "launcher")}
+        source = {key: value for key, value in config["dataset"]["source"].items() if key not in ("root", "cache")}
+        config["dataset"] = config["dataset"] | {"source": source}
     logging.getLogger("wandb").setLevel(logging.ERROR)
     seed_folder = folder / f"seed{seed}"
     seed_folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +58,7 @@ def wandb_logger(
             name=f"{folder.name} seed {seed}",
             dir=seed_folder,
             config={**config, "seed": seed},
-            settings=wandb.Settings(reinit="create_new", silent=True, console="off"),
+            settings=wandb.Settings(reinit="create_new", silent=True, console="off", **private),
         )
     except Error as e:
         raise Mistake(f"logger: {e} (logger.mode=offline needs no account)") from e

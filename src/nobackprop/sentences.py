@@ -1,0 +1,294 @@
+"""What Hydra, YAML and the system say of a user's mistake, as a sentence with what to do. It imports little."""
+
+import errno
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
+
+from nobackprop.mistakes import Mistake
+
+_here = Path(__file__).parent
+# A wheel carries the configs inside the package, a checkout beside src/.
+CONF = _here / "conf" if (_here / "conf").is_dir() else _here.parents[1] / "conf"
+
+# What Hydra raises while it composes a config: all of it is about the command line or a yaml file.
+COMPOSING = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError)
+
+
+def close(name: str, names: Iterable[str]) -> str:
+    """`. Did you mean ...?` with the names that are most like this one; empty where none is."""
+    plain = {_plain(other): other for other in names}
+    wanted = _plain(name)
+    same, starting = [t for t in plain if t == wanted], [t for t in plain if t.startswith(wanted)]
+    holding = [t for t in plain if wanted in t]
+    found = (same or starting or get_close_matches(wanted, plain, 1) or holding)[:3]
+    return f". Did you mean {' or '.join(plain[text] for text in found)}?" if found else ""
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_.\s]", "", name).lower()
+
+
+@contextmanager
+def answering(name: str) -> Iterator[None]:
+    """Ends a script of that name in a sentence, with status 1, for a mistake or a file that can't be used.
+
+    Anything else is a program's fault and keeps its traceback. Ctrl-C: status 130.
+    """
+    try:
+        yield
+    except Mistake as e:
+        sys.exit(f"{name}: {e}")
+    except OSError as e:
+        if e.filename is None:
+            raise
+        sys.exit(f"{name}: {e.filename}: {e.strerror}")
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{name}: interrupted; the same command goes on\n")
+        sys.exit(130)
+
+
+# Overrides
+
+
+def home(text: str) -> str:
+    """An argument with the home folder for a ~ after its first =, where no shell puts it."""
+    return re.sub(r"^([^=]*=)~(?=/|$)", lambda match: f"{match[1]}{Path.home()}", text)
+
+
+def check(overrides: Iterable[str]) -> None:
+    """Raises Mistake for an override that can't be read, and for one that leaves a group without its one choice."""
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException:
+            raise Mistake(_unreadable(text)) from None
+        group, value = override.key_or_group, override.value()
+        if not (CONF / group).is_dir() or isinstance(value, dict):
+            continue
+        if override.is_delete():
+            choices = options(group)
+            instead = f"{group}=none" if "none" in choices else f"{group}=..., one of {', '.join(choices)}"
+            raise Mistake(f"{text}: {group} can't be taken out of a run; write {instead}")
+        for choice in value.list if isinstance(value, ChoiceSweep) else [value]:
+            if isinstance(choice, list):
+                several = ",".join(map(str, choice))
+                raise Mistake(f"{text}: a run has one {group}; for a run of each write --multirun {group}={several}")
+            if choice in (None, "", "???"):
+                raise Mistake(f"{text}: a run needs a {group}; choose one of {', '.join(options(group))}")
+            if isinstance(choice, bool | int | float):
+                raise Mistake(f"{text}: {choice} is no {group}; choose one of {', '.join(options(group))}")
+
+
+def _unreadable(text: str) -> str:
+    """The sentence on an argument that is no override."""
+    key, equals, value = text.partition("=")
+    if wrong := re.search(r"[\u2010-\u2015\u2018-\u201f\u00a0\uff1d]", text):
+        return f"{text!r} has the character {wrong[0]!r} (U+{ord(wrong[0]):04X}): type a plain - ' \" or space"
+    if not equals:
+        return f"{text!r} is no key=value: write it without spaces, as in rule=bp (--help shows the keys)"
+    if not re.fullmatch(r"[~+]*[\w./@:$-]+", key):
+        return f"{text!r}: {key!r} is no key; an element of a list is written as in optimizer.betas.0=0.5"
+    if value[:1] in {"[", "{"} and value[-1:] not in {"]", "}"}:
+        return f"{text!r} has no closing bracket; with spaces it needs quotes around all of it: '{key}=[1, 2]'"
+    if value.endswith(","):
+        return f"{text!r} ends in a comma: take it away, or write what follows it"
+    return f"""{text!r} can't be read: a text with such characters needs quotes of its own, '{key}="{value}"'"""
+
+
+def options(group: str, folders: Iterable[Path] = (CONF,)) -> list[str]:
+    """The choices of a group, those in folders within it too, as `lra_e/deviation`."""
+    files = {path.relative_to(f / group).with_suffix("") for f in folders for path in (f / group).rglob("*.yaml")}
+    return sorted(map(str, files))
+
+
+def first(override: Override) -> str:
+    """An override; of one that a multirun sweeps over its first choice."""
+    if not override.is_sweep_override():
+        return str(override.input_line)
+    return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
+
+
+# Composing
+
+
+def composing(error: Any, overrides: Sequence[str], folders: Sequence[Path]) -> str:
+    """The sentence on one of `COMPOSING`; `folders` are those of the configs, the user's own first."""
+    message, cause = str(error), error.__cause__ or error
+    if isinstance(cause, yaml.YAMLError | ValueError | GrammarParseError):
+        files = [path for folder in folders for path in sorted(folder.rglob("*.yaml"))]
+        for path in sorted(files, key=lambda path: not any(path.stem in text for text in overrides)):
+            try:
+                load(path)
+            except Mistake as e:
+                if type(e.__context__) is type(cause) and _named(cause) in (None, str(path.resolve())):
+                    return str(e)
+            if header := re.match(r"(?:Expected header format|Too many components).*'(.*)'", message):
+                for number, line in enumerate(path.read_text().splitlines(), 1):
+                    if line.lstrip("# ").strip() == header[1]:
+                        return f"{path}, line {number}: write # @package and one name, as in # @package _global_"
+    if option := re.search(r"Could not find '(.*)'\s*Available options in '(.*)'", message):
+        path, group = option.groups()
+        name, names = path.removeprefix(f"{group}/"), sorted({*options(group, folders), *error.options})
+        return f"there is no {group}={name}; choose one of {', '.join(names)}{close(name, names)}"
+    if several := re.match(r"Ambiguous value for argument '([^=]*)=(.*)'", message):
+        key, values = several.groups()
+        instead = "" if (CONF / key).is_dir() else f"; a list is written {key}=[{values}]"
+        return f"{key}={values}: several values are for a sweep, with --multirun{instead}"
+    if "'hydra/sweeper/optuna'" in message:
+        return f"{message}\nIt comes with: pip install hydra-optuna-sweeper"
+    if appended := re.search(r"To append to your default list use \+(\S+)", message):
+        return f"{appended[1]}: only some runs have one, so write +{appended[1]}"
+    if there := re.search(r"An item is already at '(.*?)'", message):
+        return f"{there[1]} is there already: write {there[1]}=..., without +"
+    if missing := re.search(r"Could not override '(?:\w+@)?([\w./]+)'", message):
+        return _no_such_key(missing[1], overrides, folders) or message
+    if within := re.match(r"In '(.*)': \w+ raised while composing config:\n(.*)", message):
+        return f"{within[1]}.yaml: {within[2]}; it must hold keys with values, as in seeds: 3"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return re.split(r"\s*Config search path:", message)[0] or str(error.__cause__)
+
+
+def _named(error: BaseException) -> str | None:
+    """The file that an error of YAML's names."""
+    return getattr(getattr(error, "problem_mark", error), "name", None)
+
+
+def _no_such_key(path: str, overrides: Iterable[str], folders: Sequence[Path]) -> str:
+    """The sentence on a key that is not there, as `rule.bta`; empty where another mistake comes first."""
+    *parents, key = path.split(".")
+    others = [text for text in overrides if not re.match(rf"[~+]*{re.escape(path)}=", text)]
+    try:
+        others = [first(override) for override in OverridesParser.create().parse_overrides(others)]
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            own = [f"hydra.searchpath=[{','.join(repr(f'file://{f}') for f in folders if f != CONF)}]"]
+            cfg = hydra.compose("train", [*others, *own])
+    except COMPOSING:
+        return ""
+    node = OmegaConf.select(cfg, ".".join(parents)) if parents else cfg
+    if node is None:  # Hydra's own
+        return ""
+    if not OmegaConf.is_dict(node):
+        return f"there is no key {path}: {'.'.join(parents)} is {node!r}, without keys of its own"
+    names = [str(name) for name in node] + ([] if parents else ["tuned"])
+    same = [leaf for leaf, _ in leaves(OmegaConf.to_container(cfg)) if leaf.endswith(f".{key}") and not parents]
+    text = f"there is no key {path}" + f"; choose from: {', '.join(names)}" * bool(names)
+    if same:
+        return f"{text}. Did you mean {' or '.join(same)}?"
+    files = sorted((CONF / "/".join(parents)).glob("*.yaml")) if parents else []
+    if having := [f"{'.'.join(parents)}={path.stem}" for path in files if key in OmegaConf.load(path)]:
+        return f"{text}. It is a key of {', '.join(having)}"
+    return text + close(key, names)
+
+
+def leaves(tree: Any, *parents: str) -> Iterator[tuple[str, Any]]:
+    """The keys of a nested mapping that are none themselves, as `optimizer.lr`, with their values."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, *parents, name)
+        else:
+            yield ".".join([*parents, name]), value
+
+
+# Files
+
+
+def load(path: Path) -> Any:
+    """A YAML file's content. Raises Mistake, naming file and line, where it is none, or has a key twice."""
+    try:
+        content = path.read_bytes()
+        text = content.decode()
+        for scalar in _scalars(yaml.compose(text, yaml.SafeLoader)):
+            _check_interpolation(path, scalar)
+        return OmegaConf.to_container(OmegaConf.load(path))
+    except UnicodeDecodeError as e:
+        line = content[: e.start].count(b"\n") + 1
+        raise Mistake(f"{path}, line {line}: this is no UTF-8; save the file in that encoding") from None
+    except yaml.reader.ReaderError as e:
+        line = text[: e.position].count("\n") + 1
+        raise Mistake(f"{path}, line {line}: take out the character U+{e.character:04X}") from None
+    except yaml.MarkedYAMLError as e:
+        line = e.problem_mark.line + 1 if e.problem_mark else 1
+        told = "indent by spaces, not by tabs" if "'\\t'" in str(e.problem) else e.problem
+        raise Mistake(f"{path}, line {line}: {told}") from None
+    except OSError as e:
+        raise Mistake(f"{path}: {e.strerror}") from None
+
+
+def _scalars(node: yaml.Node | None) -> Iterator[yaml.ScalarNode]:
+    """All texts and numbers in a YAML document."""
+    if isinstance(node, yaml.ScalarNode):
+        yield node
+    elif node is not None:
+        for part in node.value:
+            for child in part if isinstance(part, tuple) else (part,):
+                yield from _scalars(child)
+
+
+def _check_interpolation(path: Path, scalar: yaml.ScalarNode) -> None:
+    try:
+        OmegaConf.create([scalar.value])
+    except GrammarParseError:
+        line = scalar.start_mark.line + 1
+        told = f"{scalar.value!r} is no interpolation: write ${{key}}, or \\${{ where the text itself is meant"
+        raise Mistake(f"{path}, line {line}: {told}") from None
+
+
+# What to do about an error of the system, by its number; {key} is paths.runs or paths.data.
+ROOM, ELSEWHERE = "make room; the same command goes on from the last checkpoint", "use another folder, {key}=..."
+IN_THE_WAY = f"a file is where a folder should be: move it away, or {ELSEWHERE}"
+REMEDIES = {
+    errno.ENOSPC: ROOM,
+    errno.EDQUOT: ROOM,
+    errno.EROFS: ELSEWHERE,
+    errno.EACCES: f"change its permissions, or {ELSEWHERE}",
+    errno.EPERM: f"change its permissions, or {ELSEWHERE}",
+    errno.ENOLCK: f"{ELSEWHERE} on a file system that has locks",
+    errno.ENOTDIR: IN_THE_WAY,
+    errno.EEXIST: IN_THE_WAY,
+    errno.EISDIR: "a folder is where a file should be: move it away",
+    errno.ENAMETOOLONG: ELSEWHERE,
+}
+UNNAMED = {errno.ENOSPC, errno.EDQUOT, errno.ENOLCK}  # come from a file that is open, so without its name
+KEPT = {"runs": "records, weights and checkpoints", "data": "images"}
+
+
+@contextmanager
+def about_files(cfg: DictConfig) -> Iterator[None]:
+    """Within, an error of the system about a file under a config's paths.runs or paths.data becomes a Mistake."""
+    try:
+        yield
+    except OSError as e:
+        remedy = REMEDIES.get(e.errno or 0)
+        if isinstance(e, Mistake) or remedy is None:
+            raise
+        for name, kept in KEPT.items():
+            folder = Path(cfg.paths[name]).expanduser().absolute()
+            path = folder if e.filename is None and e.errno in UNNAMED else Path(str(e.filename)).absolute()
+            if path.is_relative_to(folder) or folder.is_relative_to(path):  # its parents are made with it
+                told = f"{path} can't be used for {kept}: {e.strerror}"
+                raise Mistake(f"{told}; {remedy.format(key=f'paths.{name}')}") from e
+        raise
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OSError where a folder can't be made or written to."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(nearest))
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(nearest))
