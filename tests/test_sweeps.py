@@ -275,10 +275,20 @@ def test_a_dry_run_writes_nothing_and_estimates_by_earlier_records(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_brackets_in_labels_and_reasons_are_shown(config: Config, console: Console) -> None:
-    jobs, outcome = [Job("logger.tags=[a,b]", config())], Outcome("failed", "no memory at [/data/x]")
-    console.print(sweeps.table(jobs, [outcome]))
-    assert re.search(r"logger\.tags=\[a,b\] .* no memory at \[/data/x\]", shown(console))
+def test_a_dry_run_tells_which_records_it_can_not_use(config: Config, console: Console) -> None:
+    cfg = config("rule=bp", "max_epochs=1")
+    train(cfg)
+    path = folder(cfg) / "seed0" / "record.json"
+    path.write_bytes(path.read_bytes().replace(b'"batch_size":8', b'"batch_size":0'))
+    (outcome,) = sweeps.run([Job("other", config("rule=dfa"))], Basic(), console, dry_run=True)
+    assert outcome.state == "queued"
+    assert f"no estimate is made from what is damaged: {path} is damaged (its checksum" in shown(console)
+
+
+def test_labels_and_reasons_are_shown_as_they_are(config: Config, console: Console) -> None:
+    jobs = [Job("logger.tags=[a,b,:x:]\x1b[31m", config())]
+    console.print(sweeps.table(jobs, [Outcome("failed", "no memory at [/data/x]")]))
+    assert re.search(r"logger\.tags=\[a,b,:x:\]\\x1b\[31m .* no memory at \[/data/x\]", shown(console))
 
 
 def test_ctrl_c_ends_a_sweep_with_a_table(config: Config, console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
