@@ -15,6 +15,7 @@ from random import Random
 from types import SimpleNamespace
 from typing import Any
 from urllib.error import URLError
+from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
@@ -562,13 +563,16 @@ def test_parquet_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypat
     write([bytes(300_000)])
     with pytest.raises(ValueError, match=rf"{path}, column 'img', row 0 has 300,000 bytes; allowed: 262,304"):
         source.load()
-    Image.new("L", (8000, 8000)).save(large := BytesIO(), "PNG")
-    write([large.getvalue()])
+
+    def claiming(width: int, height: int) -> bytes:
+        header = good[12:16] + struct.pack(">2I", width, height) + good[24:29]
+        return good[:12] + header + struct.pack(">I", crc32(header)) + good[33:]
+
+    write([claiming(8000, 8000)])
     with pytest.raises(ValueError, match=rf"{path}, column 'img', row 0 is 8000 x 8000 pixels; allowed: 5 x 4"):
         source.load()
-    Image.new("1", (50_000, 50_000)).save(large := BytesIO(), "PNG")
     with pytest.raises(ValueError, match=r"is not a readable image: Image size \(2500000000 pixels\) exceeds"):
-        data.open_image(large, "it", "")
+        data.open_image(BytesIO(claiming(50_000, 50_000)), "it", "")
     with monkeypatch.context() as patch:
         patch.setattr(data.os, "sysconf", lambda _: 10)
         write([good] * 2)

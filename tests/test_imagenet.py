@@ -3,24 +3,31 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
 from conftest import assert_same_images, run_config, until
+from filelock import FileLock
 from PIL import Image
 
-from nobackprop import data
+from nobackprop import data, files
 from nobackprop import imagenet as module
 from nobackprop.batches import TrainBatches, task
 from nobackprop.data import Dataset, Images
+from nobackprop.files import some
 from nobackprop.imagenet import ImageNet
+from nobackprop.mistakes import Mistake
 from nobackprop.train import train
 
 CLASSES = [f"n{i:02}" for i in range(6)]
@@ -171,12 +178,136 @@ def test_odd_metadata_passes_in_silence(tree: Path) -> None:
     assert len(source(tree).load().train.labels) == 31
 
 
+def test_what_is_no_image_is_left_out_and_counted(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = source(tree).load()
+    for made in (tree / "train/.ipynb_checkpoints", tree / "val/__MACOSX", tree / "train/n00/__MACOSX"):
+        save(made / "0.png", picture(0, (9, 9)))
+    for name in ("train/n01/._0.png", "train/n01/.DS_Store", "val/.DS_Store"):
+        (tree / name).write_bytes(b"what macOS adds")
+    (tree / "train/n02/folder.png").mkdir()
+    (tree / "train/n02/deeper").mkdir()
+    os.mkfifo(tree / "train/n02/pipe.png")
+    monkeypatch.chdir(tree / "val/n02")  # since a socket's path must be short
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind("socket.jpg")
+    for name in ("val/n03/a.heic", "val/n03/b.HEIC", "val/n03/LICENSE", "train/labels.csv"):
+        (tree / name).write_bytes(b"")
+    (tree / "elsewhere").mkdir()
+    moved = next((tree / "train/n04").iterdir()).rename(tree / "elsewhere/0.png")
+    (tree / "train/n04/0.png").symlink_to(moved)
+    assert moved.suffix == ".png"
+    caplog.clear()
+    again = source(tree, cache=tree.parent / "again").load()
+    assert_same_images(again.test, whole.test)
+    assert sorted(again.train.pixels.flatten(1).tolist()) == sorted(whole.train.pixels.flatten(1).tolist())
+    (told,) = caplog.messages
+    start, _, others = told.partition("; left out there: ")
+    assert start == (
+        f"six: {tree.parent}/again was made from 30 training and 12 test images of 6 classes in {tree}, with "
+        f"fingerprint {again.fingerprint} in all records"
+    )
+    assert {*others.split(", ")} == {
+        "1 files beside the classes",
+        "2 folders in those of classes",
+        "1 '.txt'",
+        "2 '.heic'",
+        "1 files without a suffix",
+        "2 pipes or devices",
+    }
+    moved.unlink()
+    with pytest.raises(ValueError, match=r"n04/0\.png is not a readable image: .*No such file"):
+        source(tree, cache=tree.parent / "third").load()
+
+
+def test_images_of_every_format_are_taken(tmp_path: Path) -> None:
+    exact = {".png": {}, ".bmp": {}, ".webp": {"lossless": True}, ".TIF": {}, ".tiff": {}, ".ppm": {}}
+    others = {".jpg": {}, ".JPEG": {}, ".gif": {}, ".pgm": {}}
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            for suffix, options in (exact | others).items():
+                path = tmp_path / "tree" / split / name / f"0{suffix}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture(0, (12, 12)).convert("L" if suffix == ".pgm" else "RGB").save(path, **options)
+    assert {*exact, *others} >= {*module.SUFFIXES} - {".tif", ".jpeg"}
+    images = source(tmp_path / "tree").load().test
+    assert len(images.labels) == 20
+    files = sorted([*exact, *others])
+    pixels = dict(zip(files, images.pixels.float(), strict=False))
+    assert all(torch.equal(pixels[suffix], pixels[".png"]) for suffix in exact)
+    assert all((pixels[suffix] - pixels[".png"]).abs().mean() < 30 for suffix in (".jpg", ".JPEG", ".gif"))
+    assert torch.equal(pixels[".pgm"][0], pixels[".pgm"][2])
+
+
+def test_images_are_turned_upright_before_they_are_cut(tree: Path) -> None:
+    upright = source(tree).load()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tree / "val/n03/0.png"
+    image = Image.open(path).convert("RGB").transpose(Image.Transpose.ROTATE_90)
+    image.save(path, exif=exif)
+    turned = source(tree, cache=tree.parent / "turned").load()
+    assert turned.fingerprint == upright.fingerprint
+
+
+def test_thousands_of_classes(tmp_path: Path) -> None:
+    save(tmp_path / "one.png", picture(0, (2, 2)))
+    names = [f"class {i:04}" for i in range(2000)]
+    for split in ("train", "val"):
+        for name in names:
+            (tmp_path / "tree" / split / name).mkdir(parents=True)
+            os.link(tmp_path / "one.png", tmp_path / "tree" / split / name / "1.png")
+    s = source(tmp_path / "tree", size=1)
+    assert s.num_classes == 2000
+    assert s.load().test.labels.tolist() == list(range(2000))
+    for name in names[::2]:
+        (tmp_path / "tree/val" / name).rename(tmp_path / "tree/val" / f"no {name}")
+    with pytest.raises(ValueError, match=r"without \['class 0000', .* \.\.\. 1000 in all\], with \['no class 0000'"):
+        source(tmp_path / "tree", cache=tmp_path / "other").load()
+
+
+# What there is of earlier versions
+
+
+def as_format_1(s: ImageNet) -> None:
+    """Makes a cache into one of the version that did not turn images upright."""
+    cache = Path(s.cache)
+    blocks = s._blocks()
+    for split, folder in module.FOLDERS.items():
+        for i, paths in enumerate(module._divided(s._tree(folder)[0])):
+            blocks[split, i] = s._recipe(paths, 1), blocks[split, i][1]
+    (cache / "blocks.txt").write_bytes(module._lines(blocks))
+    index = cache / "index.json"
+    index.write_bytes(index.read_bytes().replace(b'"format":2', b'"format":1'))
+
+
+def test_a_cache_of_an_earlier_format_stays_valid_and_an_unfinished_one_is_made_again(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = source(tree).load().fingerprint
+    as_format_1(source(tree))
+    assert loaded(source(tree)).fingerprint == first
+    save(tree / "train/n00/new.webp", picture(1, (9, 9)))  # which that version did not see
+    with pytest.raises(ValueError, match=r"30 then and 31 now: numbers differ in \['n00'\]"):
+        loaded(source(tree))
+    (tree / "train/n00/new.webp").unlink()
+    (tree.parent / "cache/index.json").unlink()
+    decoded, decode = [], ImageNet._decoded
+    monkeypatch.setattr(ImageNet, "_decoded", lambda self, path: decoded.append(path) or decode(self, path))
+    assert loaded(source(tree)).fingerprint == first
+    assert len(decoded) == 42
+
+
 # What interrupts it
 
 
 def test_a_name_that_is_not_utf8_is_told_before_the_cache_is_made(tree: Path) -> None:
     (tree / os.fsdecode(b"train/n00/caf\xe9.png")).write_bytes(b"")
-    with pytest.raises(ValueError, match=r"six: in '.*/train/n00' the name 'caf\\udce9\.png' is not UTF-8: rename it"):
+    with pytest.raises(ValueError, match=r"six: in '.*/train/n00' the name 'caf\\udce9\.png' is not UTF-8, or"):
+        source(tree).load()
+    (tree / os.fsdecode(b"train/n00/caf\xe9.png")).rename(tree / "train/n00/two\nlines.png")
+    with pytest.raises(ValueError, match=r"the name 'two\\nlines\.png' is not UTF-8, or has a line break: rename it"):
         source(tree).load()
     assert not (tree.parent / "cache").exists()
 
@@ -284,6 +415,7 @@ def test_a_full_disk_is_foreseen(tree: Path, monkeypatch: pytest.MonkeyPatch) ->
         ValueError, match=r"needs another 0\.0 GB, the disk has .*choose another dataset\.source\.cache"
     ):
         source(tree).load()
+    assert not (tree.parent / "cache").exists()
     monkeypatch.setattr(module, "disk_usage", lambda _: usage(0, 0, need))
     source(tree).load()
     (tree.parent / "cache/index.json").unlink()
@@ -325,6 +457,49 @@ def test_verify_reads_every_block(tree: Path, monkeypatch: pytest.MonkeyPatch) -
     assert sorted(hashed) == [("test", 4, i) for i in range(3)] + [("train", 4, i) for i in range(8)]
 
 
+DAMAGES = ("flip", "cut", "zeroed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("there", [True, False], ids=["with images", "without images"])
+def test_no_damage_of_a_cache_is_silent(tree: Path, damage: str, there: bool) -> None:
+    """Each is refused, or changes nothing of the images and labels: the name of a class, or of the folder."""
+    cache = tree.parent / "cache"
+    first = source(tree).load()
+    train, test = (Images(i.pixels.clone(), i.labels) for i in (first.train, first.test))
+    if not there:
+        tree.rename(tree.parent / "away")
+    whole, draw, outcomes = content(cache), Random(0), Counter()
+    del whole["lock"]
+    for _ in range(320):
+        name = draw.choice(sorted(whole))
+        damaged, place = bytearray(whole[name]), draw.randrange(len(whole[name]))
+        if damage == "flip":
+            damaged[place] ^= 1 << draw.randrange(8)
+        elif damage == "cut":
+            del damaged[place:]
+        else:
+            start = place // 512 * 512
+            damaged[start : start + 512] = bytes(len(damaged[start : start + 512]))
+        if damaged == whole[name]:
+            continue
+        (cache / name).write_bytes(damaged)
+        try:
+            again = loaded(source(tree, verify=True))
+        except Mistake:
+            outcomes["refused"] += 1
+        else:
+            assert_same_images(Images(again.train.pixels, again.train.labels), train)
+            assert_same_images(Images(again.test.pixels, again.test.labels), test)
+            assert again.fingerprint == first.fingerprint
+            outcomes[f"nothing changed, {name}"] += 1
+        (cache / name).write_bytes(whole[name])
+    print(damage, there, dict(outcomes))
+    assert outcomes.total() > 300
+    assert outcomes["refused"] > 200
+
+
 def test_other_damage_is_named(tree: Path) -> None:
     source(tree).load()
     cache = tree.parent / "cache"
@@ -335,7 +510,7 @@ def test_other_damage_is_named(tree: Path) -> None:
         ("blocks.txt", whole["blocks.txt"].replace(b"test 1", b"test 9"), r"blocks.txt is damaged\. Delete"),
         ("blocks.txt", b"\xff\n\n a b c d", r"blocks.txt is damaged\. Delete"),
         ("index.json", whole["index.json"][:-5], r"index.json is damaged, or of another version .*Delete"),
-        ("index.json", whole["index.json"].replace(b'"format":1', b'"format":2'), r"index.json is .*Delete"),
+        ("index.json", whole["index.json"].replace(b'"format":2', b'"format":3'), r"index.json is .*Delete"),
     ):
         (cache / name).write_bytes(damaged)
         with pytest.raises(ValueError, match=message):
@@ -380,6 +555,51 @@ def test_the_same_names_in_another_folder_are_not_taken_for_the_same_images(tree
     assert source(moved).load().fingerprint == made.fingerprint
 
 
+def test_paths_that_can_not_be_used_are_told(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert ImageNet("six", "~/tree", "~/cache", 12).load().num_classes == 6
+    (tmp_path / "file").touch()
+    for changes in ({"cache": tmp_path / "file"}, {"root": tmp_path / "file", "cache": tmp_path / "new"}):
+        with pytest.raises(ValueError, match=r"/file is a file, but must be a folder: choose another path"):
+            replace(source(tree), **changes).load()
+    with pytest.raises(
+        ValueError, match=r"six: while its images were read, the system refused .*file/below.*Not a dir"
+    ):
+        source(tree, cache=tmp_path / "file/below").load()
+    with pytest.raises(ValueError, match=r"the folder ~no-such-user/x can't be found"):
+        _ = source(tree, cache="~no-such-user/x").num_classes
+    (tmp_path / "cache/index.json").unlink()
+    (tmp_path / "cache/index.json").mkdir()
+    for use in (lambda s: s.num_classes, lambda s: s.checksum, lambda s: s.load()):
+        with pytest.raises(ValueError, match=r"the system refused .*/cache/index\.json: Is a directory"):
+            use(source(tree))
+    scan = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if str(path).endswith("n03"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(module.os, "scandir", refuse)
+    with pytest.raises(ValueError, match=r"the system refused .*/train/n03: Permission denied\. Correct"):
+        source(tree, cache=tmp_path / "new").load()
+    assert not (tmp_path / "new").exists()
+
+
+def test_waiting_for_a_cache_is_told(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(files, "WAIT_S", 0.1)
+    cache = tree.parent / "cache"
+    cache.mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(cache / "lock"):
+            waiting = pool.submit(source(tree).load)
+            until(lambda: caplog.messages)
+        assert len(waiting.result().train.labels) == 30
+    assert caplog.messages[0].startswith(f"waiting for another process that is making {cache}: it holds the lock")
+
+
 def test_trees_that_do_not_fit(tree: Path) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"none/train holds no folder; needed: .*or a finished cache in .*cache"
@@ -389,7 +609,7 @@ def test_trees_that_do_not_fit(tree: Path) -> None:
         source(tree, size=0)
     for path in (tree / "val/n02").iterdir():
         path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"no .jpg, .jpeg or .png file in .*val/n02\. Correct"):
+    with pytest.raises(FileNotFoundError, match=r"no file \.jpg, .*\.pgm in .*val/n02\. Correct"):
         source(tree).load()
     (tree / "val/n02").rename(tree / "val/n09")
     with pytest.raises(ValueError, match=r"val are not those in train: without \['n02'\], with \['n09'\]\. Correct"):
@@ -398,7 +618,7 @@ def test_trees_that_do_not_fit(tree: Path) -> None:
     (tree / "val").mkdir()
     with pytest.raises(FileNotFoundError, match=r"val holds no folder; needed: one folder of images for each class"):
         source(tree).load()
-    assert module._some([f"n{i}" for i in range(7)]) == "['n0', 'n1', 'n2', 'n3', 'n4', ... 7 in all]"
+    assert some([f"n{i}" for i in range(7)]) == "['n0', 'n1', 'n2', 'n3', 'n4', ... 7 in all]"
 
 
 # Trained on

@@ -415,4 +415,4 @@ def _no_image(entry: os.DirEntry[str]) -> str:
         return repr(Path(entry.name).suffix.lower()) if "." in entry.name else "files without a suffix"
     if entry.is_file() or (entry.is_symlink() and not Path(entry).exists()):
         return ""
-    return "pipes, sockets or devices"
+    return "pipes or devices"
