@@ -139,6 +139,7 @@ FILES = {
     "latin1": (b"_target_: a.b\n# \xe9t\xe9\n", "2: this is no UTF-8; save the file in that encoding"),
     "utf16": ("_target_: a.b\n".encode("utf-16"), "1: this is no UTF-8"),
     "zero": (b"_target_: a.b\n\0", "2: take out the character U+0000"),
+    "number": (b"5\n", "1: write keys with values, as in seeds: 3"),
     "header": (b"# @package\n_target_: a.b\n", "1: write # @package and one name"),
 }
 

@@ -127,19 +127,9 @@ def first(override: Override) -> str:
 
 def composing(error: Any, overrides: Sequence[str], folders: Sequence[Path]) -> str:
     """The sentence on one of `COMPOSING`; `folders` are those of the configs, the user's own first."""
-    message, cause = str(error), error.__cause__ or error
-    if isinstance(cause, yaml.YAMLError | ValueError | GrammarParseError):
-        files = [path for folder in folders for path in sorted(folder.rglob("*.yaml"))]
-        for path in sorted(files, key=lambda path: not any(path.stem in text for text in overrides)):
-            try:
-                load(path)
-            except Mistake as e:
-                if type(e.__context__) is type(cause) and _named(cause) in (None, str(path.resolve())):
-                    return str(e)
-            if header := re.match(r"(?:Expected header format|Too many components).*'(.*)'", message):
-                for number, line in enumerate(path.read_text().splitlines(), 1):
-                    if line.lstrip("# ").strip() == header[1]:
-                        return f"{path}, line {number}: write # @package and one name, as in # @package _global_"
+    message = str(error)
+    if told := _of_a_file(error.__cause__ or error, message, overrides, folders):
+        return told
     if option := re.search(r"Could not find '(.*)'\s*Available options in '(.*)'", message):
         path, group = option.groups()
         name, names = path.removeprefix(f"{group}/"), sorted({*options(group, folders), *error.options})
@@ -163,9 +153,26 @@ def composing(error: Any, overrides: Sequence[str], folders: Sequence[Path]) -> 
     return re.split(r"\s*Config search path:", message)[0] or str(error.__cause__)
 
 
-def _named(error: BaseException) -> str | None:
-    """The file that an error of YAML's names."""
-    return getattr(getattr(error, "problem_mark", error), "name", None)
+def _of_a_file(error: Any, message: str, overrides: Sequence[str], folders: Sequence[Path]) -> str:
+    """The sentence, with file and line, on a yaml file that can't be read; empty where it is not that."""
+    header = re.match(r"(?:Expected header format|Too many components).*'(.*)'", message)
+    if not header and not isinstance(error, UNREADABLE) and type(error) is not OSError:
+        return ""
+    named = getattr(getattr(error, "problem_mark", error), "name", None)  # by YAML
+    files = [
+        path for folder in folders for path in sorted(folder.rglob("*.yaml")) if named in (None, str(path.resolve()))
+    ]
+    for path in sorted(files, key=lambda path: not any(path.stem in text for text in overrides)):
+        try:
+            load(path)
+        except Mistake as e:
+            if type(e.__cause__) is type(error):
+                return str(e)
+            continue
+        for number, line in enumerate(path.read_text().splitlines() if header else (), 1):
+            if header and line.lstrip("# ").strip() == header[1]:
+                return f"{path}, line {number}: write # @package and one name, as in # @package _global_"
+    return ""
 
 
 def _no_such_key(path: str, overrides: Iterable[str], folders: Sequence[Path]) -> str:
@@ -207,26 +214,36 @@ def leaves(tree: Any, *parents: str) -> Iterator[tuple[str, Any]]:
 # Files
 
 
+UNREADABLE = (UnicodeDecodeError, yaml.YAMLError, GrammarParseError)
+
+
 def load(path: Path) -> Any:
     """A YAML file's content. Raises Mistake, naming file and line, where it is none, or has a key twice."""
     try:
         content = path.read_bytes()
-        text = content.decode()
-        for scalar in _scalars(yaml.compose(text, yaml.SafeLoader)):
-            _check_interpolation(path, scalar)
+        content.decode()
         return OmegaConf.to_container(OmegaConf.load(path))
-    except UnicodeDecodeError as e:
-        line = content[: e.start].count(b"\n") + 1
-        raise Mistake(f"{path}, line {line}: this is no UTF-8; save the file in that encoding") from None
-    except yaml.reader.ReaderError as e:
-        line = text[: e.position].count("\n") + 1
-        raise Mistake(f"{path}, line {line}: take out the character U+{e.character:04X}") from None
-    except yaml.MarkedYAMLError as e:
-        line = e.problem_mark.line + 1 if e.problem_mark else 1
-        told = "indent by spaces, not by tabs" if "'\\t'" in str(e.problem) else e.problem
-        raise Mistake(f"{path}, line {line}: {told}") from None
+    except UNREADABLE as e:
+        line, told = _fault(e, content)
+        raise Mistake(f"{path}, line {line + 1}: {told}") from e
     except OSError as e:
-        raise Mistake(f"{path}: {e.strerror}") from None
+        told = f": {e.strerror}" if e.errno else ", line 1: write keys with values, as in seeds: 3"  # OmegaConf's own
+        raise Mistake(f"{path}{told}") from e
+
+
+def _fault(error: Any, content: bytes) -> tuple[int, str]:
+    """In which line of a YAML file something is wrong, counted from 0, and what."""
+    if isinstance(error, UnicodeDecodeError):
+        return content[: error.start].count(b"\n"), "this is no UTF-8; save the file in that encoding"
+    text = content.decode()
+    if isinstance(error, GrammarParseError):
+        wrong = next(scalar for scalar in _scalars(yaml.compose(text, yaml.SafeLoader)) if not _interpolates(scalar))
+        told = f"{wrong.value!r} is no interpolation: write ${{key}}, or \\${{ where the text itself is meant"
+        return wrong.start_mark.line, told
+    if isinstance(error, yaml.reader.ReaderError):
+        return text[: error.position].count("\n"), f"take out the character U+{error.character:04X}"
+    told = "indent by spaces, not by tabs" if "'\\t'" in error.problem else error.problem
+    return error.problem_mark.line, told
 
 
 def _scalars(node: yaml.Node | None) -> Iterator[yaml.ScalarNode]:
@@ -239,13 +256,13 @@ def _scalars(node: yaml.Node | None) -> Iterator[yaml.ScalarNode]:
                 yield from _scalars(child)
 
 
-def _check_interpolation(path: Path, scalar: yaml.ScalarNode) -> None:
+def _interpolates(scalar: yaml.ScalarNode) -> bool:
+    """Whether all that looks like an interpolation is one."""
     try:
         OmegaConf.create([scalar.value])
     except GrammarParseError:
-        line = scalar.start_mark.line + 1
-        told = f"{scalar.value!r} is no interpolation: write ${{key}}, or \\${{ where the text itself is meant"
-        raise Mistake(f"{path}, line {line}: {told}") from None
+        return False
+    return True
 
 
 # What to do about an error of the system, by its number; {key} is paths.runs or paths.data.
@@ -277,7 +294,7 @@ def about_files(cfg: DictConfig) -> Iterator[None]:
         if isinstance(e, Mistake) or remedy is None:
             raise
         for name, kept in KEPT.items():
-            folder = Path(cfg.paths[name]).expanduser().absolute()
+            folder = Path(str(cfg.paths[name])).expanduser().absolute()
             path = folder if e.filename is None and e.errno in UNNAMED else Path(str(e.filename)).absolute()
             if path.is_relative_to(folder) or folder.is_relative_to(path):  # its parents are made with it
                 told = f"{path} can't be used for {kept}: {e.strerror}"
