@@ -57,9 +57,8 @@ def settings(config: Mapping[str, Any], *parents: str) -> Iterator[tuple[str, st
 
 def differing(texts: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
     """The keys in which configs differ, with the value in each; a dash where one has no such key."""
-    columns = {
-        key: [text.get(key, "-") for text in texts] for key in dict.fromkeys(key for text in texts for key in text)
-    }
+    keys = dict.fromkeys(key for text in texts for key in text)
+    columns = {key: [text.get(key, "-") for text in texts] for key in keys}
     return {key: values for key, values in columns.items() if len(set(values)) > 1}
 
 

@@ -66,8 +66,8 @@ def _walk(top: Path, found: Checked) -> Iterator[tuple[Path, list[Path]]]:
     def unreadable(e: OSError) -> None:
         found.add("damaged", f"{e.filename} can't be read ({e.strerror}): mend its permissions, or the disk")
 
-    for folder, within, files in os.walk(top, onerror=unreadable):
-        if not within and not files and Path(folder) != top and not folder.endswith("checkpoints"):
+    for folder, within, files in os.walk(top.absolute(), onerror=unreadable):
+        if not within and not files and Path(folder) != top.absolute() and not folder.endswith("checkpoints"):
             found.add("orphaned", f"{folder} is empty: delete it")
         within[:] = sorted(set(within) - OTHERS)
         yield Path(folder), [Path(folder, name) for name in sorted(files)]
@@ -176,6 +176,6 @@ def _is_trained(folder: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except FileNotFoundError:
-        return False
+    except OSError:  # it is not there, or nobody can have it
+        pass
     return False

@@ -161,7 +161,8 @@ def _rows(epochs: Any) -> Any:
         return epochs
     try:
         columns = _Columns(columns=epochs).columns
-        if isinstance(columns.get("val/accuracy"), _Range | None):  # as long as the line that holds it; a range is not
+        # A list is as long as the line that holds it; ranges alone could be of any length.
+        if isinstance(columns.get("val/accuracy"), _Range | None):
             raise Mistake("val/accuracy: a column of numbers is needed")
         values = [column if isinstance(column, list) else column.numbers() for column in columns.values()]
         return [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
@@ -317,7 +318,7 @@ def _no_record(content: bytes, path: str, remedy: str) -> str:
     if isinstance(known, int) and known > 2:
         return (
             f"{path} is of record format {known}, which this version does not know: use the version that wrote it, or "
-            f"another paths.runs; or {remedy}, where none did"
+            f"another paths.runs; if none wrote it, {remedy}"
         )
     return f"{path} is no valid run record (it does not begin with its format and checksum): {remedy}"
 
@@ -333,7 +334,7 @@ def _sealed(record: bytes) -> bytes:
 
 
 def checksum(content: bytes) -> str:
-    """Sixteen hexadecimal digits that any damage changes."""
+    """Sixteen hexadecimal digits that damage changes."""
     return sha256(content).hexdigest()[:16]
 
 
