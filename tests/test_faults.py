@@ -89,5 +89,5 @@ def test_no_record_is_lost_by_twenty_kills(tmp_path: Path) -> None:
     records = same_results(alone, killed)
     assert records == 6
     assert not [path for path in killed.rglob(".*") if path.name != ".lock"]  # what was being written
-    assert not list(killed.glob("*/checkpoints/*"))
+    assert not list(killed.glob("*/checkpoints"))
     print(f"\n{KILLS} kills, of which {KILLS // 2} in a write; records after each: {interrupted}; {records} in the end")

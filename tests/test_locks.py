@@ -142,6 +142,7 @@ def test_what_killed_processes_left_is_removed_by_the_next_command(config: Confi
         ]
         (run / "seed0" / ".holder").write_text("process 1 on elsewhere")
         (run / "checkpoints" / "empty").mkdir(parents=True)
+        (run / "seed0" / ".own.1").mkdir(exist_ok=True)  # a folder is none of ours
         used = [
             unfinished(run / "error_2.txt", os.getpid()),
             unfinished(run / "error_3.txt", 1, "elsewhere", hours=23),

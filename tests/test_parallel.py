@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -248,14 +247,17 @@ def test_the_command_trains_in_parallel(tmp_path: Path) -> None:
 def test_torchruns_processes_wait_together_and_one_of_them_speaks(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     folder = prepare(config(tmp_path / "runs")).folder
-    with ThreadPoolExecutor() as threads:
-        (folder / "seed0").mkdir(parents=True)
+    (folder / "seed0").mkdir(parents=True)
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        options: dict[str, Any] = {"env": {**os.environ, "COLUMNS": "120", "PYTHONUNBUFFERED": "1"}, "stdout": file}
         with FileLock(folder / "seed0" / ".lock"):
-            shown = threads.submit(run, command("seeds=2", launcher=torchrun), tmp_path)
-            until(lambda: list(folder.glob("seed1/record.json")))
-            assert not shown.done()
-        assert shown.result().count("waits: another process is training seed 0") == 1
-    assert shown.result().count("records and weights: runs/lra_e_mlp_digits") == 1
+            process = subprocess.Popen(command("seeds=2", launcher=torchrun), cwd=tmp_path, **options)
+            until(lambda: "waits" in log.read_text(), unless=lambda: process.poll() is not None and log.read_text())
+            assert list(folder.glob("seed1/record.json"))
+        assert process.wait(120) == 0
+    assert log.read_text().count("waits: another process is training seed 0") == 1
+    assert log.read_text().count("records and weights: runs/lra_e_mlp_digits") == 1
     for seed in range(2):
         assert Record.read(only(tmp_path / "runs", seed)).machine.devices == 2
 

@@ -121,7 +121,7 @@ def interrupted(run: Path) -> Iterator[tuple[Path, About]]:
     """The last checkpoint of each group of seeds in a run's folder, and whose it is; not checked, which takes time."""
     for folder in sorted(run.glob("checkpoints/*")):
         for path in reversed(files(folder)):
-            if (about := _peek(path)) and about.folder(run) == folder:
+            if (about := _peek(path)) and about.run == run.name and about.folder(run) == folder:
                 yield path, about
                 break
 

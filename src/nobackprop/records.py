@@ -385,7 +385,7 @@ def remove_unfinished(folder: Path, alone: bool = False) -> None:
 
 def unfinished(folder: Path) -> list[Path]:
     """The files in a folder that `write_atomically` has begun."""
-    return [path for path in folder.glob(".*.*") if path.suffix[1:].isdecimal()]
+    return [path for path in folder.glob(".*.*") if path.suffix[1:].isdecimal() and path.is_file()]
 
 
 def _runs(pid: int) -> bool:

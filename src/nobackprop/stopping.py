@@ -18,10 +18,11 @@ class Stopped(SystemExit):
 
 def how_it_ended(status: int) -> str:
     """What became of a child process, by its exit code, as in "was killed by SIGKILL (out of memory?)"."""
+    names = {s.value: s.name for s in signal.Signals}
     if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-        return f"was stopped by {signal.Signals(status - 128).name}"
+        return f"was stopped by {names[status - 128]}"
     if status < 0:
-        return f"was killed by {signal.Signals(-status).name}{' (out of memory?)' * (status == -signal.SIGKILL)}"
+        return f"was killed by {names.get(-status, -status)}{' (out of memory?)' * (status == -signal.SIGKILL)}"
     return f"ended with status {status}"
 
 

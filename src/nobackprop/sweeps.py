@@ -101,7 +101,7 @@ def run(jobs: Sequence[Job], launcher: Launcher, console: Console, dry_run: bool
                 text = {
                     "finished": f"finished, {mean_and_deviation(tested(outcome.records))} on the test images",
                     "failed": f"failed: {outcome.details}",
-                    "busy": f"{outcome.reason}: comes back to it at the end",
+                    "busy": f"comes back to it at the end, since {outcome.reason}",
                 }.get(outcome.state, f"{outcome.state} {outcome.reason}")
                 say(i, text + ahead, {"failed": "red", "finished": "green"}.get(outcome.state))
             left = {i: jobs[i] for i, outcome in outcomes.items() if outcome.state == "busy"}

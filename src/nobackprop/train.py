@@ -226,7 +226,7 @@ def left_off(run: Run, missing: Iterable[int], fingerprint: str | None) -> dict[
     return {
         tuple(about.seeds): checkpoints.step(path)
         for path, about in checkpoints.interrupted(run.folder)
-        if about.run == run.folder.name and fingerprint in (None, about.fingerprint)
+        if fingerprint in (None, about.fingerprint)
         if set(about.seeds) <= set(missing) and (len(about.seeds) == 1 or stacks(run))
     }
 
