@@ -38,6 +38,7 @@ from nobackprop.data import (
     Torchvision,
     check,
 )
+from nobackprop.decoding import open_image, quiet_decoding
 from nobackprop.mistakes import Mistake
 from nobackprop.train import train
 
@@ -295,9 +296,7 @@ def test_a_file_that_may_not_be_read_is_told(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(Path, "open", refuse)
     for source, name in ((Torchvision("MNIST", tmp_path), "t10k-labels-idx1-ubyte"), (parquet_source(tmp_path), "1.p")):
-        with pytest.raises(
-            ValueError, match=rf"the system refused {tmp_path}/.*{name}.*: Permission denied\. (Del|Cor)"
-        ):
+        with pytest.raises(ValueError, match=rf"the system refused {tmp_path}/.*{name}.*: Permission denied\. Cor"):
             source.load()
 
 
@@ -572,7 +571,7 @@ def test_parquet_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypat
     with pytest.raises(ValueError, match=rf"{path}, column 'img', row 0 is 8000 x 8000 pixels; allowed: 5 x 4"):
         source.load()
     with pytest.raises(ValueError, match=r"is not a readable image: Image size \(2500000000 pixels\) exceeds"):
-        data.open_image(BytesIO(claiming(50_000, 50_000)), "it", "")
+        open_image(BytesIO(claiming(50_000, 50_000)), "it", "")
     with monkeypatch.context() as patch:
         patch.setattr(data.os, "sysconf", lambda _: 10)
         write([good] * 2)
@@ -608,7 +607,7 @@ def picture(mode: str = "RGB") -> Image.Image:
 
 def opened(image: Image.Image, format: str, **options: Any) -> Image.Image:
     image.save(buffer := BytesIO(), format, **options)
-    return data.open_image(buffer, "it", "Do this.")
+    return open_image(buffer, "it", "Do this.")
 
 
 @pytest.mark.parametrize(
@@ -673,19 +672,19 @@ def test_images_are_turned_upright(format: str, orientation: int) -> None:
     exif[0x0112] = orientation
     options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(format, {})
     stored.save(buffer := BytesIO(), format, exif=exif, **options)
-    image = data.open_image(buffer, "it", "", size=(40, 56))
+    image = open_image(buffer, "it", "", size=(40, 56))
     difference = np.abs(np.asarray(image).astype(int) - np.asarray(upright).astype(int))
     assert difference.max() <= (6 if format == "JPEG" else 0)
     if orientation > 4:
         with pytest.raises(ValueError, match="it is 56 x 40 pixels; allowed: 40 x 56"):
-            data.open_image(buffer, "it", "", size=(56, 40))
+            open_image(buffer, "it", "", size=(56, 40))
 
 
 def test_damaged_exif_data_says_nothing() -> None:
     for damaged in (b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0nothing", b"\xff" * 40):
         picture().save(buffer := BytesIO(), "JPEG", exif=damaged)
-        with data.quiet_decoding():
-            assert data.open_image(buffer, "it", "").size == (4, 5)
+        with quiet_decoding():
+            assert open_image(buffer, "it", "").size == (4, 5)
 
 
 # Digits and the checks that all share

@@ -5,7 +5,6 @@ import gzip
 import logging
 import os
 import struct
-import warnings
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from io import BytesIO
 from math import prod
 from pathlib import Path
 from shutil import rmtree
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,9 +28,6 @@ from torch import Tensor
 from nobackprop.files import Sums, as_folder, digest, locked, reading, some
 from nobackprop.mistakes import Missing, Mistake
 from nobackprop.pixels import Pixels
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +118,7 @@ class Source(ABC):
 
 @lru_cache(maxsize=2)
 def _load(source: Source) -> Dataset:
-    with reading(source.name, source.remedy):
+    with reading(source.name):
         found = source.files()
         sums = Sums(source.name, Path(source.where), found) if found else None
         known = sums is None or sums.known(source.remedy)
@@ -193,8 +189,8 @@ class Digits(Source):
         path = Path(package.origin).parent / "datasets/data/digits.csv.gz"
         try:
             text = gzip.decompress(path.read_bytes())
-        except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-            raise Mistake(f"{path} is damaged: {e}. {self.remedy}") from e
+        except (FileNotFoundError, EOFError, zlib.error, gzip.BadGzipFile) as e:
+            raise Mistake(f"{path} is damaged or missing: {e}. {self.remedy}") from e
         if (found := sha256(text).hexdigest()) != DIGITS:
             raise Mistake(f"{path} has the sha256 sum {found} when unpacked, must have {DIGITS}. {self.remedy}")
         rows = np.loadtxt(BytesIO(text), np.float64, delimiter=",")
@@ -463,7 +459,7 @@ class Parquet(Source):
 
     def _matching(self, pattern: str) -> dict[str, Path]:
         """The files that a pattern matches, by name, in order. A name with a leading dot is matched only by a dot."""
-        names = sorted(glob.glob(os.path.expanduser(pattern), root_dir=self.where, recursive=True))
+        names = sorted(glob.glob(os.path.expanduser(pattern), root_dir=self.where, recursive=True), key=Path)
         if not names:
             raise Missing(
                 f"{self.name}: no file {pattern} in {self.where}. Put it there, or point `paths.data` at a folder "
@@ -538,8 +534,10 @@ class Parquet(Source):
         Raises Mistake for a file that would fill the memory in any case: a few KB can unpack to any size.
         """
         largest = 1
-        for group in map(metadata.row_group, range(metadata.num_row_groups)):  # of its columns one must not ask more:
-            size = group.total_byte_size  # where a file is damaged, pyarrow then ends the process
+        for i in range(metadata.num_row_groups):
+            # Nothing is asked of its columns one by one: where a file is damaged, pyarrow then ends the process.
+            group = metadata.row_group(i)
+            size = group.total_byte_size
             if size > group.num_rows * group.num_columns * self._most + 2**20:
                 raise Mistake(
                     f"{path}: {group.num_rows:,} rows unpack to {size:,} bytes; allowed for images of shape "
@@ -559,6 +557,8 @@ class Parquet(Source):
 
         Raises Mistake where one can't be read or has another shape.
         """
+        from nobackprop.decoding import open_image, quiet_decoding  # here, since digits need no Pillow
+
         channels, height, width = self.shape
         pixels = np.empty((len(blobs), height, width, channels), np.uint8)
 
@@ -577,47 +577,3 @@ class Parquet(Source):
             for _ in pool.map(decode, range(0, len(blobs), 64)):
                 pass
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-
-
-# Of Pillow's formats those that files of data sets have: others run programs, or read more than an image.
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
-
-
-def open_image(
-    source: BytesIO | Path, where: str, remedy: str, mode: str = "RGB", size: tuple[int, int] | None = None
-) -> "Image.Image":
-    """An image file, decoded, upright as its EXIF data says, and converted to RGB or, with mode "L", grey.
-
-    Of several frames it is the first. Raises Mistake, with `where`, if it can't be read, or is not of that size (width,
-    height): before it is decoded, since a small file may hold a very large image.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    def need_size(found: tuple[int, ...], *turned: tuple[int, ...]) -> None:
-        if size is not None and size not in (found, *turned):
-            raise Mistake(f"{where} is {found[1]} x {found[0]} pixels; allowed: {size[1]} x {size[0]}. {remedy}")
-
-    try:
-        with Image.open(source, formats=FORMATS) as file:
-            need_size(file.size, file.size[::-1])
-            if file.mode == "F" or file.mode.startswith("I"):  # which Pillow would clip, not scale
-                raise Mistake(f"{where} is not a readable image: it has more than 8 bits a channel. {remedy}")
-            file.load()
-            with suppress(struct.error, KeyError, OSError, SyntaxError, TypeError, ValueError, ZeroDivisionError):
-                ImageOps.exif_transpose(file, in_place=True)  # damaged EXIF data says nothing
-            need_size(file.size)
-            return file.convert(mode)
-    except Mistake:
-        raise
-    except UnidentifiedImageError:
-        raise Mistake(f"{where} is not a readable image: it is none of {', '.join(FORMATS)}. {remedy}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all that Pillow raises for it
-        raise Mistake(f"{where} is not a readable image: {error}. {remedy}") from error
-
-
-@contextmanager
-def quiet_decoding() -> Iterator[None]:
-    """Keeps to itself what Pillow warns of: odd metadata."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        yield

@@ -4,7 +4,7 @@ import logging
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import file_digest, sha256
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def digest(path: Path, algorithm: str = "sha256") -> str:
 
 
 @contextmanager
-def reading(name: str, remedy: str) -> Iterator[None]:
+def reading(name: str) -> Iterator[None]:
     """Turns what the system refuses, such as a file without permission, into a Mistake that names the path."""
     try:
         yield
@@ -46,7 +46,10 @@ def reading(name: str, remedy: str) -> Iterator[None]:
         raise
     except OSError as e:
         told = f"{e.filename}: {e.strerror}" if e.filename else e
-        raise Mistake(f"{name}: while its images were read, the system refused {told}. {remedy}") from e
+        raise Mistake(
+            f"{name}: while its images were read, the system refused {told}. Correct the path, its permissions, or "
+            "what is there."
+        ) from e
 
 
 @contextmanager
@@ -75,14 +78,14 @@ class Sums:
     """
 
     def __init__(self, name: str, where: Path, files: Mapping[str, Path]) -> None:
-        self.name, self.where, self.files = name, where, files
+        self.name, self.where = name, where
         # A line break in a name is written as sha256sum writes it.
         self._now = {os.fsencode(file).replace(b"\n", b"\\n"): digest(path).encode() for file, path in files.items()}
 
     def known(self, remedy: str) -> bool:
         """Whether they were read before. Raises Mistake where they, or their content, were others then."""
         for path in self._places():
-            if path.is_file():
+            with suppress(FileNotFoundError, NotADirectoryError, PermissionError):  # another user may have written it
                 then = {line[66:]: line[:64] for line in path.read_bytes().split(b"\n") if line}
                 break
         else:

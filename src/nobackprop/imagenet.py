@@ -18,9 +18,11 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
-from nobackprop.data import Images, ImageShape, Source, open_image, quiet_decoding
+from nobackprop.data import Images, ImageShape, Source
+from nobackprop.decoding import open_image, quiet_decoding
 from nobackprop.files import as_folder, locked, reading, some
 from nobackprop.hardware import cores
 from nobackprop.mistakes import Missing, Mistake
@@ -96,14 +98,14 @@ class ImageNet(Source):
 
     @property
     def checksum(self) -> str | None:
-        with reading(self.name, self.remedy):
+        with reading(self.name):
             index = self._index()
         return index and index.fingerprint
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
         """Their names. Raises Missing without a folder of training images and without a finished cache."""
-        with reading(self.name, self.remedy):
+        with reading(self.name):
             index = self._index()
             return tuple(index.classes if index else self._folders(FOLDERS["train"]))
 
@@ -370,8 +372,6 @@ class ImageNet(Source):
             )
 
     def _decoded(self, path: Path) -> NDArray[np.uint8]:
-        from PIL import Image, ImageOps
-
         remedy = "Replace it by a whole file, or remove it, and run again: what is done already is kept."
         image = ImageOps.fit(open_image(path, str(path), remedy), (self.size, self.size), Image.Resampling.BILINEAR)
         pixels = np.asarray(image).transpose(2, 0, 1)
