@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,6 +90,7 @@ def answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Answer:
         ("rule.beta=\N{LEFT DOUBLE QUOTATION MARK}1", "(U+201C): type a plain"),
         ("--config-dir=~/none", f"'{Path.home()}/none' not found"),
         ("--cfg job rule=lrae", "there is no rule=lrae"),
+        ("hydra.job.chdir=maybe", "hydra.job.chdir=maybe: Value 'maybe' is not a valid bool"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_answered_with_what_to_write(
@@ -306,20 +308,41 @@ def test_any_other_error_of_the_system_stays_what_it_is(error: OSError) -> None:
     assert raised.value is error
 
 
-@pytest.mark.parametrize("arguments", [["seeds=1"], ["--multirun", "rule=bp,fa"], ["--dry-run"]])
-def test_a_folder_that_cannot_be_written_is_told_before_torch_is_there(tmp_path: Path, arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            ["paths.runs=file/runs"],
+            "{here}/file can't be used for records, weights and checkpoints: Not a directory; a file",
+        ),
+        (["paths.runs=file/runs", "--multirun", "rule=bp,fa"], "{here}/file can't be used for records, weights and"),
+        (["paths.runs=file/runs", "--dry-run"], "{here}/file can't be used for records, weights and checkpoints"),
+        (["seeds=0"], "seeds: write how many, 1 to 100000, or a list such as [0,4,7], got 0"),
+        (["tuned=mlp_lrae"], "no such tuned settings, 'mlp_lrae': choose one of "),
+        (["--multirun", "launcher=basic,joblib"], "launcher: one for the whole sweep, not one a job"),
+        (["launcher=joblib"], "launcher=joblib is for several jobs: add --multirun"),
+        (["+sweep=rates"], "+sweep=rates is for several jobs: add --multirun"),
+    ],
+)
+def test_what_needs_no_torch_is_told_before_it_is_imported(tmp_path: Path, arguments: list[str], told: str) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "torch.py").write_text("raise ImportError('too early')\n")
-    ended = nobackprop("paths.runs=file/runs", *arguments, cwd=tmp_path, path=tmp_path)
+    ended = nobackprop(*arguments, "logger=none", cwd=tmp_path, path=tmp_path)
     assert ended.returncode == 1
-    told = "can't be used for records, weights and checkpoints: Not a directory; a file is where a folder should be"
-    assert ended.stderr.startswith(f"nobackprop: {tmp_path}/file {told}")
+    assert ended.stderr.startswith(f"nobackprop: {told.format(here=tmp_path)}")
+    assert len(ended.stderr.splitlines()) == 1
+    assert not ended.stdout
 
 
-def test_a_folder_without_permission_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("flags", "told"), [(0, "Permission denied"), (os.ST_RDONLY, "Read-only file system")])
+def test_a_folder_that_cannot_be_made_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: int, told: str
+) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    with pytest.raises(PermissionError, match="Permission denied"):
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=flags))
+    with pytest.raises(OSError, match=told) as raised:
         sentences.check_writable(tmp_path / "not" / "there")
+    assert raised.value.filename == str(tmp_path)
 
 
 def test_scripts_tell_a_mistake_and_keep_other_tracebacks(capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,6 +62,9 @@ class SweepLauncher(Launcher):
         dry_run, trials = configs[0].dry_run, OmegaConf.select(self.config, "hydra.sweeper.n_trials")
         if dry_run and trials:
             console.print(f"the first {len(configs)} of a search of {trials} trials:", highlight=False)
+        from nobackprop import lean
+
+        lean.start()  # before all that imports Lightning
         from nobackprop import launchers, sweeps  # torch takes seconds to import
 
         same = {text.lower() for text in (*sys.argv, "dry_run=true")}  # Hydra writes False for false

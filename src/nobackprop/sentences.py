@@ -150,7 +150,10 @@ def composing(error: Any, overrides: Sequence[str], folders: Sequence[Path]) -> 
         return f"{within[1]}.yaml: {within[2]}; it must hold keys with values, as in seeds: 3"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
-    return re.split(r"\s*Config search path:", message)[0] or str(error.__cause__)
+    told = [re.split(r"\s*Config search path:", message)[0]]
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        told.append(str(error.__cause__).splitlines()[0])
+    return ": ".join(filter(None, told))
 
 
 def _of_a_file(error: Any, message: str, overrides: Sequence[str], folders: Sequence[Path]) -> str:
@@ -305,7 +308,8 @@ def about_files(cfg: DictConfig) -> Iterator[None]:
 def check_writable(folder: Path) -> None:
     """Raises OSError where a folder can't be made or written to."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(nearest))
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(nearest))
+    number = 0 if nearest.is_dir() else errno.ENOTDIR
+    if not number and not os.access(nearest, os.W_OK | os.X_OK):
+        number = errno.EROFS if os.statvfs(nearest).f_flag & os.ST_RDONLY else errno.EACCES
+    if number:
+        raise OSError(number, os.strerror(number), str(nearest))
