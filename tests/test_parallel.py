@@ -53,7 +53,7 @@ class Noisy(BP):
         return g | {"b1": g["b1"] + (weight * batch.noise["each"]).mean(0) + batch.noise["all"]}, logits
 
 
-NOISY = [f"rule._target_={__name__}.Noisy", "~rule.beta", "~rule.gamma", "~rule.learn_E"]
+NOISY = [f"rule._target_={__name__}.Noisy", "~rule.beta", "~rule.gamma", "~rule.learn_E", "~rule.difference"]
 RUNS = {
     "sum": ["update=sum", "l2=0.001", "optimizer.lr=0.001", "schedule=cosine"],
     "unit_norm": ["update=unit_norm", "rule.gamma=0.5", "dataset.flip=true", "dataset.crop=1"],

@@ -53,7 +53,7 @@ def answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Answer:
         ("+experiment=lra_e", "Did you mean lra_e/"),
         ("hydra/launcher=slurm", "there is no hydra/launcher=slurm; choose one of basic, nobackprop"),
         ("rul=bp", "there is no key rul; choose from: rule, dataset, | Did you mean rule?"),
-        ("rule.bta=1", "choose from: _target_, beta, gamma, learn_E. Did you mean beta?"),
+        ("rule.bta=1", "choose from: _target_, beta, gamma, learn_E, difference. Did you mean beta?"),
         ("-m rule=lra_e,bp rule.bta=1", "there is no key rule.bta; choose from: _target_, beta, "),
         ("rule.beta.x=1", "there is no key rule.beta.x: rule.beta is 0.1, without keys of its own"),
         ("lr=0.1", "Did you mean optimizer.lr?"),

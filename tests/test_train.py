@@ -56,7 +56,7 @@ def test_every_config_composes(config: Config, tmp_path: Path, group: str, optio
         (["+foo=1"], "unknown key 'foo'; choose from: rule, dataset,"),
         (["+dataset.foo=1"], "unknown key 'dataset.foo'; choose from: name, source, classes,"),
         (["+init.foo=1"], "unknown key 'init.foo'; choose from: forward, backward"),
-        (["+rule.foo=1"], "rule: unknown key foo; choose from: beta, gamma, learn_E"),
+        (["+rule.foo=1"], "rule: unknown key foo; choose from: beta, gamma, learn_E, difference"),
         (["+optimizer.foo=1"], "optimizer: unknown key foo; choose from: lr, betas,"),
         (["+trainer.max_epochs=3"], "unknown key 'trainer.max_epochs'; choose from: accelerator, strategy, devices,"),
         (["rule._target_=nobackprop.rules.none.None"], "rule: no such _target_, 'nobackprop.rules.none.None'"),

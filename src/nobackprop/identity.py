@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from hashlib import sha256
 from typing import Any
 
@@ -31,3 +32,14 @@ def rule_name(rule: Mapping[str, Any]) -> str:
 def run_name(rule: Mapping[str, Any], arch: Mapping[str, Any], dataset: str) -> str:
     """`rule_arch_dataset`, as in `lra_e_mlp_mnist`."""
     return f"{rule_name(rule)}_{arch['_target_'].split('.')[-1]}_{dataset}"
+
+
+def before(target: Any) -> dict[str, Any]:
+    """What each key of a component means where a record or a file of weights lacks it: what the code of then computed.
+
+    A key that came after the first records says it beside itself, and never changes it, whatever its default:
+    `difference: str = field(default="exact", metadata={"before": "plain"})`.
+    """
+    return (
+        {f.name: f.metadata["before"] for f in fields(target) if "before" in f.metadata} if is_dataclass(target) else {}
+    )

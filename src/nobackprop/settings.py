@@ -28,7 +28,7 @@ from pydantic import (
 )
 from pydantic import ValidationError as PydanticError
 
-from nobackprop.identity import digest, run_name
+from nobackprop.identity import before, digest, run_name
 from nobackprop.mistakes import Mistake
 from nobackprop.sentences import close
 
@@ -145,7 +145,7 @@ class Settings(_Strict):
     max_epochs: PositiveInt
     max_steps: PositiveInt | None
     batch_size: PositiveInt
-    update: Literal["mean", "sum", "unit_norm"]
+    update: Literal["mean", "sum", "unit_norm", "unit_norm_relative"]
     l2: NonNegativeFloat
     patience: PositiveInt | None
     stack: bool | None
@@ -187,14 +187,15 @@ class Settings(_Strict):
     def identity(self) -> dict[str, Any]:
         """All that can change a seed's result, not what cannot: no seeds, loggers, paths, devices or compiler.
 
-        The last two, and threads, change float32 rounding; a record states them beside its config.
+        The last two, and threads, change float32 rounding; a record states them beside its config. A component's key is
+        left out where it has the value that records without it mean, so that these keep their signatures.
         """
         how = {"stack", "compile", "recompute", "threads", "workers", "launcher", "checkpoint_minutes", "dry_run"}
         config = self.model_dump(exclude={"seeds", "logger", "diagnostics", "paths", *how})
         for key in ("root", "download", "cache", "verify"):
             config["dataset"]["source"].pop(key, None)
         config["trainer"] = {"precision": self.trainer.precision}
-        return config
+        return {key: _as_recorded(node, key) for key, node in config.items()}
 
     @property
     def signature(self) -> str:
@@ -209,6 +210,18 @@ def _check_finite(tree: Any, *path: Any) -> None:
     nodes = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, node in nodes:
         _check_finite(node, *path, key)
+
+
+def _as_recorded(node: Any, name: str) -> Any:
+    """A config's node with the later keys of components, also where it leaves them to their defaults, and without those
+    that have the value which records without them mean. Raises Mistake for an unknown target.
+    """
+    if not isinstance(node, dict):
+        return node
+    target = _target(node["_target_"], name) if "_target_" in node else None
+    old = before(target)
+    given = {key: getattr(target, key) for key in old} | node
+    return {key: _as_recorded(value, key) for key, value in given.items() if key not in old or value != old[key]}
 
 
 def build(node: Component, key: str, *args: Any, **kwargs: Any) -> Any:

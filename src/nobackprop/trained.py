@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nobackprop import rules, sealed
 from nobackprop.data import Images
+from nobackprop.identity import before
 from nobackprop.losses import Loss
 from nobackprop.metrics import Scores
 from nobackprop.mistakes import Missing, Mistake
@@ -120,7 +121,7 @@ def _made(base: Any, name: str, fields: Mapping[str, Any], path: Path) -> Any:
     if (kind := {_full_name(kind): kind for kind in found}.get(name)) is None:
         raise Unknown(f"{path} was trained with {name}, which is not in nobackprop: import it first")
     try:
-        return kind(**fields)
+        return kind(**{**before(kind), **fields})
     except TypeError as e:
         raise Unknown(f"{path} was trained with another version of {name}: {e}") from e
 
