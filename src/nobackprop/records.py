@@ -273,7 +273,7 @@ class Record(_Strict):
     @property
     def code(self) -> list[str]:
         """What trained it, as in `commits`."""
-        return self.commits or [_code(self.commit, self.dirty)]
+        return self.commits or [code(self.commit, self.dirty)]
 
     def write(self, path: Path) -> None:
         """Writes the record as one line, atomically: a reader, or a power cut, finds all of it or nothing."""
@@ -443,12 +443,12 @@ def other_code(records: Iterable[Record]) -> str:
 
     A record's key is its config and seed; that says nothing of the code. Edits can't be compared, so they always count.
     """
-    now = _code(*source_state())
+    now = code(*source_state())
     others = {code for r in records for code in r.code if code != now or code.endswith(EDITS)}
     return ", ".join(sorted(map(_told, others)))
 
 
-def _code(commit: str | None, dirty: bool | None) -> str:
+def code(commit: str | None, dirty: bool | None) -> str:
     """A state of the source as an entry of `Record.commits`."""
     return f"{commit}{EDITS if dirty else ''}" if commit else "unknown"
 

@@ -295,7 +295,7 @@ def _fit(run: Run, dataset: Dataset, group: Group, screen: Screen) -> list[Recor
     steps = min(s.max_epochs * per_epoch, s.max_steps or s.max_epochs * per_epoch)
     uncompiled = "{}: trains uncompiled, since torch.compile fails here: {}".format
     make = partial(_learner, run, dataset, tasks, steps, lambda why: screen.print(uncompiled(title, why)))
-    about = About(run=run.folder.name, seeds=seeds, fingerprint=dataset.fingerprint, commits=[_code()])
+    about = About(run=run.folder.name, seeds=seeds, fingerprint=dataset.fingerprint, commits=[records.code(*records.source_state())])
     folder = about.folder(run.folder)
     loggers = []
     with StopSignals() as signals:
@@ -358,12 +358,6 @@ def _resumed(make: Callable[[], Learner], folder: Path, about: About) -> tuple[L
             continue
         return learner, path, content["about"]["commits"]
     return make(), None, []
-
-
-def _code() -> str:
-    """The commit of the code that runs, as records name it."""
-    commit, dirty = records.source_state()
-    return f"{commit or 'unknown'}{'+edits' * bool(dirty)}"
 
 
 def _by(before: Sequence[str], now: Sequence[str]) -> str:
