@@ -1,5 +1,6 @@
 """What several test files use: small runs, config files as objects, every rule, small problems, a learner to step."""
 
+import io
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from rich.console import Console
 from torch import Tensor
 
 from nobackprop.activations import activation
@@ -104,6 +106,17 @@ def interrupt(cfg: DictConfig) -> list[Path]:
         with pytest.raises(Killed):
             train(cfg)
     return sorted(folder(cfg).glob("checkpoints/*/*.ckpt"))
+
+
+@pytest.fixture
+def console() -> Console:
+    """Wide, into memory; `shown` gives what was printed."""
+    return Console(width=250, file=io.StringIO())
+
+
+def shown(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
 
 
 def same_results(one: Path, other: Path, seeds: str = "*/seed*") -> int:

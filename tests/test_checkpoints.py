@@ -1,7 +1,6 @@
 """Checkpoints: whose they are, which are used, what can't be used blocks nothing, and what is left of them."""
 
 import errno
-import io
 import os
 import shutil
 import signal
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Config, Killed, at_save, folder, interrupt, same_results, small
+from conftest import Config, Killed, at_save, folder, interrupt, same_results, shown, small
 from rich.console import Console
 
 from nobackprop import checkpoints, records, sealed, sweeps
@@ -25,16 +24,6 @@ from nobackprop.stopping import Stopped
 from nobackprop.train import train
 
 UNUSED = ": it is not used, but kept as .*unused until these seeds are recorded"
-
-
-@pytest.fixture
-def console() -> Console:
-    return Console(width=250, file=io.StringIO())
-
-
-def shown(console: Console) -> str:
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
 
 
 def told(warned: pytest.WarningsRecorder) -> int:

@@ -1,6 +1,5 @@
 """Locks on seeds: who has one is told, what a killed process left is removed, and what another one writes is not."""
 
-import io
 import os
 import platform
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Config, folder, interrupt
+from conftest import Config, folder, interrupt, shown
 from filelock import FileLock
 from omegaconf import DictConfig
 from rich.console import Console
@@ -21,16 +20,6 @@ import nobackprop.train
 from nobackprop import locks, records, sweeps
 from nobackprop.launchers import Basic, Job
 from nobackprop.train import Busy, train
-
-
-@pytest.fixture
-def console() -> Console:
-    return Console(width=250, file=io.StringIO())
-
-
-def shown(console: Console) -> str:
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
 
 
 @contextmanager

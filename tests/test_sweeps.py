@@ -16,7 +16,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Config, Killed, at_save, folder, holders, raise_killed, run_config, same_results, small, until
+from conftest import (
+    Config,
+    Killed,
+    at_save,
+    folder,
+    holders,
+    raise_killed,
+    run_config,
+    same_results,
+    shown,
+    small,
+    until,
+)
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -24,16 +36,6 @@ from nobackprop import launchers, records, sweeps
 from nobackprop.launchers import Basic, Cluster, Job, Joblib, Outcome, Submitted
 from nobackprop.stopping import Stopped
 from nobackprop.train import Busy, train
-
-
-@pytest.fixture
-def console() -> Console:
-    return Console(width=250, file=io.StringIO())
-
-
-def shown(console: Console) -> str:
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
 
 
 @contextmanager
