@@ -22,13 +22,6 @@ def test_freed_memory_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == {-1: 2**30, -3: 2**30}  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
 
 
-def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware.shutil, "which", {"g++": "/usr/bin/g++"}.get)
-    assert hardware.can_compile(torch.device("cpu"))
-    monkeypatch.setattr(hardware.shutil, "which", {}.get)
-    assert not hardware.can_compile(torch.device("cpu"))
-
-
 def test_matrix_products_stay_as_accurate_as_float32() -> None:
     hardware.choose_matmul(torch.device("cpu"))
     a, b = torch.rand(300, 300), torch.rand(300, 300)

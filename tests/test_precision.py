@@ -12,9 +12,7 @@ import torch.nn.functional as F
 from conftest import Config, Problem
 from pytorch_lightning.plugins import DoublePrecision, MixedPrecision, Precision
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
-from nobackprop.batches import EvalBatches
 from nobackprop.layers import Conv, Dense, Layer, Shape
 from nobackprop.rule import Rule
 from nobackprop.train import train
