@@ -23,6 +23,7 @@ from nobackprop.batches import EvalBatches, TrainBatches, task
 from nobackprop.callbacks import ResumePoint
 from nobackprop.data import Dataset
 from nobackprop.layers import Shape
+from nobackprop.mistakes import Mistake
 from nobackprop.network import Network
 from nobackprop.parallel import SameWeights, start
 from nobackprop.preparation import prepare
@@ -214,12 +215,20 @@ def test_what_cannot_be_divided_is_refused(tmp_path: Path, overrides: list[str],
 
 
 def test_a_clusters_tasks_must_be_the_runs_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tasks = {"NTASKS": 4, "NTASKS_PER_NODE": 4, "NNODES": 1, "PROCID": 3, "LOCALID": 3, "NODEID": 0, "JOB_NAME": "run"}
+    tasks = {"NTASKS": 4, "NTASKS_PER_NODE": 4, "NNODES": 1, "NODEID": 0, "JOB_NAME": "run"}
     for name, value in tasks.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
-    with pytest.raises(ValueError, match="--ntasks-per-node=4` does not match"):
-        prepare(config(tmp_path, *DDP))
-    assert prepare(config(tmp_path, *DDP, "trainer.devices=4")).rank == 3
+    for rank in (0, 3):
+        for name in ("PROCID", "LOCALID"):
+            monkeypatch.setenv(f"SLURM_{name}", str(rank))
+        for overrides in ([], ["trainer.devices=4", "batch_size=25"], ["trainer.devices=4", "rule.beta=0"]):
+            if rank == 0:
+                with pytest.raises(Mistake, match=r"--ntasks-per-node=4` does not match|a multiple of 4|beta is 0"):
+                    prepare(config(tmp_path, *DDP, *overrides))
+            else:  # finds the same, and says nothing
+                with pytest.raises(SystemExit, match=r"^1$"):
+                    prepare(config(tmp_path, *DDP, *overrides))
+        assert prepare(config(tmp_path, *DDP, "trainer.devices=4")).rank == rank
 
 
 def command(*options: str, launcher: Sequence[str] = (sys.executable, "-m")) -> list[str]:
@@ -298,3 +307,20 @@ def test_a_stopped_command_leaves_a_checkpoint_that_it_goes_on_from(tmp_path: Pa
     assert "goes on from step" in run(command(*options), tmp_path)
     record = Record.read(only(tmp_path / "runs"))
     assert len(record.epochs) == 150
+
+
+def _mistaken(message: str) -> None:
+    """In two processes: the first makes a mistake while the second waits for it."""
+    process = int(os.environ["LOCAL_RANK"])
+    torch.distributed.init_process_group("gloo", rank=process, world_size=2)
+    if process == 0:
+        raise Mistake(message)
+    torch.distributed.barrier()
+
+
+def test_a_mistake_in_one_of_the_processes_is_that_of_the_command() -> None:
+    message = "logger: no account" + 100_000 * "."  # more than a pipe holds
+    with pytest.raises(Mistake) as caught:
+        start(_mistaken, 2, message)
+    assert str(caught.value) == message
+    assert f"in {_mistaken.__name__}" in caught.value.__notes__[0]

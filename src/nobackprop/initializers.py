@@ -63,9 +63,7 @@ class Uniform(Initializer):
         except OverflowError:
             bound = inf
         if bound > LARGEST:
-            raise Mistake(
-                f"init: {self} draws from +-{bound:g} for a fan-in of {fan_in}: a float32 has no such weights"
-            )
+            raise Mistake(f"init: {self} draws from +-{bound:g} at a fan-in of {fan_in}: a float32 has no such weights")
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
@@ -77,7 +75,7 @@ class Normal(Initializer):
 
     def __post_init__(self) -> None:
         if not 0 <= self.std <= LARGEST:
-            raise Mistake(f"std is {self.std}: a standard deviation is 0 or more (and no more than {LARGEST})")
+            raise Mistake(f"std is {self.std}: a standard deviation is 0 or more, here up to {LARGEST}")
 
     def draw(self, shape: Shape, generator: Generator) -> Tensor:
         return torch.empty(shape).normal_(0, self.std, generator=generator)
@@ -103,10 +101,7 @@ class _Scaled(Initializer):
 
     def __post_init__(self) -> None:
         if not 0 <= self.gain <= LARGEST:
-            raise Mistake(
-                f"gain is {self.gain}: weights are drawn for a gain of 1 and multiplied, so 0 or more (and no more than "
-                f"{LARGEST})"
-            )
+            raise Mistake(f"gain is {self.gain}: it multiplies weights drawn for a gain of 1, so 0 to {LARGEST}")
 
 
 class Orthogonal(_Scaled):

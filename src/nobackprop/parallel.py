@@ -4,7 +4,10 @@ The processes start from equal weights and step with equal gradients, the mean o
 equal. Rank 0 alone writes and prints.
 """
 
+import logging
 import os
+import pickle
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
@@ -23,6 +26,8 @@ from torch import Tensor
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
 from nobackprop.stopping import StopSignals, how_it_ended
+
+logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # that it ends the others is no news
 
 
 class DataParallel(DDPStrategy):
@@ -99,33 +104,54 @@ def connect(strategy: Strategy) -> None:
 def start(function: Callable[..., None], processes: int, *args: Any) -> None:
     """Runs `function(*args)` in so many new processes on this machine, ranks 0, 1, ..., until all are done.
 
-    Where one fails the others are ended, and its traceback is raised, or ChildProcessError where it was killed or
-    stopped by itself. Where this process is asked to end it asks them, and raises Stopped when they have.
+    Where one fails the others are ended, and its exception is raised, or ChildProcessError where it was killed or stopped
+    by itself. Where this process is asked to end it asks them, and raises Stopped when they have.
     """
-    args = find_free_network_port(), function, args
+    errors = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    args = find_free_network_port(), errors, function, args
     spawned: Any = torch.multiprocessing.spawn(_as_rank, args, processes, join=False)
+    first: list[Exception] = []  # what made the others fail, too
     with StopSignals() as signals:
         try:
             while not spawned.join(timeout=0.5):
+                if not first and not errors.empty():  # a process may wait for its long message to be read
+                    first.append(errors.get())
                 if signals.signum is not None:
                     for process in spawned.processes:
                         process.terminate()
         except ProcessException as e:
             signals.check()
-            if not isinstance(e, ProcessExitedException):
-                raise
-            how = how_it_ended(e.exit_code)
-            raise ChildProcessError(
-                f"process {e.error_index} of a run {how}; the same command goes on from the last checkpoint"
-            ) from None
+            if isinstance(e, ProcessExitedException):
+                how = how_it_ended(e.exit_code)
+                raise ChildProcessError(
+                    f"process {e.error_index} of a run {how}; the same command goes on from the last checkpoint"
+                ) from None
+            if not first and not errors.empty():
+                first.append(errors.get())
+            raise (first or [e])[0] from None
         finally:
             for process in spawned.processes:
                 process.kill()
         signals.check()
 
 
-def _as_rank(rank: int, port: int, function: Callable[..., None], args: Sequence[Any]) -> None:
+def _as_rank(rank: int, port: int, errors: Any, function: Callable[..., None], args: Sequence[Any]) -> None:
     os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.pop("SLURM_NTASKS", None)  # a task of SLURM's that starts processes stands for none of them
-    function(*args)
+    try:
+        function(*args)
+    except Exception as error:
+        errors.put(portable(error))
+        raise
     torch.distributed.destroy_process_group()
+
+
+def portable(error: Exception) -> Exception:
+    """An error that another process can take, with a note of where it was; another one where it can't be pickled."""
+    note = f"In a process of its own:\n{traceback.format_exc()}"
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(note)
+    return error

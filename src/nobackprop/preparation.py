@@ -68,10 +68,11 @@ class Run:
 
     @cached_property
     def diagnostics(self) -> "list[Callback]":
+        if not self.settings.diagnostics:
+            return []
         from pytorch_lightning import Callback
 
-        chosen = self.settings.diagnostics
-        return [_made(Callback, chosen, "diagnostics")] if chosen else []
+        return [_made(Callback, self.settings.diagnostics, "diagnostics")]
 
     @cached_property
     def strategy(self) -> "Strategy":
@@ -90,7 +91,7 @@ class Run:
     @property
     def rank(self) -> int:
         """Which process of a data-parallel run this is; rank 0 alone writes and prints."""
-        return self.strategy.global_rank if self.parallel else 0
+        return self.strategy.global_rank if self.parallel else 0  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def folder(self) -> Path:
@@ -164,7 +165,7 @@ def _told_once(cfg: DictConfig) -> Iterator[None]:
     try:
         yield
     except Mistake:
-        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))  # torchrun's, srun's
+        rank = os.environ.get("RANK" if "TORCHELASTIC_RUN_ID" in os.environ else "SLURM_PROCID", "0")
         if OmegaConf.select(cfg, "trainer.strategy") == "ddp" and rank != "0":
             raise SystemExit(1) from None
         raise
@@ -309,7 +310,7 @@ def _try_optimizer(run: Run, shapes: list[Shape], device: torch.device) -> None:
 
 
 def _asked(node: Component, key: str, function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, of what the node makes. Raises Mistake where it lacks a value, or torch's own code refuses one.
+    """`function(*args)`, of what the node makes. Raises Mistake where a value is missing, or torch's code refuses one.
 
     Code of the user's own says Mistake itself, if it wants to; its other exceptions are faults and pass through.
     """

@@ -6,11 +6,9 @@ memory for the second. torch's threads do not survive a fork, so seeds with seve
 
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import time
-import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +19,7 @@ from typing import Any, TypeVar, cast
 
 from nobackprop.callbacks import Screen
 from nobackprop.hardware import cores
+from nobackprop.parallel import portable
 from nobackprop.stopping import StopSignals, how_it_ended
 
 PATIENCE_S = 60.0  # for a checkpoint, when workers are asked to end
@@ -119,18 +118,7 @@ def _worker(
             while (index := connection.recv()) is not None:
                 connection.send(("result", work(jobs[index], cast(Screen, _Remote(connection)))))
         except Exception as error:
-            connection.send(("error", _portable(error)))
-
-
-def _portable(error: Exception) -> Exception:
-    """An error that another process can take, with a note of where it was; another one where it can't be pickled."""
-    note = f"In a process of its own:\n{traceback.format_exc()}"
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        error = RuntimeError(f"{type(error).__name__}: {error}")
-    error.add_note(note)
-    return error
+            connection.send(("error", portable(error)))
 
 
 class _Remote:
