@@ -331,7 +331,7 @@ def test_a_failure_to_read_is_raised(toy: Dataset, tmp_path: Path) -> None:
         list(loader)
     assert not readers()
     path.unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match=rf"train: while its images .* the system refused {path}: No such file"):
         list(loader)
 
 

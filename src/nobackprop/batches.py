@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nobackprop.data import Dataset, Images
+from nobackprop.files import reading
 from nobackprop.mistakes import Mistake
 from nobackprop.streams import stream
 
@@ -141,7 +142,7 @@ class _Store:
         if file is None:
             torch.index_select(self.images.pixels, 0, index.flatten(), out=out)
         else:  # not by the map, which reads pages one by one: five times slower where the system has not kept them
-            with file.open("rb", buffering=0) as opened:
+            with reading(file.name), file.open("rb", buffering=0) as opened:
                 for row, i in zip(out.numpy(), index.flatten().tolist(), strict=True):
                     opened.seek(i * row.nbytes)
                     if opened.readinto(row) != row.nbytes:
