@@ -211,6 +211,19 @@ class Problem:
         return replace(self.batch, noise={name: t.double() for name, t in noise.items()})
 
 
+def errors_of_float32(rule: Rule, reference: Rule, problem: Problem, w: Mapping[str, Tensor]) -> list[float]:
+    """Of each layer's gradient of W in float32, against the reference's in float64, in units of its largest entry.
+
+    Layers whose gradient float32 can't hold are left out.
+    """
+    batch = problem.batch
+    shorter = replace(batch, x=batch.x.float(), y=batch.y.float())
+    found = rule.grads(problem.net, {name: t.float() for name, t in w.items()}, shorter)[0]
+    exact = reference.grads(problem.net, w, batch)[0]
+    sizes = {f"W{l}": exact[f"W{l}"].abs().max() for l in range(1, problem.net.L + 1)}
+    return [float((found[n] - exact[n]).abs().max() / size) for n, size in sizes.items() if size > 1e-30]
+
+
 # In the convolutional nets the second layer's stride does not divide its input, and images are not square.
 NETS = {
     "linear": partial(mlp, (1, 3, 4), hidden=[]),

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Problem
+from conftest import Problem, errors_of_float32
 from torch import Tensor
 
 from nobackprop.activations import ACTIVATIONS
 from nobackprop.initializers import Normal, Uniform, initial_weights
 from nobackprop.losses import SigmoidCrossEntropy, SoftmaxCrossEntropy
-from nobackprop.network import Network, mlp
+from nobackprop.network import mlp
 from nobackprop.rule import Batch, Rule
 from nobackprop.rules.bp import BP
 from nobackprop.rules.brsf import BRSF
@@ -121,18 +121,6 @@ def test_lra_es_plain_differences_are_the_exact_ones_but_for_rounding(problem: P
     torch.testing.assert_close(_grads(LRAE(), problem, w), _grads(LRAE(difference="plain"), problem, w))
 
 
-def _errors_of_float32(rule: Rule, reference: Rule, net: Network, w: dict[str, Tensor], batch: Batch) -> list[float]:
-    """Of each layer's gradient of W in float32, against the reference's in float64, in units of its largest entry.
-
-    Layers whose gradient float32 can't hold are left out.
-    """
-    shorter = Batch(batch.x.float(), batch.y.float(), batch.loss)
-    found = rule.grads(net, {name: t.float() for name, t in w.items()}, shorter)[0]
-    exact = reference.grads(net, w, batch)[0]
-    sizes = {f"W{l}": exact[f"W{l}"].abs().max() for l in range(1, net.L + 1)}
-    return [float((found[n] - exact[n]).abs().max() / size) for n, size in sizes.items() if size > 1e-30]
-
-
 @pytest.mark.parametrize("depth", [3, 8, 30])
 @pytest.mark.parametrize("name", ["tanh", "sigmoid", "relu", "softsign"])
 def test_lra_e_in_float32_has_float64s_gradients_at_any_depth(name: str, depth: int) -> None:
@@ -140,9 +128,9 @@ def test_lra_e_in_float32_has_float64s_gradients_at_any_depth(name: str, depth: 
     net = mlp((20,), 4, hidden=[32] * depth, activation=name)
     w = {n: t.double() for n, t in initial_weights(net, LRAE(), Normal(0.2), Normal(0.2), 0).items()}
     x = torch.randn(6, 20, generator=generator).double()
-    batch = Batch(x, loss.target(torch.arange(6) % 4, x.dtype), loss)
-    assert max(_errors_of_float32(LRAE(), LRAE(), net, w, batch)) < 1e-5
-    plain = _errors_of_float32(LRAE(difference="plain"), LRAE(), net, w, batch)
+    problem = Problem(net, Batch(x, loss.target(torch.arange(6) % 4, x.dtype), loss))
+    assert max(errors_of_float32(LRAE(), LRAE(), problem, w)) < 1e-5
+    plain = errors_of_float32(LRAE(difference="plain"), LRAE(), problem, w)
     assert (plain[0] > 0.5) == (depth >= 8)
 
 
@@ -218,6 +206,7 @@ PART = "a step goes part of the way, so above 0 and at most 1"
         (EquilibriumPropagation, "epsilon", 1.5, PART),
         (EquilibriumPropagation, "free_steps", -1, "it must be 0 or more"),
         (EquilibriumPropagation, "nudged_steps", 0, "without any nothing is learned"),
+        (EquilibriumPropagation, "difference", "none", "write exact, or plain to subtract the states"),
     ],
 )
 def test_hyper_parameters_out_of_range_are_refused(kind: type[Rule], field: str, value: Any, why: str) -> None:

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Problem
+from conftest import Problem, errors_of_float32
 from torch import Tensor
 
+from nobackprop.activations import ACTIVATIONS
 from nobackprop.losses import SoftmaxCrossEntropy
 from nobackprop.network import Network, mlp
 from nobackprop.rule import Batch, Rule
@@ -96,6 +97,7 @@ def _batch(inputs: int, loss: Any) -> Batch:
 # Equilibrium propagation
 
 LONG = EquilibriumPropagation(free_steps=100, nudged_steps=100, epsilon=0.5)
+PLAIN = replace(LONG, difference="plain")
 
 
 def _small(problem: Problem) -> dict[str, Tensor]:
@@ -110,19 +112,63 @@ def _at_rest(rule: Rule, problem: Problem, w: dict[str, Tensor]) -> dict[str, Te
     return dict(zip(w, torch.autograd.grad(loss, list(w.values())), strict=True))
 
 
-def _distance(beta: float, problem: Problem, w: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    grads = _grads(replace(LONG, beta=beta), problem, w)
+def _distance(
+    beta: float, problem: Problem, w: dict[str, Tensor], expected: dict[str, Tensor], rule: EquilibriumPropagation = LONG
+) -> float:
+    grads = _grads(replace(rule, beta=beta), problem, w)
     return max(float((grads[name] - g).norm() / g.norm()) for name, g in expected.items())
 
 
+@pytest.mark.parametrize("rule", [LONG, PLAIN], ids=["exact", "plain"])
 @pytest.mark.parametrize("name", ["tanh", "sigmoid", "softsign"])
-def test_equilibrium_propagation_tends_to_the_gradient_of_the_loss_at_equilibrium(problem: Problem, name: str) -> None:
+def test_equilibrium_propagation_tends_to_the_gradient_of_the_loss_at_equilibrium(
+    problem: Problem, name: str, rule: EquilibriumPropagation
+) -> None:
     problem = problem.activated(name)
     w = _small(problem)
     expected = _at_rest(LONG, problem, w)
-    coarse, fine = (_distance(beta, problem, w, expected) for beta in (0.1, 0.01))
+    coarse, fine = (_distance(beta, problem, w, expected, rule) for beta in (0.1, 0.01))
     assert fine < 1e-3
     assert fine < 0.02 * coarse + 1e-9  # a linear net has the gradient itself
+    if rule is LONG:
+        assert _distance(1e-9, problem, w, expected) < 1e-8  # nothing cancels
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_the_difference_of_the_nudged_states_is_that_of_subtracting_them(problem: Problem, name: str) -> None:
+    problem = problem.activated(name)
+    short = EquilibriumPropagation(beta=0.5, free_steps=2, nudged_steps=3)  # far from rest, which both have in common
+    w = problem.weights(short)
+    exact, plain = _grads(short, problem, w), _grads(replace(short, difference="plain"), problem, w)
+    top = {f"{letter}{problem.net.L}" for letter in "Wb"}
+    torch.testing.assert_close(*({n: t for n, t in g.items() if n not in top} for g in (exact, plain)))
+    prediction = problem.net.preactivation(problem.net.L, w, (h := short._free(problem.net, w, problem.batch.x))[-1])
+    expected = problem.net.hebbian(problem.net.L, h[-1], problem.batch.error(prediction))
+    torch.testing.assert_close({name: exact[name] for name in top}, expected)
+
+
+@pytest.mark.parametrize("depth", [3, 8])
+@pytest.mark.parametrize("name", ["tanh", "sigmoid", "relu", "hard_sigmoid"])
+def test_equilibrium_propagation_in_float32_has_float64s_gradients(name: str, depth: int) -> None:
+    rule = EquilibriumPropagation()
+    problem = Problem(mlp((20,), 4, hidden=[32] * depth, activation=name), _batch(20, SoftmaxCrossEntropy(4)))
+    w = {name: 0.2 * t for name, t in problem.weights(rule).items()}
+    assert max(errors_of_float32(rule, rule, problem, w)) < 1e-4
+    assert max(errors_of_float32(replace(rule, difference="plain"), rule, problem, w)) > 0.01
+
+
+def test_steps_left_to_the_depth_are_ten_a_hidden_layer_and_bring_the_states_to_rest(problem: Problem) -> None:
+    rule, hidden = EquilibriumPropagation(), problem.net.L - 1
+    w = _small(problem)
+    explicit = replace(rule, free_steps=10 * hidden, nudged_steps=max(1, 10 * hidden))
+    torch.testing.assert_close(_grads(rule, problem, w), _grads(explicit, problem, w), rtol=0, atol=0)
+    names = {f"unrest/h{l}" for l in range(1, problem.net.L)}
+    found = [replace(rule, free_steps=n).measured(problem.net, w, problem.batch) for n in (0, None, 200)]
+    assert all(each.keys() == names for each in found)
+    if hidden > 1:  # a lone hidden layer is at rest from the forward pass on
+        start, default, end = (max(map(float, each.values())) for each in found)
+        assert end < 1e-12 < default < 1e-3
+        assert default < 0.01 * start
 
 
 def test_units_at_rest_are_drawn_nowhere(problem: Problem) -> None:

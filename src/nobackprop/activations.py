@@ -78,6 +78,10 @@ def _relu_difference(z: Tensor, h: Tensor, u: Tensor) -> Tensor:
     return torch.minimum(u - (z - h), h)  # clipping, at 0 alone
 
 
+def _clip(z: Tensor) -> Tensor:
+    return z.clamp(0, 1)
+
+
 def _clipped_difference(low: float, high: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """That of clipping to low..high: u, less the part of it that is past an end."""
     return lambda z, h, u: torch.clamp(u - (z - h), h - high, h - low)
@@ -94,6 +98,8 @@ ACTIVATIONS = {
         ),
         # piecewise linear: clip to [-1, 1]
         Activation("pl", F.hardtanh, lambda z, h: (z.abs() <= 1).to(z.dtype), _clipped_difference(-1, 1)),
+        # clip to [0, 1], as the program of equilibrium propagation does (torch's hardsigmoid is another function)
+        Activation("hard_sigmoid", _clip, lambda z, h: ((z >= 0) & (z <= 1)).to(z.dtype), _clipped_difference(0, 1)),
         Activation("sigmoid", torch.sigmoid, lambda z, h: h * (1 - h), _sigmoid_difference),
         Activation("softsign", F.softsign, lambda z, h: (1 - h.abs()).square(), _softsign_difference),
         Activation("relu6", F.relu6, lambda z, h: ((z >= 0) & (z <= 6)).to(z.dtype), _clipped_difference(0, 6)),

@@ -77,6 +77,10 @@ class Rule(ABC):
         """What the trained net says of x (N, *in_shape): logits (N, outputs)."""
         return net.logits(w, x)
 
+    def measured(self, net: Network, w: Weights, batch: Batch) -> dict[str, Tensor]:
+        """What there is to know of how this rule works on a batch, by name: numbers for the diagnostics."""
+        return {}
+
     def feedback(self, net: Network, draw: Draw) -> dict[str, Tensor]:
         """The weights this rule needs besides W and b; `draw(name, shape)` gives one from `init.backward`."""
         return {}
