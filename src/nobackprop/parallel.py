@@ -104,8 +104,8 @@ def connect(strategy: Strategy) -> None:
 def start(function: Callable[..., None], processes: int, *args: Any) -> None:
     """Runs `function(*args)` in so many new processes on this machine, ranks 0, 1, ..., until all are done.
 
-    Where one fails the others are ended, and its exception is raised, or ChildProcessError where it was killed or stopped
-    by itself. Where this process is asked to end it asks them, and raises Stopped when they have.
+    Where one fails the others are ended, and its exception is raised, or ChildProcessError where it was killed or
+    stopped by itself. Where this process is asked to end it asks them, and raises Stopped when they have.
     """
     errors = torch.multiprocessing.get_context("spawn").SimpleQueue()
     args = find_free_network_port(), errors, function, args

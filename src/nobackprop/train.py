@@ -295,7 +295,8 @@ def _fit(run: Run, dataset: Dataset, group: Group, screen: Screen) -> list[Recor
     steps = min(s.max_epochs * per_epoch, s.max_steps or s.max_epochs * per_epoch)
     uncompiled = "{}: trains uncompiled, since torch.compile fails here: {}".format
     make = partial(_learner, run, dataset, tasks, steps, lambda why: screen.print(uncompiled(title, why)))
-    about = About(run=run.folder.name, seeds=seeds, fingerprint=dataset.fingerprint, commits=[records.code(*records.source_state())])
+    now = records.code(*records.source_state())
+    about = About(run=run.folder.name, seeds=seeds, fingerprint=dataset.fingerprint, commits=[now])
     folder = about.folder(run.folder)
     loggers = []
     with StopSignals() as signals:
