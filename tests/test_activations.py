@@ -46,7 +46,13 @@ def test_the_slope_at_a_kink_is_1(name: str, kink: float) -> None:
     assert a.df(z, a.f(z)).item() == 1
 
 
-ENDS = {"relu": (0.0, torch.inf), "relu6": (0.0, 6.0), "pl": (-1.0, 1.0), "identity": (-torch.inf, torch.inf)}
+ENDS = {
+    "relu": (0.0, torch.inf),
+    "relu6": (0.0, 6.0),
+    "pl": (-1.0, 1.0),
+    "hard_sigmoid": (0.0, 1.0),
+    "identity": (-torch.inf, torch.inf),
+}
 
 
 def _everywhere() -> tuple[Tensor, Tensor]:

@@ -93,9 +93,7 @@ ACTIVATIONS = {
     a.name: a
     for a in (
         Activation("tanh", torch.tanh, lambda z, h: _one_minus(h, h), _tanh_difference),
-        Activation(
-            "relu", torch.relu, lambda z, h: (z >= 0).to(z.dtype), lambda z, h, u: torch.minimum(u - (z - h), h)
-        ),
+        Activation("relu", torch.relu, lambda z, h: (z >= 0).to(z.dtype), _relu_difference),
         # piecewise linear: clip to [-1, 1]
         Activation("pl", F.hardtanh, lambda z, h: (z.abs() <= 1).to(z.dtype), _clipped_difference(-1, 1)),
         # clip to [0, 1], as the program of equilibrium propagation does (torch's hardsigmoid is another function)
