@@ -253,14 +253,14 @@ def test_a_file_that_is_not_valid_is_refused(tmp_path: Path, change: dict[str, A
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("alpha: 0.05\nmargin: 1\nalpha: 0.1\n", "found duplicate key alpha .*line 3"),
-        ("alpha: [0.05\n", "line 2"),
-        ("0.05\n", "Invalid loaded object type: float"),
+        ("alpha: 0.05\nmargin: 1\nalpha: 0.1\n", "line 3: found duplicate key alpha"),
+        ("alpha: [0.05\n", "line 2: "),
+        ("0.05\n", "line 1: write keys with values"),
     ],
     ids=["twice", "open", "number"],
 )
 def test_a_file_that_is_no_yaml_mapping_is_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(text)
-    with pytest.raises(ValueError, match=rf"x\.yaml: .*{message}"):
+    with pytest.raises(ValueError, match=rf"x\.yaml, {message}"):
         findings.read(Claims, path)

@@ -32,7 +32,7 @@ def nothing_tried(monkeypatch: pytest.MonkeyPatch) -> None:
 def chosen(group: str, target: str, *keys: str) -> list[str]:
     """Overrides that put a target in the place of the default choice of a group, with no keys but those."""
     default = {
-        "rule": ["beta", "gamma", "learn_E"],
+        "rule": ["beta", "gamma", "learn_E", "difference"],
         "optimizer": ["lr", "betas", "eps", "weight_decay"],
         "arch": ["hidden", "activation", "bias"],
     }
