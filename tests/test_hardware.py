@@ -119,7 +119,8 @@ def test_a_compiler_that_torch_does_not_find_or_cannot_use(tmp_path: Path) -> No
         "space": (path, tmp_path / "a cache"),
         "unwritable": (path, tmp_path / "file" / "cache"),
     }
-    start = "import nobackprop.train, nobackprop.cli; nobackprop.train.COMPILE_FROM = {False: 1}; nobackprop.cli.main()"
+    start = "from nobackprop import cli, lean; lean.start(); from nobackprop import train\n"
+    start += "train.COMPILE_FROM = {False: 1}; cli.main()"
     for name, (path, cache) in machines.items():
         environment = {**os.environ, "PATH": path, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
         for compile in ("true", "null"):

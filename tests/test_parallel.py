@@ -252,16 +252,32 @@ def test_the_command_trains_in_parallel(tmp_path: Path) -> None:
     assert run(sweep, tmp_path).count("is recorded already") == 2
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+
+
+@pytest.mark.slow
+def test_torchruns_processes_train_as_one_does_and_tell_a_mistake_once(tmp_path: Path) -> None:
+    overrides = ["rule=mdfa", "seeds=2"]
+    shown = run(command(*overrides, launcher=TORCHRUN), tmp_path)  # which raises where one of them fails
+    assert shown.count("records and weights: runs/mdfa_mlp_digits") == 1
+    assert_trained_as_alone(tmp_path / "runs", tmp_path / "alone", overrides)
+    wrong = command("batch_size=25", launcher=TORCHRUN)
+    ended = subprocess.run(wrong, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.count("nobackprop: ") == 1
+    assert "nobackprop: batch_size is 25: write a multiple of 2, the number of devices" in ended.stderr
+    assert "preparation.py" not in ended.stderr  # the one traceback there is is torchrun's
+
+
 @pytest.mark.slow
 def test_torchruns_processes_wait_together_and_one_of_them_speaks(tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     folder = prepare(config(tmp_path / "runs")).folder
     (folder / "seed0").mkdir(parents=True)
     log = tmp_path / "log"
     with log.open("w") as file:
         options: dict[str, Any] = {"env": {**os.environ, "COLUMNS": "120", "PYTHONUNBUFFERED": "1"}, "stdout": file}
         with FileLock(folder / "seed0" / ".lock"):
-            process = subprocess.Popen(command("seeds=2", launcher=torchrun), cwd=tmp_path, **options)
+            process = subprocess.Popen(command("seeds=2", launcher=TORCHRUN), cwd=tmp_path, **options)
             until(lambda: "waits" in log.read_text(), unless=lambda: process.poll() is not None and log.read_text())
             assert list(folder.glob("seed1/record.json"))
         assert process.wait(120) == 0

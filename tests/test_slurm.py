@@ -1,10 +1,11 @@
-"""launcher=slurm on a real SLURM of one node: an array, a job that is put back into the queue, one that is killed."""
+"""A real SLURM of one node: launcher=slurm as an array, with jobs that are put back and killed; trainer=ddp by srun."""
 
 import io
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import folder, holders, same_results, small, until
 from rich.console import Console
+from test_parallel import assert_trained_as_alone, command
 
 from nobackprop import records, sweeps
 from nobackprop.launchers import Cluster, Job, Submitted
@@ -131,3 +133,23 @@ def test_local_jobs_behave_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (log,) = (tmp_path / "runs").glob(".submitit/*/*/*_0_log.out")
     assert "goes on from step" in log.read_text()
     assert same_results(tmp_path / "alone", tmp_path / "runs") == 1
+
+
+SRUN = ["srun", "--ntasks=2", "--ntasks-per-node=2", "--mem=1G", sys.executable, "-m"]
+
+
+def test_a_clusters_tasks_train_in_parallel_as_one_process_does(slurm: None, tmp_path: Path) -> None:
+    overrides = ["rule=mdfa", "seeds=2", "diagnostics=alignment"]
+    ended = subprocess.run(command(*overrides, launcher=SRUN), cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr  # of the worst task
+    assert ended.stdout.count("records and weights: runs/mdfa_mlp_digits") == 1
+    assert_trained_as_alone(tmp_path / "runs", tmp_path / "alone", overrides)
+
+
+def test_a_mistake_of_all_tasks_is_told_once(slurm: None, tmp_path: Path) -> None:
+    for wrong, told in {"batch_size=25": "batch_size is 25: write a multiple of 2", "rule.beta=0": "beta is 0"}.items():
+        ended = subprocess.run(command(wrong, launcher=SRUN), cwd=tmp_path, capture_output=True, text=True)
+        assert ended.returncode == 1
+        assert ended.stderr.count("nobackprop: ") == 1
+        assert told in ended.stderr
+        assert "Traceback" not in ended.stderr
