@@ -199,6 +199,8 @@ PART = "a step goes part of the way, so above 0 and at most 1"
         (PredictiveCoding, "rate", 0, "above 0, and 1 at most"),
         (PredictiveCoding, "rate", 1.5, "above 0, and 1 at most"),
         (PredictiveCoding, "variance", 0, "it divides the output's error, so it must be above 0"),
+        (PredictiveCoding, "form", "none", "write states, errors or subtracted"),
+        (PredictiveCoding, "scaling", "ntk", "write none or mupc"),
         (DTP, "eta", 0, "it scales the step to the first target, so it must be above 0"),
         (DTP, "sigma", -1, "it is a standard deviation, so 0 or more"),
         (EquilibriumPropagation, "beta", 0, "it scales the push of the outputs"),
