@@ -23,6 +23,7 @@ COLOURS = {
     "fa": "#E69F00",
     "dfa": "#56B4E9",
     "lra_e": "#D55E00",
+    "lra_e_plain": "#F2A46B",
     "mdfa": "#009E73",
     "dtp": "#CC79A7",
     "equilibrium_propagation": "#0072B2",

@@ -290,13 +290,13 @@ class Composer:
     """Composes many configs that share most choices: Hydra once per choice of groups, plain values set afterwards."""
 
     def __init__(self) -> None:
-        self.parents: dict[tuple[str, ...], tuple[dict[str, Any], dict[str, str]]] = {}
+        self.parents: dict[tuple[str, ...], dict[str, Any]] = {}
         self.parser = OverridesParser.create()
 
     def identity(self, overrides: Iterable[str]) -> dict[str, Any]:
         """What identifies the config of these overrides."""
         groups, values = self._split(overrides)
-        content = deepcopy(self._parent(groups)[0])
+        content = deepcopy(self._parent(groups))
         for override in self.parser.parse_overrides(values):
             *parents, name = override.key_or_group.split(".")
             node = content
@@ -305,25 +305,16 @@ class Composer:
             node[name] = override.value()
         return Settings.of(OmegaConf.create(content)).identity()
 
-    def defaults(self, overrides: Iterable[str]) -> dict[str, Any]:
-        """The same for the same choices of groups, with every key as the group's own file has it."""
-        groups, _ = self._split(overrides)
-        choices = self._parent(groups)[1] | {"tuned": "none"}
-        return self.identity([f"{group}={choice}" for group, choice in choices.items() if group != "experiment"])
-
     def _split(self, overrides: Iterable[str]) -> tuple[tuple[str, ...], list[str]]:
         every = by_key(overrides)
         groups = {name: text for name, text in every.items() if (CONF / name.lstrip("+").partition("@")[0]).is_dir()}
         return tuple(groups.values()), [text for name, text in every.items() if name not in groups]
 
-    def _parent(self, groups: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+    def _parent(self, groups: tuple[str, ...]) -> dict[str, Any]:
         if groups not in self.parents:
             with initialize_config_dir(str(CONF), version_base="1.3"):
-                cfg = compose("train", list(groups), return_hydra_config=True)
-            choices = {name: choice for name, choice in cfg.hydra.runtime.choices.items() if (CONF / name).is_dir()}
-            content: Any = OmegaConf.to_container(cfg)
-            del content["hydra"]
-            self.parents[groups] = content, choices
+                content: Any = OmegaConf.to_container(compose("train", list(groups)))
+            self.parents[groups] = content
         return self.parents[groups]
 
 
@@ -333,45 +324,18 @@ class Runs:
     def __init__(self, records: Iterable[Record]) -> None:
         self.composer = Composer()
         self.runs: dict[str, list[Record]] = defaultdict(list)
-        self.configs: dict[str, dict[str, Any]] = {}
         for record in records:
-            config = without_epochs(record.config)
-            name = digest(config)
-            self.configs[name] = config
-            self.runs[name].append(record)
+            self.runs[_without_epochs(record.config)].append(record)
 
     def of(self, overrides: Sequence[str]) -> tuple[dict[str, Any], list[Record]]:
-        """The identity of a cell's config, and its records, also those of an earlier version that lacked some keys."""
+        """The identity of a cell's config, and its records."""
         identity = self.composer.identity(overrides)
-        config = without_epochs(identity)
-        name = digest(config)
-        found = list(self.runs.get(name, ()))
-        for other, known in self.configs.items():
-            if other != name and known["rule"]["_target_"] == config["rule"]["_target_"] and within(known, config):
-                filled = completed(known, without_epochs(self.composer.defaults(overrides)))
-                if digest(filled) == name:
-                    found += self.runs[other]
-        return identity, found
+        return identity, list(self.runs.get(_without_epochs(identity), ()))
 
 
-def without_epochs(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if name != "max_epochs"}
-
-
-def within(part: Any, whole: Any) -> bool:
-    """Whether a nested mapping holds nothing that the other has not."""
-    if isinstance(part, dict) and isinstance(whole, dict):
-        return all(name in whole and within(value, whole[name]) for name, value in part.items())
-    return part == whole
-
-
-def completed(config: Any, defaults: Any) -> Any:
-    """A nested mapping with the keys that it lacks taken from another."""
-    if not (isinstance(config, dict) and isinstance(defaults, dict)):
-        return config
-    return {name: completed(config[name], value) if name in config else value for name, value in defaults.items()} | {
-        name: value for name, value in config.items() if name not in defaults
-    }
+def _without_epochs(config: Mapping[str, Any]) -> str:
+    """What runs have in common that differ in nothing but their number of epochs."""
+    return digest({name: value for name, value in config.items() if name != "max_epochs"})
 
 
 def findings(paper: str, records: Iterable[Record], results: Path = ROOT / "results") -> Findings:
@@ -483,7 +447,7 @@ def _find(cell: Cell, layout: Layout, runs: Runs, not_run: Sequence[NotRun], kno
         records = records + runs.of([*overrides, f"dataset={stand_in}"])[1]
     return Found(
         cell.labels,
-        rule_name(identity["rule"]),
+        cell.labels.get("rule", rule_name(identity["rule"])),
         overrides,
         records,
         planned_epochs=identity["max_epochs"],

@@ -1,8 +1,9 @@
-"""Every activation and its derivative against torch and autograd, and the slopes at the kinks."""
+"""Every activation, its derivative and its difference against torch, autograd and float64; the slopes at the kinks."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from nobackprop.activations import ACTIVATIONS, activation
 
@@ -43,6 +44,65 @@ def test_the_slope_at_a_kink_is_1(name: str, kink: float) -> None:
     a = activation(name)
     z = torch.tensor([float(kink)])
     assert a.df(z, a.f(z)).item() == 1
+
+
+ENDS = {"relu": (0.0, torch.inf), "relu6": (0.0, 6.0), "pl": (-1.0, 1.0), "identity": (-torch.inf, torch.inf)}
+
+
+def _everywhere() -> tuple[Tensor, Tensor]:
+    """Pairs of z and u of both signs, from 1e-7 to 1e4 and 0, in float32."""
+    size = torch.logspace(-7, 4, 67)
+    z, u = torch.meshgrid(*[torch.cat([-size.flip(0), torch.zeros(1), size])] * 2, indexing="ij")
+    return z.flatten(), u.flatten()
+
+
+def _expected(name: str, z: Tensor, u: Tensor) -> Tensor:
+    """f(z) - f(z - u) in float64, by forms that do not cancel there."""
+    z, u = z.double(), u.double()
+    v = z - u
+    if name in ("tanh", "sigmoid"):
+        scale = 1.0 if name == "tanh" else 0.5
+        high, low = 2 * scale * torch.maximum(z, v), 2 * scale * torch.minimum(z, v)
+        size = -2 * scale * torch.expm1(-2 * scale * u.abs()) * torch.sigmoid(high) * torch.sigmoid(-low)
+        return u.sign() * size
+    if name == "softsign":
+        apart = F.softsign(z) - F.softsign(v)
+        return torch.where(z * v < 0, apart, u / ((1 + z.abs()) * (1 + v.abs())))
+    if name == "sign":
+        return z.sign() - v.sign()
+    low, high = ENDS[name]
+    h = z.clamp(low, high)
+    return torch.clamp(u - (z - h), h - high, h - low)
+
+
+def _right(name: str, z: Tensor, u: Tensor, found: Tensor) -> Tensor:
+    """Where a difference has the digits that float32 can hold."""
+    expected, shift = _expected(name, z, u), torch.tanh(u.double()).abs()
+    allowed = 4e-6 * expected.abs()
+    if name in ("tanh", "sigmoid"):  # where f is flat, to the rounding of f times u
+        allowed = torch.where(expected.abs() < 0.05 * shift, allowed + 2e-7 * shift, allowed)
+    return (found - expected).abs() <= allowed
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_difference_in_float32_is_that_of_float64(name: str) -> None:
+    (z, u), a = _everywhere(), activation(name)
+    found = a.difference(z, a.f(z), u)
+    assert _right(name, z, u, found).all()
+    assert not found[u == 0].any()
+    subtracted = a.f(z) - a.f(z - u)
+    assert (name == "sign") == bool(_right(name, z, u, subtracted).all())
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_difference_is_the_same_stacked_and_compiled(name: str, backend: str) -> None:
+    torch.compiler.reset()
+    (z, u), a = _everywhere(), activation(name)
+    h = a.f(z)
+    stacked = torch.func.vmap(a.difference)(*(t.unflatten(0, (-1, 27)) for t in (z, h, u)))
+    assert torch.equal(stacked.flatten(), a.difference(z, h, u))
+    assert _right(name, z, u, torch.compile(a.difference, backend=backend, fullgraph=True)(z, h, u)).all()
 
 
 def test_an_activation_without_derivative_says_what_to_do() -> None:

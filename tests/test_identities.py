@@ -11,9 +11,9 @@ from conftest import Problem
 from torch import Tensor
 
 from nobackprop.activations import ACTIVATIONS
-from nobackprop.initializers import Uniform, initial_weights
-from nobackprop.losses import SigmoidCrossEntropy
-from nobackprop.network import mlp
+from nobackprop.initializers import Normal, Uniform, initial_weights
+from nobackprop.losses import SigmoidCrossEntropy, SoftmaxCrossEntropy
+from nobackprop.network import Network, mlp
 from nobackprop.rule import Batch, Rule
 from nobackprop.rules.bp import BP
 from nobackprop.rules.brsf import BRSF
@@ -111,6 +111,39 @@ def test_lra_e_with_the_weights_themselves_tends_to_bp(problem: Problem) -> None
     for l in fine:
         assert fine[l] < 1e-2
         assert fine[l] < 0.15 * coarse[l]
+    assert all(distance < 1e-5 for distance in _distance_from_bp(problem, 1e-7).values())  # nothing cancels
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_lra_es_plain_differences_are_the_exact_ones_but_for_rounding(problem: Problem, name: str) -> None:
+    problem = problem.activated(name)
+    w = problem.weights(LRAE())
+    torch.testing.assert_close(_grads(LRAE(), problem, w), _grads(LRAE(difference="plain"), problem, w))
+
+
+def _errors_of_float32(rule: Rule, reference: Rule, net: Network, w: dict[str, Tensor], batch: Batch) -> list[float]:
+    """Of each layer's gradient of W in float32, against the reference's in float64, in units of its largest entry.
+
+    Layers whose gradient float32 can't hold are left out.
+    """
+    shorter = Batch(batch.x.float(), batch.y.float(), batch.loss)
+    found = rule.grads(net, {name: t.float() for name, t in w.items()}, shorter)[0]
+    exact = reference.grads(net, w, batch)[0]
+    sizes = {f"W{l}": exact[f"W{l}"].abs().max() for l in range(1, net.L + 1)}
+    return [float((found[n] - exact[n]).abs().max() / size) for n, size in sizes.items() if size > 1e-30]
+
+
+@pytest.mark.parametrize("depth", [3, 8, 30])
+@pytest.mark.parametrize("name", ["tanh", "sigmoid", "relu", "softsign"])
+def test_lra_e_in_float32_has_float64s_gradients_at_any_depth(name: str, depth: int) -> None:
+    loss, generator = SoftmaxCrossEntropy(4), torch.Generator().manual_seed(0)
+    net = mlp((20,), 4, hidden=[32] * depth, activation=name)
+    w = {n: t.double() for n, t in initial_weights(net, LRAE(), Normal(0.2), Normal(0.2), 0).items()}
+    x = torch.randn(6, 20, generator=generator).double()
+    batch = Batch(x, loss.target(torch.arange(6) % 4, x.dtype), loss)
+    assert max(_errors_of_float32(LRAE(), LRAE(), net, w, batch)) < 1e-5
+    plain = _errors_of_float32(LRAE(difference="plain"), LRAE(), net, w, batch)
+    assert (plain[0] > 0.5) == (depth >= 8)
 
 
 def test_lra_e_trains_the_output_layer_as_bp_does(problem: Problem) -> None:
@@ -166,6 +199,7 @@ PART = "a step goes part of the way, so above 0 and at most 1"
         (LRAE, "beta", 0, "it scales the error sent down, so it must be above 0"),
         (LRAE, "beta", -0.1, "it scales the error sent down, so it must be above 0"),
         (LRAE, "gamma", -1, "it scales the rate of E, so 0 or more"),
+        (LRAE, "difference", "none", "write exact, or plain for h - y as it stands"),
         (MDFA, "floor", -1e-6, "mDFA needs non-negative weights, so 0 or more"),
         (USF, "scale", 0, FEEDBACK),
         (BRSF, "scale", -1, FEEDBACK),
@@ -186,8 +220,8 @@ PART = "a step goes part of the way, so above 0 and at most 1"
         (EquilibriumPropagation, "nudged_steps", 0, "without any nothing is learned"),
     ],
 )
-def test_hyper_parameters_out_of_range_are_refused(kind: type[Rule], field: str, value: float, why: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"rule.{field} is {value}: {why}")):
+def test_hyper_parameters_out_of_range_are_refused(kind: type[Rule], field: str, value: Any, why: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"rule.{field} is {value!r}: {why}")):
         kind(**{field: value})
 
 

@@ -54,7 +54,10 @@ def test_an_editable_install_finds_its_configs_from_anywhere(tmp_path: Path) -> 
         (["rule=hebb"], r"Could not find 'rule/hebb'\s+Available options in 'rule':\s+bp\s+brsf\s+dfa"),
         (["rul=bp"], r"There is no 'rul' here; choose from: rule, dataset, arch,"),
         (["+experiment=lra_e/deviaton"], r"Choose from: .*lra_e/variance, .*\. Did you mean lra_e/deviation\?"),
-        (["rule.bta=1"], r"There is no 'bta' here; choose from: _target_, beta, gamma, learn_E\. Did you mean beta\?"),
+        (
+            ["rule.bta=1"],
+            r"There is no 'bta' here; choose from: _target_, beta, gamma, learn_E, difference\. Did you mean beta\?",
+        ),
         (["-m", "rule=lra_e,bp", "rule.bta=1"], r"There is no 'bta' here; choose from: _target_, beta, gamma, "),
         (["dataset=folder", "lr=0.1"], r"There is no 'lr' here; choose from: rule, .*\. Did you mean optimizer\.lr\?"),
         (["schedule.milestones=[1]"], r"There is no 'milestones' here\. It is a key of schedule=multistep"),

@@ -19,9 +19,12 @@ import yaml
 from conftest import CONF
 from findings import ROOT, Composer, Findings, Row, Table, findings
 from grid import Cell, cells
+from hydra.utils import get_object
 from test_records import RECORD
 
+from nobackprop.collecting import collect
 from nobackprop.records import Record
+from nobackprop.rule import before
 from nobackprop.settings import Settings, digest
 
 
@@ -35,7 +38,8 @@ class Cached(Composer):
 
 
 COMPOSER = Cached()
-LRA = {"setting": "variance", "update": "mean", "dataset": "mnist", "hidden_layers": "3", "rule": "lra_e"}
+RULE = "lra_e_plain"  # whose runs the claims are tested on
+LRA = {"setting": "variance", "update": "mean", "dataset": "mnist", "hidden_layers": "3", "rule": RULE}
 
 
 @pytest.fixture(autouse=True)
@@ -114,10 +118,10 @@ def test_a_cell_of_searched_settings_is_found_and_one_not_searched_says_so(
 
 
 def test_a_record_counts_more_than_a_reason_not_to_have_any(results: Path) -> None:
-    entry = {"cells": {"rule": ["lra_e", "bp"]}, "reason": "too slow"}
+    entry = {"cells": {"rule": [RULE, "bp"]}, "reason": "too slow"}
     (results / "not_run.yaml").write_text(yaml.safe_dump({"lra_e": [entry]}))
     row = first_row([lra(0, 0.9)], results)
-    assert row.cells["lra_e"].mean == 0.9
+    assert row.cells[RULE].mean == 0.9
     assert [row.cells[rule].reason for rule in ("bp", "fa")] == ["too slow", "not run yet"]
     reasons = tables.missing([row])
     assert reasons[0].endswith(" rule=bp")
@@ -126,7 +130,7 @@ def test_a_record_counts_more_than_a_reason_not_to_have_any(results: Path) -> No
 
 def test_a_cell_shows_mean_deviation_and_interval_of_its_records(results: Path) -> None:
     row = first_row([lra(0, 0.90), lra(1, 0.92), lra(2, 0.94)], results)
-    found = row.cells["lra_e"]
+    found = row.cells[RULE]
     assert tables.spread(found) == "92.00 ± 2.00"
     assert found.interval == pytest.approx(
         (0.92 - 0.0496828, 0.92 + 0.0496828)
@@ -137,56 +141,68 @@ def test_a_cell_shows_mean_deviation_and_interval_of_its_records(results: Path) 
 
 def test_fewer_seeds_than_the_paper_are_marked(results: Path) -> None:
     publish(results, seeds=2)
-    assert first_row([lra(0, 0.9)], results).cells["lra_e"].marks == ["fewer seeds than the paper"]
-    assert first_row([lra(0, 0.9), lra(1, 0.9)], results).cells["lra_e"].marks == []
+    assert first_row([lra(0, 0.9)], results).cells[RULE].marks == ["fewer seeds than the paper"]
+    assert first_row([lra(0, 0.9), lra(1, 0.9)], results).cells[RULE].marks == []
 
 
 def test_rules_are_compared_at_the_same_epochs_and_seeds(results: Path) -> None:
-    both = [record("lra_e", LRA | {"rule": r}, s, 0.5, epochs=3) for r in ("bp", "lra_e") for s in (0, 1, 2)]
+    both = [record("lra_e", LRA | {"rule": r}, s, 0.5, epochs=3) for r in ("bp", RULE) for s in (0, 1, 2)]
     longer = [record("lra_e", LRA, seed, 0.9, epochs=50) for seed in range(5)]
     one_more = [record("lra_e", LRA, 3, 0.7, epochs=3)]
     row = first_row([*longer, *both, *one_more], results)
-    for rule in ("bp", "lra_e"):
+    for rule in ("bp", RULE):
         assert row.cells[rule].epochs == 3
         assert list(row.cells[rule].accuracies) == [0, 1, 2]
     row = first_row([*longer, *both, *[record("lra_e", LRA | {"rule": "bp"}, 4, 0.8, epochs=50)]], results)
-    assert (row.epochs, list(row.cells["bp"].accuracies), list(row.cells["lra_e"].accuracies)) == ("50", [4], [4])
+    assert (row.epochs, list(row.cells["bp"].accuracies), list(row.cells[RULE].accuracies)) == ("50", [4], [4])
     alone = record("lra_e", LRA | {"rule": "fa"}, 0, 0.5, epochs=7)
     assert first_row([*both, alone], results).cells["fa"].reason == "run with 7 epochs, not with 3"
     apart = [record("lra_e", LRA | {"rule": "bp"}, seed, 0.8, epochs=50) for seed in (7, 8)]
     assert first_row([*longer, *both, *apart], results).epochs == "3"  # at 50 they have no seed in common
-    deeper = [lra(s, 0.5, rule=r, hidden_layers="5") for r in ("bp", "lra_e") for s in (0, 1)]
-    shallow = [lra(s, 0.5, rule=r) for r in ("bp", "lra_e") for s in (0, 1)]
+    deeper = [lra(s, 0.5, rule=r, hidden_layers="5") for r in ("bp", RULE) for s in (0, 1)]
+    shallow = [lra(s, 0.5, rule=r) for r in ("bp", RULE) for s in (0, 1)]
     assert first_row([*deeper, *both], results).epochs == "3"
     assert first_row([*deeper, *both, *shallow], results).epochs == "2"  # all rows of a group alike
     planned = [record("lra_e", LRA, 5, 0.9, epochs=100)]
     found = findings("lra_e", [*both, *planned], results)
     row = shown(found, "mnist_long", setting="variance", update="mean", hidden_layers="3")
-    assert (row.epochs, list(row.cells["lra_e"].accuracies)) == ("100", [5])
+    assert (row.epochs, list(row.cells[RULE].accuracies)) == ("100", [5])
     assert row.cells["bp"].reason == "run with 3 epochs, not with 100"
     other = record("lra_e", LRA | {"rule": "fa"}, 9, 0.5, epochs=3)
     assert first_row([*both, other], results).cells["fa"].reason == "no seed in common"
 
 
-def test_a_record_of_before_a_key_was_added_counts_where_the_key_has_its_default(results: Path) -> None:
-    new = lra(0, 0.9)
-    config = {name: value for name, value in new.config.items() if name != "patience"}
-    config["rule"] = {name: value for name, value in config["rule"].items() if name != "gamma"}
-    old = new.model_copy(update={"config": config, "signature": digest(config), "seed": 1})
-    assert list(first_row([new, old], results).cells["lra_e"].accuracies) == [0, 1]
-    # This one's experiment sets what the record lacks.
-    config = {name: value for name, value in new.config.items() if name != "batch_size"}
-    config["arch"] = {name: value for name, value in config["arch"].items() if name != "hidden"}
-    other = new.model_copy(update={"config": config, "signature": digest(config), "seed": 1})
-    assert list(first_row([new, other], results).cells["lra_e"].accuracies) == [0]
+def test_a_record_counts_where_a_later_key_has_the_value_that_it_means_and_nowhere_else(results: Path) -> None:
+    exact, plain = lra(0, 0.9, rule="lra_e"), lra(1, 0.8, rule="lra_e_plain")
+    assert exact.config["rule"]["difference"] == "exact"
+    assert "difference" not in plain.config["rule"]
+    for one, records in (("lra_e", [exact]), ("lra_e_plain", [plain])):
+        row = first_row(records, results)
+        assert [rule for rule, cell in row.cells.items() if cell.records] == [one]
+    (first, second) = (cell("lra_e", LRA | {"rule": rule}).overrides for rule in ("lra_e", "lra_e_plain"))
+    assert COMPOSER.identity([*first, "rule.difference=plain"]) == COMPOSER.identity(second) == plain.config
+
+
+@pytest.mark.parametrize("paper", ["lra_e", "compare"])
+def test_all_recorded_runs_are_in_cells_that_compute_what_they_did(paper: str) -> None:
+    records = collect([ROOT / "results" / "records" / f"{paper}.jsonl"]).records.values()
+    runs, placed = module.Runs(records), set()
+    for c in cells(paper):
+        if c.tuned is None or c.tuned.exists():
+            identity, found = runs.of(c.overrides)
+            later = before(get_object(identity["rule"]["_target_"])).keys()
+            for record in found:
+                assert all(record.config["rule"].get(key) == identity["rule"].get(key) for key in later)
+                placed.add(record.signature)
+    assert placed == {record.signature for record in records}
 
 
 def test_a_seed_that_diverged_is_left_out_of_the_mean_and_counts_at_chance_for_claims(results: Path) -> None:
-    found = first_row([lra(0, 0.9), lra(1, None)], results).cells["lra_e"]
+    found = first_row([lra(0, 0.9), lra(1, None)], results).cells[RULE]
     assert (found.mean, found.diverged) == (0.9, 1)
     assert found.marks == ["some seeds diverged before they could be tested and are left out of the mean"]
     later = lra(2, 0.8).model_copy(update={"diverged_epoch": 2})
-    (mark,) = first_row([lra(0, 0.9), later], results).cells["lra_e"].marks
+    (mark,) = first_row([lra(0, 0.9), later], results).cells[RULE].marks
     assert mark == "some seeds diverged and were tested with their best weights from before"
     assert found.for_claims == {(True, 2): {0: 0.9, 1: 0.5}}  # two classes in these records
     assert any("diverged" in mark for mark in found.marks)
@@ -206,7 +222,7 @@ def test_angles_and_pace_are_those_of_all_seeds_of_a_cell(results: Path) -> None
         return one.model_copy(update={"wall_s": wall_s, "epochs": epochs})
 
     runs = [run(0, 30, measured=False), run(1, 10, measured=True), lra(0, 0.8, rule="dtp")]
-    found = first_row(runs, results).cells["lra_e"]
+    found = first_row(runs, results).cells[RULE]
     assert list(found.accuracies) == [0]
     assert (found.layers, found.seconds) == ([1, 2], 5)
 
@@ -303,7 +319,7 @@ def test_a_papers_page_shows_each_figure_once_under_its_own_table(results: Path)
 def test_verdicts_follow_from_the_records(results: Path) -> None:
     records = []
     for layers, rule, accuracy in [
-        *[(layers, "lra_e", 0.95) for layers in ("3", "5", "8")],
+        *[(layers, RULE, 0.95) for layers in ("3", "5", "8")],
         *[("3", rule, 0.9) for rule in ("bp", "fa", "dfa")],
     ]:
         by_seed = {seed: accuracy + seed / 1000 + seed % 2 * (int(layers) + len(rule)) / 10000 for seed in range(4)}
@@ -357,7 +373,7 @@ def drawn(found: Findings, draw: Any, *arguments: Any) -> list[Any]:
 def test_a_figure_against_depth_has_the_means_and_their_intervals(results: Path, what: str, expected: float) -> None:
     found = findings("lra_e", [lra(0, 0.90), lra(1, 0.92)], results)
     table = found.layout.tables[0].model_copy(update={"drawn": what})
-    (ax,) = drawn(found, figures._against, table, Row, {"lra_e": "red"})
+    (ax,) = drawn(found, figures._against, table, Row, {RULE: "red"})
     (bars,) = ax.containers
     line, _, (spread,) = bars.lines
     assert line.get_ydata() == pytest.approx([expected])
@@ -370,12 +386,12 @@ def test_curves_have_the_mean_over_seeds_its_band_and_the_pace_of_the_fastest_se
         return lra(seed, 0.9).model_copy(update={"epochs": epochs, "wall_s": wall_s})
 
     found = findings("lra_e", [run(0, 0.5, 0.7, wall_s=20.0), run(1, 0.6, 0.9, wall_s=8.0)], results)
-    (ax,) = drawn(found, figures._panels, Table, Row, {"lra_e": "red"}, figures._curve, "", "")
+    (ax,) = drawn(found, figures._panels, Table, Row, {RULE: "red"}, figures._curve, "", "")
     assert ax.lines[0].get_xdata() == pytest.approx([1, 2])
     assert ax.lines[0].get_ydata() == pytest.approx([55, 80])
     (band,) = ax.collections
     assert {(round(x), round(y)) for x, y in band.get_paths()[0].vertices} == {(1, 50), (1, 60), (2, 70), (2, 90)}
-    (ax,) = drawn(found, figures._panels, Table, Row, {"lra_e": "red"}, figures._time, "", "")
+    (ax,) = drawn(found, figures._panels, Table, Row, {RULE: "red"}, figures._time, "", "")
     assert ax.lines[0].get_xdata() == pytest.approx([4, 8])
     assert ax.lines[0].get_ydata() == pytest.approx([55, 80])
 
@@ -387,10 +403,10 @@ def test_angles_are_means_and_say_of_how_many_seeds_each_layer_is(results: Path)
         return lra(seed, 0.9).model_copy(update={"epochs": epochs})
 
     found = findings("lra_e", [run(0, 60.0), run(1, 80.0), run(2, None)], results)
-    cell = first_row([run(0, 60.0), run(1, 80.0), run(2, None)], results).cells["lra_e"]
+    cell = first_row([run(0, 60.0), run(1, 80.0), run(2, None)], results).cells[RULE]
     assert (cell.layers, cell.angle) == ([1, 2], 70)
-    (ax,) = drawn(found, lambda rows: figures._angles([(rows[0], "lra_e", rows[0].cells["lra_e"])]), Row)
-    assert ax.get_title().startswith("lra_e, n = 2 to 3\n")
+    (ax,) = drawn(found, lambda rows: figures._angles([(rows[0], RULE, rows[0].cells[RULE])]), Row)
+    assert ax.get_title().startswith(f"{RULE}, n = 2 to 3\n")
     assert ax.lines[0].get_ydata()[1] == pytest.approx(70)
     assert ax.lines[1].get_ydata() == pytest.approx([10, 20])
 
@@ -432,7 +448,7 @@ def test_the_files_of_cells_and_verdicts_have_every_number(results: Path) -> Non
 
 
 def test_the_report_marks_the_best_cell_and_says_how_to_run_it_and_what_was_decided(results: Path) -> None:
-    runs = [lra(s, a + s / 100, rule=rule) for rule, a in (("bp", 0.95), ("lra_e", 0.9)) for s in (0, 2)]
+    runs = [lra(s, a + s / 100, rule=rule) for rule, a in (("bp", 0.95), (RULE, 0.9)) for s in (0, 2)]
     runs += [lra(s, 0.9 + s / 90, hidden_layers=n) for n in ("5", "8") for s in (0, 2)]
     found = findings("lra_e", runs, results)
     text = report.section(found, found.layout.tables[0])
@@ -456,7 +472,7 @@ def publish(results: Path, *figures: dict[str, Any], seeds: int | None = None, p
 
 
 def test_a_published_figure_is_shown_beside_ours(results: Path) -> None:
-    labels = {"dataset": "mnist", "hidden_layers": 3, "rule": "lra_e"}
+    labels = {"dataset": "mnist", "hidden_layers": 3, "rule": RULE}
     publish(results, PUBLISHED | {"cell": labels, "spread": 0.2, "seeds": 5})
     found = findings("lra_e", [lra(0, 0.9)], results)
     text = tables.accuracy_table(found, found.layout.tables[0])
@@ -469,7 +485,7 @@ def test_a_published_figure_is_shown_beside_ours(results: Path) -> None:
 
 
 def test_a_published_figure_is_shown_where_nothing_was_run(results: Path) -> None:
-    publish(results, PUBLISHED | {"cell": {"dataset": "mnist", "hidden_layers": 3, "rule": "lra_e"}})
+    publish(results, PUBLISHED | {"cell": {"dataset": "mnist", "hidden_layers": 3, "rule": RULE}})
     found = findings("lra_e", [], results)
     text = tables.accuracy_table(found, found.layout.tables[0])
     assert text.count("| -; published 91.50 |") == 4  # of every reading
@@ -519,7 +535,7 @@ def test_a_file_of_costs_that_is_none_is_refused(tmp_path: Path) -> None:
         ),
         (
             [PUBLISHED | {"cell": {"rule": "bpp"}}],
-            "rule=bpp is not in the grid; choose from bp, fa, dfa, dtp, equilibrium_propagation, lra_e",
+            "rule=bpp is not in the grid; choose from bp, fa, dfa, dtp, equilibrium_propagation, lra_e, lra_e_plain",
         ),
         (
             [PUBLISHED | {"cell": {"setting": "tuned", "update": "mean"}}],
@@ -544,7 +560,7 @@ def test_every_published_file_is_valid(path: Path) -> None:
 def filled(results: Path) -> Path:
     """Adds records, and a README with a place for their tables."""
     lines = [
-        lra(s, 0.9 + s / 1000, hidden_layers=n, rule=r).line() for s in (0, 1) for n in "358" for r in ("bp", "lra_e")
+        lra(s, 0.9 + s / 1000, hidden_layers=n, rule=r).line() for s in (0, 1) for n in "358" for r in ("bp", RULE)
     ]
     (results / "records" / "a.jsonl").write_bytes(b"".join(lines))
     readme = results.parent / "README.md"
@@ -619,7 +635,7 @@ CHECKS = """
 const said = [];
 const check = (what, so) => said.push(`${so ? "ok" : "FAILED"} ${what}`);
 const table = document.querySelector("#lra_e-mnist ~ .wide table");
-const column = [...table.tHead.rows[0].cells].findIndex(cell => cell.textContent.trim() === "lra_e");
+const column = [...table.tHead.rows[0].cells].findIndex(cell => cell.textContent.trim() === "RULE");
 const values = () => [...table.tBodies[0].rows].map(row => +row.cells[column].dataset.value);
 const sorted = (list, sign) => list.every((v, i) => i === 0 || sign * (v - list[i - 1]) >= 0);
 const button = table.tHead.rows[0].cells[column].querySelector("button");
@@ -628,8 +644,8 @@ button.click(); check("ascending", sorted(values(), 1));
 const link = table.querySelector("td a"), target = document.getElementById(link.hash.slice(1));
 check("closed", !target.closest("details").open);
 location.hash = link.hash;
-const box = document.querySelector("nav input[value=lra_e]"); box.click();
-const parts = [...document.querySelectorAll("svg .rule-lra_e")];
+const box = document.querySelector("nav input[value=RULE]"); box.click();
+const parts = [...document.querySelectorAll("svg .rule-RULE")];
 check("hidden", parts.length > 0 && parts.every(part => part.style.display === "none"));
 check("drawn", document.querySelector("svg").getBoundingClientRect().width > 200);
 check("no wider than the window", document.documentElement.scrollWidth <= innerWidth);
@@ -640,7 +656,7 @@ setTimeout(() => {
   document.getElementById("checked").textContent = said.join("\\n");
 }, 100);
 </script>
-"""
+""".replace("RULE", RULE)
 CHROMIUM = next(filter(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome", "chrome")), None)
 
 

@@ -34,6 +34,18 @@ def test_unit_norm_of_biases_and_of_zero() -> None:
     torch.testing.assert_close(update, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
 
 
+@pytest.mark.parametrize("size", [1e-38, 1e-20, 1.0, 1e30])
+def test_a_relative_unit_norm_is_1_whatever_the_size(size: float) -> None:
+    g = torch.tensor([[3.0, -4.0], [0.0, 0.0], [0.0, 1.0]]) * size
+    update = UPDATES["unit_norm_relative"](g, 50)
+    torch.testing.assert_close(update, torch.tensor([[0.6, -0.8], [0.0, 0.0], [0.0, 1.0]]))
+
+
+def test_a_relative_unit_norm_is_unit_norm_where_that_is_1(gradient: Tensor) -> None:
+    update = UPDATES["unit_norm_relative"](gradient[1:], 50)
+    torch.testing.assert_close(update, UPDATES["unit_norm"](gradient[1:], 50))
+
+
 @pytest.mark.parametrize("update", UPDATES)
 def test_the_gradient_given_is_left_alone(gradient: Tensor, update: str) -> None:
     before = gradient.clone()

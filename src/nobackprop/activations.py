@@ -1,4 +1,4 @@
-"""Activation functions, each with its derivative written out (training builds no autograd graph)."""
+"""Activation functions, each with its derivative and its difference written out (training builds no autograd graph)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +12,15 @@ from nobackprop.mistakes import Mistake
 
 @dataclass(frozen=True)
 class Activation:
-    """`h = f(z)` and, where it exists, `df(z, h)`: the derivative at z, for which h is often the cheaper input."""
+    """`h = f(z)`; where it exists `df(z, h)`, the derivative at z; and `difference(z, h, u)`, `f(z) - f(z - u)`.
+
+    h is often the cheaper input of the last two.
+    """
 
     name: str
     f: Callable[[Tensor], Tensor]
     derivative: Callable[[Tensor, Tensor], Tensor] | None
+    without_cancellation: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     def df(self, z: Tensor, h: Tensor) -> Tensor:
         """The derivative of f at z, elementwise, given h = f(z).
@@ -31,6 +35,17 @@ class Activation:
             )
         return self.derivative(z, h)
 
+    def difference(self, z: Tensor, h: Tensor, u: Tensor) -> Tensor:
+        """f(z) - f(z - u), elementwise, given h = f(z); also exact where u is so small that the two are nearly equal.
+
+        Subtracting them would leave a rounding error of the size of h; here it is of the size of the difference. Under
+        tanh and sigmoid it is of the size of u times the rounding error of h, as that of the derivative is: it shows
+        only where f is flat.
+        """
+        if self.without_cancellation is None:
+            return h - self.f(z - u)
+        return self.without_cancellation(z, h, u)
+
 
 def activation(name: str) -> Activation:
     """The activation of that name. Raises Mistake, with the names there are, for another one."""
@@ -39,18 +54,50 @@ def activation(name: str) -> Activation:
     return ACTIVATIONS[name]
 
 
+def _one_minus(a: Tensor, b: Tensor) -> Tensor:
+    return torch.addcmul(a.new_ones(()), a, b, value=-1)  # 1 - a b
+
+
+def _tanh_difference(z: Tensor, h: Tensor, u: Tensor) -> Tensor:
+    return torch.tanh(u) * _one_minus(h, torch.tanh(z - u))
+
+
+def _sigmoid_difference(z: Tensor, h: Tensor, u: Tensor) -> Tensor:
+    y = torch.sigmoid(z - u)
+    return torch.tanh(u / 2) * torch.addcmul(h + y, h, y, value=-2)  # tanh's, as sigmoid(z) = (1 + tanh(z / 2)) / 2
+
+
+def _softsign_difference(z: Tensor, h: Tensor, u: Tensor) -> Tensor:
+    v = z - u
+    y = F.softsign(v)
+    # The last part is 0 where z and v have one sign, to the bit, and else where the two differ most.
+    return u / (1 + z.abs()) / (1 + v.abs()) + (h * y.abs() - y * h.abs())
+
+
+def _relu_difference(z: Tensor, h: Tensor, u: Tensor) -> Tensor:
+    return torch.minimum(u - (z - h), h)  # clipping, at 0 alone
+
+
+def _clipped_difference(low: float, high: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """That of clipping to low..high: u, less the part of it that is past an end."""
+    return lambda z, h, u: torch.clamp(u - (z - h), h - high, h - low)
+
+
 # At the kinks relu, relu6 and pl take the slope 1, as the mDFA program does (torch takes 0): with all weights zero and
 # relu, DFA learns under the one and stands still under the other.
 ACTIVATIONS = {
     a.name: a
     for a in (
-        Activation("tanh", torch.tanh, lambda z, h: torch.addcmul(h.new_ones(()), h, h, value=-1)),  # 1 - h^2
-        Activation("relu", torch.relu, lambda z, h: (z >= 0).to(z.dtype)),
-        Activation("pl", F.hardtanh, lambda z, h: (z.abs() <= 1).to(z.dtype)),  # piecewise linear: clip to [-1, 1]
-        Activation("sigmoid", torch.sigmoid, lambda z, h: h * (1 - h)),
-        Activation("softsign", F.softsign, lambda z, h: (1 - h.abs()).square()),
-        Activation("relu6", F.relu6, lambda z, h: ((z >= 0) & (z <= 6)).to(z.dtype)),
-        Activation("identity", lambda z: z, lambda z, h: torch.ones_like(z)),
+        Activation("tanh", torch.tanh, lambda z, h: _one_minus(h, h), _tanh_difference),
+        Activation(
+            "relu", torch.relu, lambda z, h: (z >= 0).to(z.dtype), lambda z, h, u: torch.minimum(u - (z - h), h)
+        ),
+        # piecewise linear: clip to [-1, 1]
+        Activation("pl", F.hardtanh, lambda z, h: (z.abs() <= 1).to(z.dtype), _clipped_difference(-1, 1)),
+        Activation("sigmoid", torch.sigmoid, lambda z, h: h * (1 - h), _sigmoid_difference),
+        Activation("softsign", F.softsign, lambda z, h: (1 - h.abs()).square(), _softsign_difference),
+        Activation("relu6", F.relu6, lambda z, h: ((z >= 0) & (z <= 6)).to(z.dtype), _clipped_difference(0, 6)),
+        Activation("identity", lambda z: z, lambda z, h: torch.ones_like(z), lambda z, h, u: u),
         Activation("sign", torch.sign, None),
     )
 }

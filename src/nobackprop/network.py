@@ -83,6 +83,10 @@ class Network:
         """The activation's derivative at z, where h = f(z). Raises Mistake where there is none."""
         return self.activation.df(z, h)
 
+    def difference(self, z: Tensor, h: Tensor, u: Tensor) -> Tensor:
+        """f(z) - f(z - u) where h = f(z), without the rounding error of subtracting what is nearly equal."""
+        return self.activation.difference(z, h, u)
+
     def feedback(self, l: int, M: Tensor, e: Tensor, like: Tensor) -> Tensor:
         """The error e at layer l, sent down through M (in the shape of W of layer l): `M^T e`, like `like`."""
         return self.layers[l - 1].feedback(M, e, like)

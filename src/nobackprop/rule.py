@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -12,6 +13,17 @@ from nobackprop.network import Network, Weights
 
 Draw = Callable[[str, Shape], Tensor]
 Grads = tuple[dict[str, Tensor], Tensor | None]
+
+
+def before(target: Any) -> dict[str, Any]:
+    """What each key of a component means where a record or a file of weights lacks it: what the code of then computed.
+
+    A key that came after the first records says it beside itself, and never changes it, whatever its default:
+    `difference: str = field(default="exact", metadata={"before": "plain"})`.
+    """
+    return (
+        {f.name: f.metadata["before"] for f in fields(target) if "before" in f.metadata} if is_dataclass(target) else {}
+    )
 
 
 @dataclass(frozen=True)

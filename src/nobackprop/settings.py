@@ -28,6 +28,7 @@ from pydantic import (
 from pydantic import ValidationError as PydanticError
 
 from nobackprop.mistakes import Mistake
+from nobackprop.rule import before
 
 MOST_SEEDS = 100_000  # when counted; more are a slip of the pen
 Component = dict[str, Any]  # a mapping with Hydra's `_target_`
@@ -113,7 +114,7 @@ class Settings(_Strict):
     max_epochs: PositiveInt
     max_steps: PositiveInt | None
     batch_size: PositiveInt
-    update: Literal["mean", "sum", "unit_norm"]
+    update: Literal["mean", "sum", "unit_norm", "unit_norm_relative"]
     l2: NonNegativeFloat
     patience: PositiveInt | None
     stack: bool | None
@@ -153,14 +154,15 @@ class Settings(_Strict):
     def identity(self) -> dict[str, Any]:
         """All that can change a seed's result, not what cannot: no seeds, loggers, paths, devices or compiler.
 
-        The last two, and threads, change float32 rounding; a record states them beside its config.
+        The last two, and threads, change float32 rounding; a record states them beside its config. A component's key is
+        left out where it has the value that records without it mean, so that these keep their signatures.
         """
         how = {"stack", "compile", "recompute", "threads", "workers", "launcher", "checkpoint_minutes", "dry_run"}
         config = self.model_dump(exclude={"seeds", "logger", "diagnostics", "paths", *how})
         for key in ("root", "download", "cache", "verify"):
             config["dataset"]["source"].pop(key, None)
         config["trainer"] = {"precision": self.trainer.precision}
-        return config
+        return _as_recorded(config)
 
     @property
     def signature(self) -> str:
@@ -185,6 +187,18 @@ def _check_finite(tree: Any, *path: Any) -> None:
 def digest(config: dict[str, Any]) -> str:
     """A hash of a config in which 1 and 1.0 are one number."""
     return sha256(json.dumps(_as_floats(config), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _as_recorded(tree: Any) -> Any:
+    """With the later keys of components, also where a config leaves them to their defaults, and without those that have
+    the value which records without them mean.
+    """
+    if not isinstance(tree, dict):
+        return tree
+    target = get_object(tree["_target_"]) if "_target_" in tree else None
+    old = before(target)
+    given = {key: getattr(target, key) for key in old} | tree
+    return {key: _as_recorded(value) for key, value in given.items() if key not in old or value != old[key]}
 
 
 def _as_floats(tree: Any) -> Any:

@@ -19,7 +19,7 @@ from nobackprop.mistakes import Missing, Mistake
 from nobackprop.network import Network
 from nobackprop.pixels import Pixels
 from nobackprop.records import write_atomically
-from nobackprop.rule import Rule
+from nobackprop.rule import Rule, before
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _made(base: Any, name: str, fields: Mapping[str, Any], path: Path) -> Any:
     if (kind := {_full_name(kind): kind for kind in found}.get(name)) is None:
         raise Mistake(f"{path} was trained with {name}, which is not in nobackprop: import it first")
     try:
-        return kind(**fields)
+        return kind(**{**before(kind), **fields})
     except TypeError as e:
         raise Mistake(f"{path} was trained with another version of {name}: {e}") from e
 

@@ -25,4 +25,17 @@ def unit_norm(gradient: Tensor, samples: int) -> Tensor:
     return gradient / (torch.linalg.vector_norm(gradient, dim=axes, keepdim=True) + 1e-8)
 
 
-UPDATES: dict[str, Callable[[Tensor, int], Tensor]] = {"mean": mean, "sum": total, "unit_norm": unit_norm}
+def unit_norm_relative(gradient: Tensor, samples: int) -> Tensor:
+    """As `unit_norm`, however small the gradient is: `dW / |dW|`, and zero for zero."""
+    axes = tuple(range(1, gradient.ndim))
+    largest = gradient.abs().amax(axes, keepdim=True)
+    scaled = gradient / torch.where(largest > 0, largest, 1)  # else the squares of small entries would be zero
+    return scaled / torch.linalg.vector_norm(scaled, dim=axes, keepdim=True).clamp(min=1)  # 1 or more, but for zero
+
+
+UPDATES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "mean": mean,
+    "sum": total,
+    "unit_norm": unit_norm,
+    "unit_norm_relative": unit_norm_relative,
+}

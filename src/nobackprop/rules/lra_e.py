@@ -1,6 +1,7 @@
 """Error-driven local representation alignment."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
@@ -24,29 +25,37 @@ class LRAE(Rule):
     their transpose), so E's gradient is W's own.
 
     Optimizers that rescale gradients, such as AdamW, all but undo gamma. Raises Mistake for a `beta` of 0 or less,
-    or a `gamma` below 0.
+    a `gamma` below 0, or another `difference`.
 
-    Departs from the paper: gamma comes after the rescaling of updates (`update=unit_norm`), which would undo it.
+    Departs from the paper: gamma comes after the rescaling of updates (`update=unit_norm`), which would undo it. And
+    `e[l-1]` is computed without subtracting h and y, which in float32 are ever more equal the deeper the layer, so that
+    lower layers would learn rounding noise: with 8 hidden layers the bottom one nothing else. It is the same number but
+    for rounding; `difference="plain"` subtracts, as the paper's programs do.
     """
 
     beta: float = 0.1
     gamma: float = 1.0
     learn_E: bool = True
+    difference: Literal["exact", "plain"] = field(default="exact", metadata={"before": "plain"})
 
     def __post_init__(self) -> None:
         if self.beta <= 0:
             raise Mistake(f"rule.beta is {self.beta}: it scales the error sent down, so it must be above 0")
         if self.gamma < 0:
             raise Mistake(f"rule.gamma is {self.gamma}: it scales the rate of E, so 0 or more")
+        if self.difference not in ("exact", "plain"):
+            raise Mistake(f"rule.difference is {self.difference!r}: write exact, or plain for h - y as it stands")
 
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
         z, h = net.forward(w, batch.x)
         e = batch.error(z[net.L])  # (N, outputs)
         g = net.hebbian(net.L, h[net.L - 1], e)
         for l in range(net.L, 1, -1):
-            d = net.feedback(l, w[f"E{l}"], e, like=z[l - 1])
-            y = net.activation.f(z[l - 1] - self.beta * d)
-            e = h[l - 1] - y  # (N, *shape of layer l-1)
+            shift = self.beta * net.feedback(l, w[f"E{l}"], e, like=z[l - 1])
+            if self.difference == "exact":
+                e = net.difference(z[l - 1], h[l - 1], shift)  # (N, *shape of layer l-1)
+            else:
+                e = h[l - 1] - net.activation.f(z[l - 1] - shift)
             g |= net.hebbian(l - 1, h[l - 2], e)
         if self.learn_E:
             g |= {f"E{l}": g[f"W{l}"] for l in range(2, net.L + 1)}
