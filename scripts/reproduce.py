@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from grid import Cell, cells, select
 from rich.console import Console
 
-from nobackprop.sentences import answering
+from nobackprop.sentences import answering, check, home
 
 
 def run(chosen: Sequence[Cell], further: Sequence[str], console: Console, dry: bool) -> bool:
@@ -49,11 +49,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, help="cells at a time, each in a process of its own")
     parser.add_argument("--dry-run", action="store_true", help="show what would run, and about how long it would take")
     options = parser.parse_args()
-    further = [*options.set]
+    further = [home(text) for text in options.set]
     further += [] if options.seeds is None else [f"seeds={options.seeds}"]
     further += [] if options.epochs is None else [f"max_epochs={options.epochs}"]
     further += [] if options.jobs is None else ["launcher=joblib", f"launcher.workers={options.jobs}"]
     with answering("reproduce.py"):
+        check(further)
         chosen = select(list(cells(options.paper)), options.only)
         well = run(chosen, further, Console(), options.dry_run)
     parser.exit(0 if well else 1)

@@ -30,7 +30,7 @@ from nobackprop.launchers import Job, Joblib
 from nobackprop.mistakes import Mistake
 from nobackprop.preparation import prepare
 from nobackprop.records import Record
-from nobackprop.sentences import CONF, answering, close, load
+from nobackprop.sentences import CONF, answering, check, close, home, load
 
 Setting = bool | int | float | str
 Point = dict[str, Setting]
@@ -239,7 +239,8 @@ def main() -> None:
         chosen = select(tuned, options.only)
         for cell in chosen:
             check_replaces(cell, options.search, search, options.set)
-        further = [*options.set, f"paths.runs={options.runs or f'runs/tune/{options.search}'}"]
+        further = [home(text) for text in (*options.set, f"paths.runs={options.runs or f'runs/tune/{options.search}'}")]
+        check(further)
         found = []
         for each in tune(options.search, search, chosen, further, options.jobs, console):
             found.append(each)
