@@ -113,7 +113,11 @@ def _at_rest(rule: Rule, problem: Problem, w: dict[str, Tensor]) -> dict[str, Te
 
 
 def _distance(
-    beta: float, problem: Problem, w: dict[str, Tensor], expected: dict[str, Tensor], rule: EquilibriumPropagation = LONG
+    beta: float,
+    problem: Problem,
+    w: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    rule: EquilibriumPropagation = LONG,
 ) -> float:
     grads = _grads(replace(rule, beta=beta), problem, w)
     return max(float((grads[name] - g).norm() / g.norm()) for name, g in expected.items())

@@ -73,7 +73,9 @@ class EquilibriumPropagation(Rule):
         if not 0 < self.epsilon <= 1:
             raise Mistake(f"rule.epsilon is {self.epsilon}: a step goes part of the way, so above 0 and at most 1")
         if self.free_steps is not None and self.free_steps < 0:
-            raise Mistake(f"rule.free_steps is {self.free_steps}: it must be 0 or more, or null for what suits the depth")
+            raise Mistake(
+                f"rule.free_steps is {self.free_steps}: it must be 0 or more, or null for what suits the depth"
+            )
         if self.nudged_steps is not None and self.nudged_steps < 1:
             raise Mistake(
                 f"rule.nudged_steps is {self.nudged_steps}: without any nothing is learned, so 1 or more, or null for "
