@@ -199,7 +199,7 @@ def test_a_sweep_skips_repeats_goes_on_and_tells(
 
     monkeypatch.setattr("nobackprop.rules.fa.FA.grads", broken)
     with monkeypatch.context() as patched:
-        patched.setattr("nobackprop.preparation._try_step", lambda _: None)
+        patched.setattr("nobackprop.preparation._try_step", lambda *_: None)
         outcomes = sweeps.run(jobs, Basic(), console)
     text = shown(console)
     assert [o.state for o in outcomes] == ["finished", "failed", "failed", "finished"]
