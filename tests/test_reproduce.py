@@ -129,7 +129,10 @@ def test_a_choice_that_is_not_there_is_named(only: list[str], message: str) -> N
     ("given", "told"),
     [
         (["lrae"], "no grid for paper 'lrae': .* Did you mean lra_e\\?"),
-        (["lra_e", "--only", "rule=lrae"], "--only rule=lrae: choose from .*lra_e, lra_e_plain\\. Did you mean lra_e\\?"),
+        (
+            ["lra_e", "--only", "rule=lrae"],
+            "--only rule=lrae: choose from .*lra_e, lra_e_plain\\. Did you mean lra_e\\?",
+        ),
         (["lra_e", "--only", "rul=bp"], "--only rul=...: no such axis; .*\\. Did you mean rule\\?"),
         (
             ["mdfa", "--only", "rule=bp", "--set", "optimizer.lrr=1"],

@@ -59,8 +59,14 @@ def test_every_config_composes(config: Config, tmp_path: Path, group: str, optio
         (["+rule.foo=1"], "rule: unknown key foo; choose from: beta, gamma, learn_E, difference"),
         (["+optimizer.foo=1"], "optimizer: unknown key foo; choose from: lr, betas,"),
         (["+trainer.max_epochs=3"], "unknown key 'trainer.max_epochs'; choose from: accelerator, strategy, devices,"),
-        (["rule._target_=nobackprop.rules.none.None"], "rule: _target_ is nobackprop.rules.none.None, but nobackprop.rules has no none"),
-        (["rule._target_=nobackprop.rules.bp"], "rule: _target_ is nobackprop.rules.bp, which is neither a class nor a function"),
+        (
+            ["rule._target_=nobackprop.rules.none.None"],
+            "rule: _target_ is nobackprop.rules.none.None, but nobackprop.rules has no none",
+        ),
+        (
+            ["rule._target_=nobackprop.rules.bp"],
+            "rule: _target_ is nobackprop.rules.bp, which is neither a class nor a function",
+        ),
         (["rule.beta=0"], "rule.beta is 0: it scales the error sent down, so it must be above 0"),
         (["rule=mdfa", "rule.floor=-1"], "rule.floor is -1: mDFA needs non-negative weights, so 0 or more"),
         (["rule=bp", "arch.activation=sign"], "activation 'sign' has no derivative and this rule needs one"),
