@@ -86,14 +86,11 @@ def _check_settings(cfg: DictConfig, runtime: Any) -> None:
 
 def _train(cfg: DictConfig, tuned: Mapping[str, Path]) -> None:
     from nobackprop import lean
+
+    lean.start()  # before all that imports Lightning
     from nobackprop.preparation import configure
 
-    if not cfg.dry_run:
-        configure(cfg)  # so that a wrong value is answered at once
-    lean.start()  # before all that imports Lightning
-    from nobackprop.preparation import prepare
-
-    run = prepare(cfg)  # tells the other mistakes before Lightning is imported
+    run = configure(cfg)  # tells the other mistakes before Lightning is imported
     from pytorch_lightning.utilities import rank_zero_only
     from rich.console import Console
 
@@ -191,6 +188,7 @@ def _in_order(texts: Sequence[str]) -> tuple[Namespace, list[str]]:
         known = [name for action in parser._actions for name in action.option_strings if len(name) > 3]
         key, equals, value = wrong[0].lstrip("-").partition("=")
         hint = f": write {key.replace('-', '_')}={value}" if equals else close(key, ["--dry-run", *known])
+        hint = hint or ": there are --multirun, --dry-run, --help, --cfg job and --hydra-help, which shows the others"
         parser.exit(2, f"nobackprop: there is no option {wrong[0]}{hint}\n")
     others = list(texts)
     for text in args.overrides:

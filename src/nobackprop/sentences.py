@@ -98,8 +98,10 @@ def _unreadable(text: str) -> str:
     key, equals, value = text.partition("=")
     if wrong := re.search(r"[\u2010-\u2015\u2018-\u201f\u00a0\uff1d]", text):
         return f"{text!r} has the character {wrong[0]!r} (U+{ord(wrong[0]):04X}): type a plain - ' \" or space"
-    if not equals:
+    if not equals or " " in key:
         return f"{text!r} is no key=value: write it without spaces, as in rule=bp (--help shows the keys)"
+    if value.startswith("="):
+        return f"{text!r} has one = too many: write {key}={value[1:]}"
     if not re.fullmatch(r"[~+]*[\w./@:$-]+", key):
         return f"{text!r}: {key!r} is no key; an element of a list is written as in optimizer.betas.0=0.5"
     if value[:1] in {"[", "{"} and value[-1:] not in {"]", "}"}:
@@ -138,6 +140,10 @@ def composing(error: Any, overrides: Sequence[str], folders: Sequence[Path]) -> 
         key, values = several.groups()
         instead = "" if (CONF / key).is_dir() else f"; a list is written {key}=[{values}]"
         return f"{key}={values}: several values are for a sweep, with --multirun{instead}"
+    if "does not support sweep type" in message:
+        return "an interval is for a search, as in +sweep=rates; a sweep takes values, as in optimizer.lr=0.1,0.01"
+    if absent := re.match(r"Could not delete from config. '(.*?)'", message):
+        return f"~{absent[1]}: {absent[1]} is not there, or null already"
     if "'hydra/sweeper/optuna'" in message:
         return f"{message}\nIt comes with: pip install hydra-optuna-sweeper"
     if appended := re.search(r"To append to your default list use \+(\S+)", message):

@@ -48,7 +48,9 @@ def _component_or_none(node: Any) -> Any:
 def _start(spec: Any) -> Any:
     if isinstance(spec, str | int | float) and not isinstance(spec, bool):
         return spec
-    return _component(spec)
+    if isinstance(spec, dict):
+        return _component(spec)
+    raise Mistake("write a string such as U1 or N0.1, or keys of which _target_ names a class")
 
 
 Component = Annotated[dict[str, Any], BeforeValidator(_component)]  # a mapping with Hydra's `_target_`
@@ -231,20 +233,28 @@ def build(node: Component, key: str, *args: Any, **kwargs: Any) -> Any:
     InstantiationException, with the error as its cause.
     """
     target = _target(node["_target_"], key)
-    known = {name: p for name, p in signature(target).parameters.items() if name not in ("params", "optimizer")}
-    for name in node:
-        if name.startswith("_"):
-            continue
+    takes = signature(target)
+    known = {name: p for name, p in takes.parameters.items() if name not in ("params", "optimizer")}
+    given = {name: value for name, value in node.items() if not name.startswith("_")}
+    for name, value in given.items():
         if name not in known:
             raise Mistake(f"{key}: unknown key {name}; choose from: {', '.join(known) or 'none'}{close(name, known)}")
         annotation = known[name].annotation  # others', but for flags, promise less than they take
         if target.__module__.startswith("nobackprop.") or annotation in (bool, bool | None):
-            _check_type(f"{key}.{name}", node[name], annotation)
+            _check_type(f"{key}.{name}", value, annotation)
+    if not node.get("_partial_"):
+        try:
+            takes.bind(*args, **given, **kwargs)
+        except TypeError as e:
+            missing = re.match(r"missing a required .*argument: '(\w+)'", str(e))
+            told = f"{key}.{missing[1]} must be given: add {key}.{missing[1]}=..." if missing else f"{key}: {e}"
+            raise Mistake(told) from None
     try:
         return instantiate(node, *args, **kwargs, _convert_="all")
     except InstantiationException as e:
         cause = e.__cause__
-        if cause is None or isinstance(cause, Mistake) or _about_keys(cause, target):
+        of_torch = target.__module__.split(".")[0] == "torch" and isinstance(cause, TypeError | ValueError)
+        if cause is None or isinstance(cause, Mistake) or of_torch:
             raise Mistake(f"{key}: {cause or e}") from e
         raise
 
@@ -266,13 +276,6 @@ def _target(name: str, key: str) -> Any:
     if not callable(found):
         raise Mistake(f"{key}: _target_ is {name}, which is neither a class nor a function")
     return found
-
-
-def _about_keys(error: BaseException, target: Any) -> bool:
-    """Whether an error says that the given keys don't fit a target: one of torch's own, or of the call itself."""
-    calling = error.__traceback__
-    in_call = calling is not None and calling.tb_next is None
-    return isinstance(error, TypeError | ValueError) and (in_call or target.__module__.split(".")[0] == "torch")
 
 
 def _check_type(key: str, value: Any, annotation: Any) -> None:
