@@ -1,11 +1,12 @@
 """Measures what float32 leaves of each layer's gradient in deep nets, and of the step that is made of it.
 
-    NOBACKPROP_DATA=... python scripts/precision.py [--only lra_e] [--hidden 3 8 30] [--output results/precision.csv]
+    python scripts/precision.py [--only lra_e] [--hidden 3 8 30] [--activation tanh sigmoid relu]
 
 The nets and settings are those of conf/experiment/lra_e/deviation.yaml with unit_norm: MNIST, hidden layers of 256
 units, tanh, sigmoid or relu. Each rule's gradient on a mini-batch is computed in float32 and, from the same weights, in
-float64: at the start, and after 500 steps of training in float32. A form of a rule is measured against the rule as it
-is by default, at the same weights. One line of the CSV is a layer:
+float64: at the start, and after 500 steps of training in float32. Forms that subtract are measured at the same weights
+and against float64 of the form that does not. MNIST is read from NOBACKPROP_DATA, or downloaded to ./data. Rows of what
+was not asked for stay. One line of the CSV is a layer:
 
 | column | what |
 | --- | --- |
@@ -16,7 +17,7 @@ is by default, at the same weights. One line of the CSV is a layer:
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -38,7 +39,12 @@ from nobackprop.preparation import Run, prepare
 from nobackprop.rule import Batch, Rule
 from nobackprop.updates import UPDATES
 
-FORMS = {"lra_e": ["difference=plain"]}  # the forms of a rule that are measured beside its default one
+# The forms of a rule that are measured beside its default one, and the settings of what each is measured against.
+FORMS: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
+    "lra_e": {("difference=plain",): ()},
+    "equilibrium_propagation": {("difference=plain", "beta=0.5"): ("beta=0.5",)},
+    "predictive_coding": {("form=errors",): ("form=errors",), ("form=subtracted", "variance=1"): ("variance=1",)},
+}
 STEPS = 500
 
 
@@ -78,18 +84,17 @@ def trained(run: Run, dataset: Any) -> Iterator[tuple[str, dict[str, Tensor], Te
             step += 1
 
 
-def layers(run: Run, rule: Rule, w: dict[str, Tensor], x: Tensor, y: Tensor) -> Iterator[dict[str, Any]]:
-    """The numbers of each layer: of a rule in float32, and of the run's own in float64."""
-    noise = run.rule.noise(run.net, len(x))
-    assert not noise, "a rule with noise has no one gradient"
+def layers(
+    run: Run, rule: Rule, reference: Rule, w: dict[str, Tensor], x: Tensor, y: Tensor
+) -> Iterator[dict[str, Any]]:
+    """The numbers of each layer: of a rule in float32, and of its reference in float64."""
     found, _ = rule.all_grads(run.net, w, Batch(x, y, run.loss))
     longer = {name: t.double() for name, t in w.items()}
-    exact, _ = run.rule.all_grads(run.net, longer, Batch(x.double(), y.double(), run.loss))
+    exact, _ = reference.all_grads(run.net, longer, Batch(x.double(), y.double(), run.loss))
     for l in range(1, run.net.L + 1):
-        g, reference = found[f"W{l}"], exact[f"W{l}"]
-        size = float(reference.abs().max())
-        error = float((g - reference).abs().max()) / size
-        line: dict[str, Any] = {"layer": l, "gradient": size, "error": error}
+        g, expected = found[f"W{l}"], exact[f"W{l}"]
+        size = float(expected.abs().max())
+        line: dict[str, Any] = {"layer": l, "gradient": size, "error": float((g - expected).abs().max()) / size}
         for update in ("unit_norm", "unit_norm_relative"):
             line[update] = float(UPDATES[update](g[None], len(x)).norm())
         p = torch.nn.Parameter(torch.zeros_like(g), requires_grad=False)
@@ -101,13 +106,17 @@ def layers(run: Run, rule: Rule, w: dict[str, Tensor], x: Tensor, y: Tensor) -> 
 def measured(rule: str, hidden: int, activation: str) -> Iterator[dict[str, Any]]:
     """The lines of one rule on one net, all its forms."""
     config = overrides(rule, hidden, activation)
-    run = prepare(composed(config))
-    forms = {"": run.rule}
-    forms |= {form: prepare(composed([*config, f"rule.{form}"])).rule for form in FORMS.get(rule, [])}
+
+    def made(keys: Iterable[str]) -> Run:
+        return prepare(composed([*config, *(f"rule.{key}" for key in keys)]))
+
+    run = made(())
+    forms = {(): (run.rule, run.rule)}
+    forms |= {form: (made(form).rule, made(reference).rule) for form, reference in FORMS.get(rule, {}).items()}
     for when, w, x, y in trained(run, run.source.load()):
-        for form, each in forms.items():
-            about = {"rule": rule, "form": form, "activation": activation, "hidden_layers": hidden, "weights": when}
-            yield from (about | line for line in layers(run, each, w, x, y))
+        for form, (each, reference) in forms.items():
+            about = {"rule": rule, "form": " ".join(form), "activation": activation, "hidden_layers": hidden}
+            yield from (about | {"weights": when} | line for line in layers(run, each, reference, w, x, y))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -121,14 +130,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     hardware.prepare(torch.device("cpu"))
     cells = list(product(options.only, options.hidden, options.activation))
     with torch.no_grad():
-        lines = [line for cell in track(cells, "measuring") for line in measured(*cell)]
-    frame = pd.DataFrame(lines)
-    records.write_atomically(options.output, frame.to_csv(index=False, lineterminator="\n").encode())
-    print(
-        frame.groupby(["rule", "form", "activation", "hidden_layers", "weights"], sort=False)
-        .error.agg("  ".join)
-        .to_string()
-    )
+        frame = pd.DataFrame([line for cell in track(cells, "measuring") for line in measured(*cell)])
+    if options.output.exists():
+        before = pd.read_csv(options.output, keep_default_na=False)
+        asked = before[["rule", "hidden_layers", "activation"]].apply(tuple, axis=1).isin(cells)
+        frame = pd.concat([before[~asked], frame])
+    text = frame.to_csv(index=False, lineterminator="\n", float_format="%.2g")
+    records.write_atomically(options.output, text.encode())
+    error = frame.groupby(["rule", "form", "activation", "hidden_layers", "weights"], sort=False).error
+    print(error.agg(bottom="first", worst="max").to_string(float_format="{:.1e}".format))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ from nobackprop.pixels import Pixels
 from nobackprop.rule import Batch, Grads, Rule
 from nobackprop.rules.bp import BP
 from nobackprop.rules.dfa import DFA
+from nobackprop.rules.equilibrium_propagation import EquilibriumPropagation
 from nobackprop.rules.fa import FA
+from nobackprop.rules.forward_forward import ForwardForward
 from nobackprop.rules.frsf import FRSF
 from nobackprop.rules.lra_e import LRAE
 from nobackprop.rules.mdfa import MDFA
@@ -290,6 +292,52 @@ def test_noise_and_phases_are_those_of_the_rule() -> None:
     assert any(opposed.values())
 
 
+def _own_gradient(net: Network, rule: Rule, w: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+    """By autograd, of the loss of the rule's own answer."""
+    leaves = {name: t.clone().requires_grad_() for name, t in w.items()}
+    loss = batch.loss.value(rule.logits(net, leaves, batch.x), batch.y).mean()
+    grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    return dict(zip(leaves, grads, strict=True))
+
+
+@pytest.mark.parametrize("rule", [EquilibriumPropagation(), ForwardForward(), ForwardForward(readout="goodness")])
+def test_a_rule_that_predicts_in_its_own_way_is_measured_against_the_gradient_of_that(
+    problem: Problem, rule: Rule
+) -> None:
+    net, w = problem.net, {name: 0.2 * t for name, t in problem.weights(rule).items()}
+    batch = problem.noisy(rule)
+    with torch.no_grad():  # as the callback
+        found = diagnose(net, rule, w, batch)
+    expected, update = _own_gradient(net, rule, w, batch), rule.grads(net, w, batch)[0]
+    for l in range(1, net.L + 1):
+        degrees = float(angle(update[f"W{l}"], expected[f"W{l}"]))
+        assert found.get(f"angle/update_W{l}", float("nan")) == pytest.approx(degrees, abs=1e-4, nan_ok=True)
+    if isinstance(rule, EquilibriumPropagation):
+        assert max(of("angle/update_W", found).values()) < 0.5
+        assert of("unrest/", found).keys() == {f"h{l}" for l in range(1, net.L)}
+        forward = BP().grads(net, w, batch)[0]
+        others = [float(angle(update[f"W{l}"], forward[f"W{l}"])) for l in range(1, net.L)]
+        assert net.L < 3 or max(others) > 1
+    if net.units(net.L) == 1:
+        opposed = dict.fromkeys(range(1, net.L + 1), 0)
+        for i in range(len(batch.x)):
+            noise = {name: t[i : i + 1] for name, t in batch.noise.items()}
+            single = Batch(batch.x[i : i + 1], batch.y[i : i + 1], batch.loss, noise)
+            own, g = rule.grads(net, w, single)[0], _own_gradient(net, rule, w, single)
+            for l in opposed:
+                opposed[l] += sum(float((own[n] * g[n]).sum()) for n in (f"W{l}", f"b{l}")) < 0
+        assert of("opposed/W", found) == pytest.approx({str(l): n / len(batch.x) for l, n in opposed.items()})
+
+
+def test_a_readout_stands_in_for_no_weights() -> None:
+    net = mlp((12,), 4, hidden=[4, 4, 4], activation="tanh")
+    w = {name: t.double() for name, t in initial_weights(net, ForwardForward(), Normal(), Normal(), 0).items()}
+    assert w["R2"].shape == w["W2"].shape
+    noise = normal(ForwardForward().noise(net, 1), 0)
+    batch = Batch(torch.ones(1, 12).double(), torch.eye(4)[:1].double(), SoftmaxCrossEntropy(4), noise)
+    assert not of("angle/feedback_", diagnose(net, ForwardForward(), w, batch))
+
+
 # The callback
 
 TRAINING = {"train/loss", "train/accuracy"}  # which not every rule has
@@ -389,7 +437,7 @@ def test_training_is_the_same_with_and_without(fit: Fit, rule: Rule, net: Networ
     for ours, theirs in zip(measured.progress, plain.progress, strict=True):
         assert ours.best_epoch == theirs.best_epoch
         for entry, scores in zip(ours.epochs, theirs.epochs, strict=True):
-            assert scores.keys() - TRAINING == SCORES - TRAINING
+            assert scores.keys() - TRAINING - {"val/accuracy_goodness"} == SCORES - TRAINING
             assert entry.keys() > scores.keys()
             assert {name: entry[name] for name in scores} == scores
 

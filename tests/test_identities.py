@@ -195,6 +195,8 @@ PART = "a step goes part of the way, so above 0 and at most 1"
         (WeightMirror, "decay", -1, "it keeps B from growing, so 0 or more"),
         (PEPITA, "scale", 0, "without the error in the input nothing is learned"),
         (ForwardForward, "theta", 0, "no goodness is below 0, so it must be above"),
+        (ForwardForward, "readout", "none", "write linear or goodness"),
+        (ForwardForward, "readout_rate", -1, "it scales the rate of R, so 0 or more"),
         (PredictiveCoding, "steps", 0, "the net must relax for 1 step or more"),
         (PredictiveCoding, "rate", 0, "above 0, and 1 at most"),
         (PredictiveCoding, "rate", 1.5, "above 0, and 1 at most"),

@@ -75,25 +75,26 @@ def diagnose(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, fl
     | --- | --- | --- |
     | `norm/W{l}` | Frobenius norm of the weights | every layer |
     | `norm/update_W{l}` | Frobenius norm of the rule's gradient | the rule gives one |
-    | `angle/update_W{l}` | from the rule's gradient to backpropagation's | and f has a derivative |
+    | `angle/update_W{l}` | from the rule's gradient to that of the loss | and f has a derivative |
     | `angle/feedback_W{l}` | from the rule's own weight of layer l to what it stands in for | see below |
     | `saturation/h{l}` | share of units, over all images, where abs(df) < 0.05 | hidden, f has a derivative |
     | `opposed/W{l}` | share of images whose own update of W and b opposes their own gradient | one output unit |
 
-    Angles are in degrees; one with a zero vector is left out. Backpropagation's gradient is that of the forward pass,
-    for a rule too that predicts in another way. Feedback alignment and its kin say what they have in the place of W. Of
-    DFA and its kin B stands in for the product of the weights above its layer, where those layers are dense; of other
-    rules weights of their own (`E3`, ...) that are all shaped like W stand in for the W of their layer. An update
-    opposes a gradient where their inner product is negative.
+    And what the rule itself measures. Angles are in degrees; one with a zero vector is left out. The loss is that of
+    what the rule predicts: of the forward pass, whose gradient is backpropagation's, or of its own answer, through all
+    that this takes (such as states that come to rest). Feedback alignment and its kin say what they have in the place
+    of W. Of DFA and its kin B stands in for the product of the weights above its layer, where those layers are dense;
+    of other rules weights of their own (`E3`, ...) that are all shaped like W stand in for the W of their layer. An
+    update opposes a gradient where their inner product is negative.
     """
     update, logits = rule.all_grads(net, w, batch)
     if not logits.isfinite().all():
         return {}
     found = {f"norm/W{l}": w[f"W{l}"].norm() for l in range(1, net.L + 1)}
     found |= {f"norm/update_{name}": g.norm() for name, g in update.items() if name.startswith("W")}
-    found |= _feedback_angles(net, rule, w, batch)
+    found |= _feedback_angles(net, rule, w, batch) | rule.measured(net, w, batch)
     if net.activation.derivative is not None:
-        gradient, _ = BP().grads(net, w, batch)
+        gradient = _gradient(net, rule, w, batch)
         found |= {f"angle/update_{name}": angle(g, gradient[name]) for name, g in update.items() if name[0] == "W"}
         z, h = net.forward(w, batch.x)
         for l in range(1, net.L):
@@ -109,6 +110,17 @@ def angle(u: Tensor, v: Tensor) -> Tensor:
     return torch.rad2deg(2 * torch.atan2((u - v).norm(), (u + v).norm()))
 
 
+def _gradient(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, Tensor]:
+    """That of the mean loss of what the rule predicts, by W and b."""
+    if type(rule).logits is Rule.logits:
+        return BP().grads(net, w, batch)[0]
+
+    def loss(own: dict[str, Tensor]) -> Tensor:
+        return batch.loss.value(rule.logits(net, {**w, **own}, batch.x), batch.y).mean()
+
+    return torch.func.grad(loss)({name: t for name, t in w.items() if name[0] in "Wb"})
+
+
 def _feedback_angles(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, Tensor]:
     if isinstance(rule, FA):
         return {f"angle/feedback_W{l}": angle(rule.down(l, w, batch), w[f"W{l}"]) for l in range(2, net.L + 1)}
@@ -121,7 +133,7 @@ def _feedback_angles(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict
             above = w[f"W{l + 1}"].mT @ above
             found[f"angle/feedback_W{l}"] = angle(w[f"B{l}"], above)
         return found
-    for letter in sorted({name.rstrip("0123456789") for name in w} - {"W", "b"}):
+    for letter in sorted({name.rstrip("0123456789") for name in w} - {"W", "b", "R"}):  # R reads out
         own = {l: w[f"{letter}{l}"] for l in range(1, net.L + 1) if f"{letter}{l}" in w}
         if all(t.shape == net.weight_shape(l) for l, t in own.items()):
             found |= {f"angle/feedback_W{l}": angle(t, w[f"W{l}"]) for l, t in own.items()}
@@ -135,7 +147,7 @@ def _opposed(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, Te
     def of_one_sample(x: Tensor, y: Tensor, noise: dict[str, Tensor]) -> dict[str, Tensor]:
         noise = {name: t if own[name] is None else t.unsqueeze(0) for name, t in noise.items()}
         single = Batch(x.unsqueeze(0), y.unsqueeze(0), batch.loss, noise)
-        update, gradient = rule.all_grads(net, w, single)[0], BP().grads(net, w, single)[0]
+        update, gradient = rule.all_grads(net, w, single)[0], _gradient(net, rule, w, single)
         found = {}
         for l in range(1, net.L + 1):
             if names := [name for name in (f"W{l}", f"b{l}") if name in update]:

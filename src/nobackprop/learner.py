@@ -82,6 +82,7 @@ class Learner(LightningModule):
         self.w = nn.ParameterDict({n: _fixed(torch.stack([w[n] for w in weights.values()])) for n in names})
         self.best = nn.ParameterDict({name: _fixed(p.clone()) for name, p in self.w.items()})
         self.train_scores, self.eval_scores = Scores(loss, len(weights)), Scores(loss, len(weights))
+        self.other_scores: dict[str, Scores] = {}  # of the rule's other answers
         self.extra_scores: list[dict[str, float]] = [{} for _ in self.seeds]  # a callback's, for this epoch
         self.rank, self.ranks = 0, 1
         self.steps = 0  # mini-batches trained so far: the truth for data order, logs and records
@@ -243,9 +244,18 @@ class Learner(LightningModule):
         """Adds a batch, pixels (S, M, C, H, W), labels and mask (S, M), to the evaluation's scores."""
         pixels, labels, mask = batch
         x = self.inputs(pixels)
-        logits_of = self._over_seeds(partial(self.rule.logits, self.net))
-        logits = logits_of(self._without_axis(weights), x[0] if self.alone else x)
+        inputs = self._without_axis(weights), x[0] if self.alone else x
+        logits = self._over_seeds(partial(self.rule.logits, self.net))(*inputs)
         self.eval_scores.update(logits.unsqueeze(0) if self.alone else logits, labels, mask)
+        for name, other in self._over_seeds(partial(self.rule.other_logits, self.net))(*inputs).items():
+            scores = self.other_scores.setdefault(name, Scores(self.loss, len(self.seeds)).to(self.device))
+            scores.update(other.unsqueeze(0) if self.alone else other, labels, mask)
+
+    def _others(self, prefix: str) -> list[dict[str, float]]:
+        """The accuracies of the rule's other answers, a dict a seed; the scores start anew."""
+        found = {f"{prefix}accuracy_{name}": scores.compute()["accuracy"] for name, scores in self.other_scores.items()}
+        self.other_scores.clear()
+        return per_seed(found) if found else [{} for _ in self.seeds]
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> None:
         self.evaluate(self.w, batch)
@@ -265,6 +275,8 @@ class Learner(LightningModule):
         # a rule may have no logits of training images
         train = per_seed(self.train_scores.compute()) if self.train_scores.count.any() else [{} for _ in self.seeds]
         val = per_seed(self.eval_scores.compute())
+        for extra, others in zip(self.extra_scores, self._others("val/"), strict=True):
+            extra |= others
         improved = [self._advance(p, train[s], val[s], self.extra_scores[s]) for s, p in enumerate(self.progress)]
         if any(improved):
             mask = torch.tensor(improved, device=self.device)
@@ -273,8 +285,9 @@ class Learner(LightningModule):
         self.trainer.should_stop |= all(p.stopped for p in self.progress)
 
     def on_test_epoch_end(self) -> None:
-        for p, scores in zip(self.progress, per_seed(self.eval_scores.compute()), strict=True):
-            p.test = scores if p.best_epoch is not None else None
+        every = zip(self.progress, per_seed(self.eval_scores.compute()), self._others(""), strict=True)
+        for p, scores, others in every:
+            p.test = scores | others if p.best_epoch is not None else None
 
     def _advance(self, p: Progress, train: dict[str, float], val: dict[str, float], extra: dict[str, float]) -> bool:
         """Notes a finished epoch of one seed; whether its weights are now its best."""

@@ -77,6 +77,10 @@ class Rule(ABC):
         """What the trained net says of x (N, *in_shape): logits (N, outputs)."""
         return net.logits(w, x)
 
+    def other_logits(self, net: Network, w: Weights, x: Tensor) -> dict[str, Tensor]:
+        """Other answers of the net, by name, whose accuracy is reported beside: `val/accuracy_<name>`."""
+        return {}
+
     def measured(self, net: Network, w: Weights, batch: Batch) -> dict[str, Tensor]:
         """What there is to know of how this rule works on a batch, by name: numbers for the diagnostics."""
         return {}

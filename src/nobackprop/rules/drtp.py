@@ -21,7 +21,9 @@ class DRTP(DFA):
     activations. `B1 ... B(L-1)` are (units of layer l, outputs).
 
     Departs from the paper's program: y* is subtracted, as in the error, so W above aligns with B and not with -B, which
-    is as likely a draw. With one output unit a label of 0 would teach hidden layers nothing: there y* is +-1.
+    is as likely a draw. Hidden gradients are means over the batch, as the output's is; the program averages the loss at
+    the output alone, so that under plain SGD its hidden layers learn as many times faster as the batch has samples
+    (AdamW and its kin undo that). With one output unit a label of 0 would teach hidden layers nothing: there y* is +-1.
     """
 
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:

@@ -27,6 +27,7 @@ class WeightMirror(FA):
 
     Departs from the paper: one mirror step, with as many samples as the batch, comes before each other step, not a
     period of its own; biases do not take part, nor does f at the output, through which the paper's program mirrors too.
+    The program's noise is uniform in +-0.05, here it is standard normal times `sigma`.
     """
 
     sigma: float = 0.5
