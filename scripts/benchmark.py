@@ -41,23 +41,25 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nobackprop import hardware, optimizers, records
-from nobackprop.batches import TrainBatches, task
-from nobackprop.imagenet import ImageNet
-from nobackprop.initializers import Uniform, initial_weights
-from nobackprop.learner import Learner
-from nobackprop.losses import Loss, SoftmaxCrossEntropy, cross_entropy
-from nobackprop.network import Network, allconv, mlp
-from nobackprop.pixels import Pixels
-from nobackprop.preparation import prepare
-from nobackprop.rule import Batch, Rule
+from nobackprop.core import optimizers
+from nobackprop.core.initializers import Uniform, initial_weights
+from nobackprop.core.losses import Loss, SoftmaxCrossEntropy, cross_entropy
+from nobackprop.core.network import Network, allconv, mlp
+from nobackprop.core.rule import Batch, Rule
+from nobackprop.data.batches import TrainBatches, task
+from nobackprop.data.folders import ImageNet
+from nobackprop.data.pixels import Pixels
+from nobackprop.places import CONF
+from nobackprop.records import machine, provenance
 from nobackprop.rules.bp import BP
 from nobackprop.rules.dfa import DFA
 from nobackprop.rules.fa import FA
 from nobackprop.rules.lra_e import LRAE
 from nobackprop.rules.mdfa import MDFA
-from nobackprop.sentences import CONF
-from nobackprop.train import train
+from nobackprop.training import hardware
+from nobackprop.training.build import prepare
+from nobackprop.training.learner import Learner
+from nobackprop.training.run import train
 
 RULES: dict[str, Rule] = {"bp": BP(), "fa": FA(), "dfa": DFA(), "mdfa": MDFA(), "lra_e": LRAE()}
 MLP = partial(mlp, (1, 28, 28), activation="tanh")
@@ -407,7 +409,7 @@ def run_overhead(rounds: int) -> list[dict[str, Any]]:
 
 def many_seeds(rounds: int) -> list[dict[str, Any]]:
     """Ten seeds in worker processes, one a core, against one after another."""
-    measured: dict[str, list[float]] = {"in turn, on one core": [], f"side by side, on {hardware.cores()} cores": []}
+    measured: dict[str, list[float]] = {"in turn, on one core": [], f"side by side, on {machine.cores()} cores": []}
     with tempfile.TemporaryDirectory() as folder:
         for _ in track(range(rounds), "training in turn"):
             for each, choice in zip(measured.values(), ("workers=1", "workers=null"), strict=True):
@@ -432,9 +434,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     hardware.prepare(torch.device("cpu"))
-    machine = records.machine(torch.device("cpu"))
+    here = machine.machine(torch.device("cpu"))
     rows = pd.DataFrame([row for part in options.only for row in parts[part](options.rounds)])
-    table = Table("what", "value", "ratio to the first", title=f"{machine.processor}, one thread unless said")
+    table = Table("what", "value", "ratio to the first", title=f"{here.processor}, one thread unless said")
     for measure, part in rows.groupby("measure", sort=False):
         table.add_section()
         table.add_row(f"[bold]{measure}")
@@ -442,8 +444,8 @@ def main() -> None:
             ratio = f"{row['ratio']:.2f}x" if row.get("ratio", 0) > 0 else ""
             table.add_row(row["what"], f"{row['value']:,.{0 if row['value'] > 100 else 2}f} {row['unit']}", ratio)
     Console().print(table)
-    commit, dirty = records.source_state()
-    stamp = {"processor": machine.processor, "threads": 1, "commit": commit, "dirty": dirty, **records.versions()}
+    commit, dirty = provenance.source_state()
+    stamp = {"processor": here.processor, "threads": 1, "commit": commit, "dirty": dirty, **provenance.versions()}
     rows = rows.assign(**stamp)
     if options.output.exists():  # parts that were not measured now stay
         before = pd.read_csv(options.output)

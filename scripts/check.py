@@ -11,10 +11,10 @@ change a line of theirs unnoticed. Nothing else is changed. Exit status 1 where 
 import argparse
 from pathlib import Path
 
-from nobackprop.checking import check
-from nobackprop.collecting import add_checksums, checksums_of
-from nobackprop.literal import plain
 from nobackprop.mistakes import Mistake
+from nobackprop.papers.check import check
+from nobackprop.records.gathering import add_checksums, checksums_of
+from nobackprop.records.literal import plain
 
 
 def main() -> None:

@@ -12,9 +12,9 @@ before.
 import argparse
 from pathlib import Path
 
-from nobackprop.collecting import Collected, collect, gather, table, write_table
-from nobackprop.literal import plain
 from nobackprop.mistakes import Mistake
+from nobackprop.records.gathering import Collected, collect, gather, table, write_table
+from nobackprop.records.literal import plain
 
 
 def main() -> None:

@@ -24,11 +24,11 @@ from matplotlib.ticker import PercentFormatter
 from rich.console import Console
 from rich.table import Table
 
-from nobackprop.collecting import collect, learning_curves
-from nobackprop.identity import rule_name
-from nobackprop.literal import literal, plain
 from nobackprop.mistakes import Missing, Mistake
-from nobackprop.records import Record, mean_and_deviation, tested
+from nobackprop.records.gathering import collect, learning_curves
+from nobackprop.records.identity import rule_name
+from nobackprop.records.literal import literal, plain
+from nobackprop.records.record import Record, mean_and_deviation, tested
 
 Runs = Mapping[str, Sequence[Record]]
 
@@ -90,7 +90,7 @@ def only_run_of(rule: str, runs: Runs) -> Sequence[Record]:
 
 def paired(records: Sequence[Record], others: Sequence[Record]) -> str:
     """Mean difference in points over the seeds that both have, and half the width of its 95 % interval."""
-    from nobackprop.claims import interval  # here, since SciPy takes a second to import
+    from nobackprop.papers.claims import interval  # here, since SciPy takes a second to import
 
     a, b = ({r.seed: r.test["accuracy"] for r in each if r.test} for each in (records, others))
     x = [100 * (a[seed] - b[seed]) for seed in a.keys() & b.keys()]

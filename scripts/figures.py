@@ -15,7 +15,7 @@ from findings import ANGLE, Findings, Found, Row, Table, described, rules_run
 from matplotlib import ticker
 from matplotlib.figure import Figure as Canvas
 
-from nobackprop.collecting import learning_curves
+from nobackprop.records.gathering import learning_curves
 
 # A rule has the same colour in every figure; the first seven are Okabe & Ito's, which the colour-blind can tell apart.
 COLOURS = {

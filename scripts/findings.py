@@ -30,12 +30,13 @@ from pydantic import (
     model_validator,
 )
 
-from nobackprop.claims import Accuracies, Claims, Conditions, Labels, Result, interval, judge
-from nobackprop.identity import digest, rule_name
+from nobackprop.composing import load
 from nobackprop.mistakes import Mistake
-from nobackprop.records import Record
-from nobackprop.sentences import CONF, load
-from nobackprop.settings import Settings
+from nobackprop.papers.claims import Accuracies, Claims, Conditions, Labels, Result, interval, judge
+from nobackprop.places import CONF
+from nobackprop.records.identity import digest, rule_name
+from nobackprop.records.record import Record
+from nobackprop.training.config import Settings
 
 ROOT = Path(__file__).parents[1]
 ANGLE = "angle/update_W"

@@ -8,8 +8,9 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from nobackprop.mistakes import Missing, Mistake
-from nobackprop.sentences import COMPOSING, CONF, close, composing, load
+from nobackprop.composing import COMPOSING, composing, load
+from nobackprop.mistakes import Missing, Mistake, close
+from nobackprop.places import CONF
 
 TUNED = "+tuned@_global_="  # after an experiment, whose settings it replaces; plain tuned=... comes before it
 

@@ -29,15 +29,16 @@ from grid import composed
 from rich.progress import track
 from torch import Tensor
 
-from nobackprop import hardware, records
-from nobackprop.batches import TrainBatches, task
-from nobackprop.initializers import initial_weights
-from nobackprop.learner import Learner
-from nobackprop.optimizers import AdamW
-from nobackprop.pixels import Pixels
-from nobackprop.preparation import Run, prepare
-from nobackprop.rule import Batch, Rule
-from nobackprop.updates import UPDATES
+from nobackprop.core.initializers import initial_weights
+from nobackprop.core.optimizers import AdamW
+from nobackprop.core.rule import Batch, Rule
+from nobackprop.core.updates import UPDATES
+from nobackprop.data.batches import TrainBatches, task
+from nobackprop.data.pixels import Pixels
+from nobackprop.records import files
+from nobackprop.training import hardware
+from nobackprop.training.build import Run, prepare
+from nobackprop.training.learner import Learner
 
 # The forms of a rule that are measured beside its default one, and the settings of what each is measured against.
 FORMS: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
@@ -136,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         asked = before[["rule", "hidden_layers", "activation"]].apply(tuple, axis=1).isin(cells)
         frame = pd.concat([before[~asked], frame])
     text = frame.to_csv(index=False, lineterminator="\n", float_format="%.2g")
-    records.write_atomically(options.output, text.encode())
+    files.write_atomically(options.output, text.encode())
     error = frame.groupby(["rule", "form", "activation", "hidden_layers", "weights"], sort=False).error
     print(error.agg(bottom="first", worst="max").to_string(float_format="{:.1e}".format))
 

@@ -35,7 +35,7 @@ from tables import (
     tests_not_run,
 )
 
-from nobackprop.claims import Result
+from nobackprop.papers.claims import Result
 
 TITLES = {
     "error": "Test error, with 95 % intervals",

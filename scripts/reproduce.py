@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from grid import Cell, cells, select
 from rich.console import Console
 
-from nobackprop.sentences import answering, check, home
+from nobackprop.composing import check, home
+from nobackprop.mistakes import answering
 
 
 def run(chosen: Sequence[Cell], further: Sequence[str], console: Console, dry: bool) -> bool:
@@ -24,14 +25,15 @@ def run(chosen: Sequence[Cell], further: Sequence[str], console: Console, dry: b
 
     Passes over those that take tuned settings which were not searched yet; raises Missing if that is all.
     """
-    from nobackprop import launchers, sweeps  # torch takes seconds to import
+    from nobackprop.sweeps import sweep  # torch takes seconds to import
+    from nobackprop.sweeps.jobs import Job, launcher_of
 
     ready = [cell for cell in chosen if cell.tuned is None or cell.tuned.exists()] or chosen
     if left := [str(cell) for cell in chosen if cell not in ready]:
         text = f"passed over until scripts/tune.py has searched their settings, {len(left)} cells: {'; '.join(left)}"
         console.print(text, highlight=False, soft_wrap=True)
-    jobs = [launchers.Job(str(cell), cell.config(further)) for cell in ready]
-    outcomes = sweeps.run(jobs, launchers.launcher_of(jobs[0].config), console, dry)
+    jobs = [Job(str(cell), cell.config(further)) for cell in ready]
+    outcomes = sweep.run(jobs, launcher_of(jobs[0].config), console, dry)
     return all(outcome.state != "failed" for outcome in outcomes)
 
 

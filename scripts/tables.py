@@ -20,11 +20,11 @@ import pandas as pd
 from figures import figures
 from findings import ROOT, Figure, Findings, Found, Row, Table, described, findings, papers
 
-from nobackprop.claims import Claims, Result
-from nobackprop.collecting import collect
-from nobackprop.mistakes import Mistake
-from nobackprop.records import Record, write_atomically
-from nobackprop.sentences import answering
+from nobackprop.mistakes import Mistake, answering
+from nobackprop.papers.claims import Claims, Result
+from nobackprop.records.files import write_atomically
+from nobackprop.records.gathering import collect
+from nobackprop.records.record import Record
 
 SIGNS, FEWER = "†‡§¶‖⋆", "fewer epochs than planned"  # as many signs as a table can have kinds of departure
 TEX = str.maketrans({"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "±": r"$\pm$", "°": r"$^\circ$"})

@@ -25,12 +25,14 @@ from rich.progress import track
 from rich.table import Table
 from scipy.stats import qmc
 
-from nobackprop import hardware, records
-from nobackprop.launchers import Job, Joblib
-from nobackprop.mistakes import Mistake
-from nobackprop.preparation import prepare
-from nobackprop.records import Record
-from nobackprop.sentences import CONF, answering, check, close, home, load
+from nobackprop.composing import check, home, load
+from nobackprop.mistakes import Mistake, answering, close
+from nobackprop.places import CONF
+from nobackprop.records import files, machine
+from nobackprop.records.record import Record
+from nobackprop.sweeps.jobs import Job
+from nobackprop.sweeps.local import Joblib
+from nobackprop.training.build import prepare
 
 Setting = bool | int | float | str
 Point = dict[str, Setting]
@@ -173,7 +175,7 @@ def write(found: Searched, name: str, search: Search, further: Sequence[str], pa
         *(f"# {line}" for line in wrap(told, 116)),
         f"#   {command_of(found.cell, name, search, further)}",
     ]
-    records.write_atomically(path, "\n".join([*header, OmegaConf.to_yaml(settings)]).encode())
+    files.write_atomically(path, "\n".join([*header, OmegaConf.to_yaml(settings)]).encode())
 
 
 def tune(
@@ -216,7 +218,7 @@ def table(found: Sequence[Searched]) -> Table:
 
 
 def main() -> None:
-    cores = hardware.cores()
+    cores = machine.cores()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("search", help="a file of conf/search, without .yaml")
     parser.add_argument(

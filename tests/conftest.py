@@ -19,19 +19,19 @@ from omegaconf import DictConfig
 from rich.console import Console
 from torch import Tensor
 
-from nobackprop.activations import activation
-from nobackprop.batches import EvalBatches, Task, TrainBatches
-from nobackprop.data import Dataset, Images
-from nobackprop.initializers import Normal, initial_weights
-from nobackprop.losses import Loss, SigmoidCrossEntropy, SoftmaxCrossEntropy
-from nobackprop.network import Network, allconv, mlp
-from nobackprop.pixels import Pixels
-from nobackprop.records import Record
-from nobackprop.rule import Batch, Rule
-from nobackprop.streams import normal
+from nobackprop.core.activations import activation
+from nobackprop.core.initializers import Normal, initial_weights
+from nobackprop.core.losses import Loss, SigmoidCrossEntropy, SoftmaxCrossEntropy
+from nobackprop.core.network import Network, allconv, mlp
+from nobackprop.core.random import normal
+from nobackprop.core.rule import Batch, Rule
+from nobackprop.data.batches import EvalBatches, Task, TrainBatches
+from nobackprop.data.pixels import Pixels
+from nobackprop.data.sources import Dataset, Images
+from nobackprop.records.record import Record
 
 if TYPE_CHECKING:
-    from nobackprop.learner import Learner
+    from nobackprop.training.learner import Learner
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background jobs; commands under test inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -67,7 +67,7 @@ def config(tmp_path: Path) -> Config:
 
 
 def folder(cfg: DictConfig) -> Path:
-    from nobackprop.preparation import prepare  # here, since Lightning takes seconds to import
+    from nobackprop.training.build import prepare  # here, since Lightning takes seconds to import
 
     return prepare(cfg).folder
 
@@ -82,7 +82,7 @@ def raise_killed() -> None:
 
 def at_save(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], Any]) -> None:
     """Does something just before the run's `number`-th occasion to write a checkpoint."""
-    from nobackprop.callbacks import ResumePoint  # here, since Lightning takes seconds to import
+    from nobackprop.training.checkpoints import ResumePoint  # here, since Lightning takes seconds to import
 
     save, calls = ResumePoint.save, []
 
@@ -97,7 +97,7 @@ def at_save(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], A
 
 def interrupt(cfg: DictConfig) -> list[Path]:
     """Trains a small run of one group of seeds, killed at step 261; gives its checkpoints, of steps 161 and 261."""
-    from nobackprop.train import train
+    from nobackprop.training.run import train
 
     cfg = cfg.copy()
     cfg.checkpoint_minutes = 0.0
@@ -264,7 +264,7 @@ def fitted(
     """A learner that has trained those tasks as one stack."""
     from pytorch_lightning import Trainer  # here, since Lightning takes seconds to import
 
-    from nobackprop.learner import Learner
+    from nobackprop.training.learner import Learner
 
     relabels = [t.relabel for t in tasks]
     learner = Learner(
@@ -294,7 +294,7 @@ def fitted(
 @pytest.fixture
 def learner() -> "Callable[..., Learner]":
     """Makes a Learner of one seed whose `step` can be called without a trainer."""
-    from nobackprop.learner import Learner  # here, since Lightning takes seconds to import
+    from nobackprop.training.learner import Learner  # here, since Lightning takes seconds to import
 
     def unused(**_: Any) -> Any:
         raise AssertionError("no data is needed for a step")

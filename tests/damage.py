@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nobackprop.collecting import add_checksums, collect, gather
 from nobackprop.mistakes import Mistake
-from nobackprop.records import Record
+from nobackprop.records.gathering import add_checksums, collect, gather
+from nobackprop.records.record import Record
 
 SECTOR = 512
 RECORDED = Path(__file__).parents[1] / "results" / "records" / "compare.jsonl"

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nobackprop.activations import ACTIVATIONS, activation
+from nobackprop.core.activations import ACTIVATIONS, activation
 
 WITH_DERIVATIVE = [name for name, a in ACTIVATIONS.items() if a.derivative is not None]
 

@@ -13,10 +13,10 @@ import torch
 from conftest import until
 from torch import Tensor
 
-from nobackprop import batches as module
-from nobackprop.batches import EvalBatches, Task, TrainBatches, task
-from nobackprop.data import Dataset, Images
-from nobackprop.streams import stream
+from nobackprop.core.random import stream
+from nobackprop.data import batches as module
+from nobackprop.data.batches import EvalBatches, Task, TrainBatches, task
+from nobackprop.data.sources import Dataset, Images
 
 
 def test_all_classes_keep_their_labels(toy: Dataset) -> None:

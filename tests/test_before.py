@@ -11,15 +11,15 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 import nobackprop
-from nobackprop.collecting import collect
-from nobackprop.identity import before
-from nobackprop.losses import SoftmaxCrossEntropy
-from nobackprop.network import mlp
-from nobackprop.pixels import Pixels
-from nobackprop.preparation import prepare
+from nobackprop.core.losses import SoftmaxCrossEntropy
+from nobackprop.core.network import mlp
+from nobackprop.data.pixels import Pixels
+from nobackprop.records.gathering import collect
+from nobackprop.records.identity import before
 from nobackprop.rules.bp import BP
-from nobackprop.settings import Settings
-from nobackprop.trained import save
+from nobackprop.training.build import prepare
+from nobackprop.training.config import Settings
+from nobackprop.training.saved import save
 
 FILES = sorted((CONF.parent / "results").glob("*/*.jsonl"))
 

@@ -12,12 +12,12 @@ import pytest
 from conftest import small
 from test_records import format_1, made
 
-from nobackprop import trained
-from nobackprop.callbacks import ResumePoint
-from nobackprop.checking import check
-from nobackprop.collecting import add_checksums, checksums_of, gather
+from nobackprop.papers.check import check
+from nobackprop.records.gathering import add_checksums, checksums_of, gather
 from nobackprop.rules.bp import BP
-from nobackprop.train import train
+from nobackprop.training import saved
+from nobackprop.training.checkpoints import ResumePoint
+from nobackprop.training.run import train
 
 
 class Mine(BP):
@@ -186,9 +186,9 @@ def test_what_is_being_written_is_left_alone(folder: Path) -> None:
 
 def test_a_net_of_a_rule_that_is_not_here_is_not_called_damaged(folder: Path) -> None:
     path = only(folder, "best.pt")
-    net = trained.load(path)
+    net = saved.load(path)
     Mine.__qualname__ = "Gone"
-    trained.save(path, net.net, Mine(), net.weights, net.loss, net.pixels, net.classes)
+    saved.save(path, net.net, Mine(), net.weights, net.loss, net.pixels, net.classes)
     Mine.__qualname__ = "Mine"
     ((kind, text),) = check([folder]).problems
     assert (kind, text.startswith(f"{path} was trained with test_checking.Gone, which is not")) == ("unchecked", True)

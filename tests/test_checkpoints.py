@@ -14,14 +14,17 @@ import torch
 from conftest import Config, Killed, at_save, folder, interrupt, same_results, shown, small
 from rich.console import Console
 
-from nobackprop import checkpoints, records, sealed, sweeps
-from nobackprop.callbacks import ResumePoint
-from nobackprop.data import Digits
-from nobackprop.launchers import Basic, Job
-from nobackprop.records import Record
+from nobackprop.data.sources import Digits
+from nobackprop.records import provenance
+from nobackprop.records.record import Record
 from nobackprop.rules.dfa import DFA
-from nobackprop.stopping import Stopped
-from nobackprop.train import train
+from nobackprop.sweeps import sweep
+from nobackprop.sweeps.jobs import Job
+from nobackprop.sweeps.local import Basic
+from nobackprop.training import checkpoints, sealed
+from nobackprop.training.checkpoints import ResumePoint
+from nobackprop.training.run import train
+from nobackprop.training.stopping import Stopped
 
 UNUSED = ": it is not used, but kept as .*unused until these seeds are recorded"
 
@@ -174,7 +177,7 @@ def test_files_of_other_names_and_those_of_an_earlier_version_block_nothing(
     paths[1].rename(beside / "000000261-0123456789abcdef.ckpt")
     (beside.parent / "notes").mkdir()
     (beside.parent / "notes" / "1.ckpt").write_bytes(b"none")
-    assert sweeps.look(Job("a", cfg)).before == "was interrupted, goes on from step 161"
+    assert sweep.look(Job("a", cfg)).before == "was interrupted, goes on from step 161"
     with pytest.warns(UserWarning, match=rf"was not written by this version of nobackprop{UNUSED}") as warned:
         train(cfg, console)
     assert told(warned) == 2
@@ -188,7 +191,7 @@ def test_a_strange_note_of_a_failure_does_not_block_a_sweep(config: Config, cons
     job = Job("a", config())
     job.file("error").parent.mkdir(parents=True)
     job.file("error").write_bytes(b"\xff\xfe")
-    (outcome,) = sweeps.run([job], Basic(), console)
+    (outcome,) = sweep.run([job], Basic(), console)
     assert outcome.state == "finished"
 
 
@@ -217,11 +220,11 @@ def test_a_record_names_all_code_that_trained_it(
     cfg = config("max_epochs=3")
     for state in (("a" * 40, False), ("b" * 40, True)):
         with monkeypatch.context() as patched:
-            patched.setattr(records, "source_state", lambda state=state: state)
+            patched.setattr(provenance, "source_state", lambda state=state: state)
             at_save(patched, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
             with pytest.raises(Stopped):
                 train(cfg, console)
-    monkeypatch.setattr(records, "source_state", lambda: (None, None))
+    monkeypatch.setattr(provenance, "source_state", lambda: (None, None))
     (record,) = train(cfg, console)
     a, b = "a" * 40, "b" * 40
     assert record.commits == [a, f"{b}+edits", "unknown"]
@@ -240,7 +243,7 @@ def test_the_same_code_is_named_once(
     told: bool,
 ) -> None:
     """Edits may have changed, so those are told."""
-    monkeypatch.setattr(records, "source_state", lambda: state)
+    monkeypatch.setattr(provenance, "source_state", lambda: state)
     cfg = config()
     interrupt(cfg)
     (record,) = train(cfg, console)
@@ -312,7 +315,7 @@ def test_a_dry_run_reads_no_tensors_and_creates_nothing(
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(sealed, "read", lambda _: pytest.fail("a whole checkpoint was read"))
     jobs = [Job("interrupted", config()), Job("new", config("rule=bp"))]
-    sweeps.run(jobs, Basic(), console, dry_run=True)
+    sweep.run(jobs, Basic(), console, dry_run=True)
     assert "was interrupted, goes on from step 261" in shown(console)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -331,14 +334,14 @@ def test_a_run_that_was_killed_before_it_could_remove_its_checkpoints_is_tidied_
     def kill(*_: Any) -> None:
         raise Killed
 
-    for starts_again in (lambda: train(cfg), lambda: sweeps.run([Job("a", cfg)], Basic(), console)):
+    for starts_again in (lambda: train(cfg), lambda: sweep.run([Job("a", cfg)], Basic(), console)):
         with monkeypatch.context() as patched:
             patched.setattr(checkpoints, "remove", kill)
             with pytest.raises(Killed):
                 train(cfg)
         assert (folder(cfg) / "seed0" / "record.json").exists()
         assert list(folder(cfg).glob("checkpoints/*/*.ckpt"))
-        sweeps.run([Job("a", cfg)], Basic(), console, dry_run=True)
+        sweep.run([Job("a", cfg)], Basic(), console, dry_run=True)
         assert list(folder(cfg).glob("checkpoints/*/*.ckpt"))
         starts_again()
         assert not (folder(cfg) / "checkpoints").exists()

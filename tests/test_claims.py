@@ -12,7 +12,7 @@ import yaml
 from conftest import CONF, options
 from scipy import stats
 
-from nobackprop.claims import Accuracies, Claims, Conditions, Labels, holm, interval, judge, p_above, trials
+from nobackprop.papers.claims import Accuracies, Claims, Conditions, Labels, holm, interval, judge, p_above, trials
 
 A = [0.95, 0.97, 0.96, 0.99, 0.94]
 B = [0.93, 0.96, 0.96, 0.95, 0.93]

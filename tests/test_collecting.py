@@ -17,9 +17,18 @@ from findings import ROOT
 from test_records import CONFIG, RECORD, format_1
 from test_records import made as made_of
 
-from nobackprop.collecting import add_checksums, checksums_of, collect, gather, learning_curves, table, write_table
 from nobackprop.mistakes import Mistake
-from nobackprop.records import Record, checksum
+from nobackprop.records.files import checksum
+from nobackprop.records.gathering import (
+    add_checksums,
+    checksums_of,
+    collect,
+    gather,
+    learning_curves,
+    table,
+    write_table,
+)
+from nobackprop.records.record import Record
 
 EPOCHS = [
     {"epoch": e, "step": 100 * e, "train/loss": 1 / (e + 2), "train/accuracy": e / 500, "val/loss": 1 / e}

@@ -16,7 +16,7 @@ from matplotlib.text import Text
 from rich.console import Console
 from test_records import CONFIG, made
 
-from nobackprop.collecting import gather
+from nobackprop.records.gathering import gather
 
 Write = Callable[..., None]
 

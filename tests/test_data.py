@@ -28,19 +28,11 @@ from PIL import Image, ImageFile
 from pyarrow import parquet
 from torch import Tensor
 
-from nobackprop import data, files
-from nobackprop.data import (
-    Dataset,
-    Digits,
-    Images,
-    Parquet,
-    Source,
-    Torchvision,
-    check,
-)
-from nobackprop.decoding import open_image, quiet_decoding
+from nobackprop.data import checksums, sources
+from nobackprop.data.decoding import open_image, quiet_decoding
+from nobackprop.data.sources import Dataset, Digits, Images, Parquet, Source, Torchvision, check
 from nobackprop.mistakes import Mistake
-from nobackprop.train import train
+from nobackprop.training.run import train
 
 FOLDERS = {"MNIST": "MNIST/raw", "FashionMNIST": "FashionMNIST/raw", "KMNIST": "KMNIST/raw"}
 
@@ -54,13 +46,13 @@ def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         raise URLError("there is no network")
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
-    data._load.cache_clear()
+    sources._load.cache_clear()
     yield
-    data._load.cache_clear()
+    sources._load.cache_clear()
 
 
 def small(monkeypatch: pytest.MonkeyPatch, name: str, train: int, test: int) -> None:
-    monkeypatch.setitem(data.TORCHVISION, name, replace(data.TORCHVISION[name], counts=(train, test)))
+    monkeypatch.setitem(sources.TORCHVISION, name, replace(sources.TORCHVISION[name], counts=(train, test)))
 
 
 # Torchvision: MNIST's format
@@ -140,7 +132,7 @@ def test_missing_files_without_network(
     with pytest.raises(FileNotFoundError, match=r"there is no network.* Run again with a network, copy") as e:
         Torchvision(name, tmp_path / "new").load()
     assert file in str(e.value)
-    assert str(tmp_path / "new" / data.TORCHVISION[name].folder) in str(e.value)
+    assert str(tmp_path / "new" / sources.TORCHVISION[name].folder) in str(e.value)
     capsys.readouterr()
 
 
@@ -223,7 +215,7 @@ def test_a_download_that_is_broken_off_leaves_what_was_there(
     with pytest.raises(expected):
         Torchvision(name, tmp_path / "new").load()
     assert tree(tmp_path) == []
-    own = tmp_path / "old" / data.TORCHVISION[name].folder / "own"
+    own = tmp_path / "old" / sources.TORCHVISION[name].folder / "own"
     own.parent.mkdir(parents=True)
     own.write_bytes(b"a user's")
     with pytest.raises(expected):
@@ -304,7 +296,7 @@ def test_waiting_for_a_lock_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     small(monkeypatch, "MNIST", 7, 3)
-    monkeypatch.setattr(files, "WAIT_S", 0.1)
+    monkeypatch.setattr(checksums, "WAIT_S", 0.1)
     monkeypatch.setattr(torchvision.datasets.MNIST, "download", lambda self: pytest.fail("downloaded twice"))
     with ThreadPoolExecutor(1) as pool:
         with FileLock(tmp_path / ".MNIST.lock"):
@@ -339,7 +331,7 @@ def test_unknown_torchvision_dataset() -> None:
 
 def write_cifar(root: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> tuple[Images, Images]:
     """Two images in each of the files that the original has; torchvision is told their md5 sums."""
-    cls, classes = getattr(torchvision.datasets, name), data.TORCHVISION[name].num_classes
+    cls, classes = getattr(torchvision.datasets, name), sources.TORCHVISION[name].num_classes
     folder = root / cls.base_folder
     folder.mkdir(parents=True)
 
@@ -573,7 +565,7 @@ def test_parquet_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypat
     with pytest.raises(ValueError, match=r"is not a readable image: Image size \(2500000000 pixels\) exceeds"):
         open_image(BytesIO(claiming(50_000, 50_000)), "it", "")
     with monkeypatch.context() as patch:
-        patch.setattr(data.os, "sysconf", lambda _: 10)
+        patch.setattr(sources.os, "sysconf", lambda _: 10)
         write([good] * 2)
         with pytest.raises(
             ValueError, match=r"2 images of shape \(3, 5, 4\) need 0 GB of memory; this machine has 0 GB"
@@ -711,13 +703,13 @@ def test_digits() -> None:
 
 
 def test_damaged_digits_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = data.find_spec("sklearn")
+    spec = sources.find_spec("sklearn")
     assert spec is not None
     assert spec.origin is not None
     good = Path(spec.origin).with_name("datasets").joinpath("data/digits.csv.gz").read_bytes()
     path = tmp_path / "datasets/data/digits.csv.gz"
     path.parent.mkdir(parents=True)
-    monkeypatch.setattr(data, "find_spec", lambda _: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    monkeypatch.setattr(sources, "find_spec", lambda _: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
     flipped = bytearray(good)
     flipped[len(good) // 2] ^= 1
     for damaged in (None, b"", good[:1000], bytes(flipped), good[:-6] + b"\0" * 6, b"no gzip"):
@@ -770,7 +762,7 @@ def test_check_says_what_is_wrong() -> None:
 # What files held when they were read first
 
 
-def sources(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Source, Path]]:
+def of_each_kind(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Source, Path]]:
     """A source of each kind whose files carry no checksums, with one of its files."""
     small(monkeypatch, "MNIST", 7, 3)
     write_mnist(root)
@@ -783,7 +775,7 @@ def sources(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Sour
 
 def loaded(source: Source) -> Dataset:
     """As another process would load it."""
-    data._load.cache_clear()
+    sources._load.cache_clear()
     return source.load()
 
 
@@ -797,7 +789,7 @@ def flip(path: Path, place: int = -1) -> None:
 def test_a_change_after_the_first_reading_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    source, path = sources(tmp_path, monkeypatch)[name]
+    source, path = of_each_kind(tmp_path, monkeypatch)[name]
     first = loaded(source).fingerprint
     kept = Path(source.where) / f"{name}.sha256"
     what = {"MNIST": "are not the official ones", "tiny": "are read for the first time"}[name]
@@ -853,9 +845,9 @@ def test_names_of_parts_may_be_odd(tmp_path: Path) -> None:
 def test_official_files_pass_in_silence_until_they_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    source, path = sources(tmp_path, monkeypatch)["MNIST"]
+    source, path = of_each_kind(tmp_path, monkeypatch)["MNIST"]
     sums = tuple(md5(file.read_bytes()).hexdigest() for file in source.files().values())
-    monkeypatch.setitem(data.TORCHVISION, "MNIST", replace(data.TORCHVISION["MNIST"], md5=sums))
+    monkeypatch.setitem(sources.TORCHVISION, "MNIST", replace(sources.TORCHVISION["MNIST"], md5=sums))
     loaded(source)
     assert caplog.messages == []
     flip(path)
@@ -872,7 +864,7 @@ def test_official_files_pass_in_silence_until_they_change(
 def test_where_nobody_may_write_checksums_are_kept_in_the_users_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    source, path = sources(tmp_path / "data", monkeypatch)[name]
+    source, path = of_each_kind(tmp_path / "data", monkeypatch)[name]
     Path(source.where).chmod(0o555)
     loaded(source)
     (kept,) = (tmp_path / "user's cache/nobackprop").iterdir()
@@ -919,7 +911,7 @@ def test_no_damage_is_silent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, damage: str
 ) -> None:
     """Of files that were read before, all damage is refused; of others, what is read all the same is told."""
-    source, _ = sources(tmp_path, monkeypatch)[name]
+    source, _ = of_each_kind(tmp_path, monkeypatch)[name]
     first = loaded(source).fingerprint
     kept = Path(source.where) / f"{name}.sha256"
     sums, draw, outcomes = kept.read_bytes(), Random(0), Counter()

@@ -12,16 +12,14 @@ import torch
 from conftest import Problem, fitted
 from torch import Tensor
 
-from nobackprop import diagnostics
-from nobackprop.batches import task
-from nobackprop.data import Dataset, Images
-from nobackprop.diagnostics import Diagnostics, angle, diagnose
-from nobackprop.initializers import Normal, Uniform, initial_weights
-from nobackprop.learner import Learner
-from nobackprop.losses import SigmoidCrossEntropy, SoftmaxCrossEntropy
-from nobackprop.network import Network, allconv, mlp
-from nobackprop.pixels import Pixels
-from nobackprop.rule import Batch, Grads, Rule
+from nobackprop.core.initializers import Normal, Uniform, initial_weights
+from nobackprop.core.losses import SigmoidCrossEntropy, SoftmaxCrossEntropy
+from nobackprop.core.network import Network, allconv, mlp
+from nobackprop.core.random import normal
+from nobackprop.core.rule import Batch, Grads, Rule
+from nobackprop.data.batches import task
+from nobackprop.data.pixels import Pixels
+from nobackprop.data.sources import Dataset, Images
 from nobackprop.rules.bp import BP
 from nobackprop.rules.dfa import DFA
 from nobackprop.rules.equilibrium_propagation import EquilibriumPropagation
@@ -30,7 +28,9 @@ from nobackprop.rules.forward_forward import ForwardForward
 from nobackprop.rules.frsf import FRSF
 from nobackprop.rules.lra_e import LRAE
 from nobackprop.rules.mdfa import MDFA
-from nobackprop.streams import normal
+from nobackprop.training import diagnostics
+from nobackprop.training.diagnostics import Diagnostics, angle, diagnose
+from nobackprop.training.learner import Learner
 
 
 def of(prefix: str, found: dict[str, float]) -> dict[str, float]:

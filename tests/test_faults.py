@@ -22,8 +22,8 @@ def sweep(runs: Path, begun: connection.Connection, die_at_write: int | None) ->
 
     `die_at_write`: the process kills itself in the midst of that write, before or after the data is on the disk.
     """
-    from nobackprop import launchers, sweeps
-    from nobackprop.callbacks import ResumePoint
+    from nobackprop.sweeps import jobs, local, sweep
+    from nobackprop.training.checkpoints import ResumePoint
 
     on_train_start, fsync = ResumePoint.on_train_start, os.fsync
     writes = 0
@@ -44,12 +44,12 @@ def sweep(runs: Path, begun: connection.Connection, die_at_write: int | None) ->
     ResumePoint.on_train_start = start
     os.fsync = write
     jobs = [
-        launchers.Job(
+        jobs.Job(
             rule, small(runs, f"rule={rule}", "seeds=2", f"max_epochs={EPOCHS}", "checkpoint_minutes=0", "workers=1")
         )
         for rule in ("bp", "dfa", "mdfa")
     ]
-    outcomes = sweeps.run(jobs, launchers.Basic(), Console(quiet=True))
+    outcomes = sweep.run(jobs, local.Basic(), Console(quiet=True))
     raise SystemExit(any(outcome.state not in ("finished", "recorded") for outcome in outcomes))
 
 

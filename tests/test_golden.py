@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nobackprop.layers import Shape
-from nobackprop.losses import Loss, SigmoidCrossEntropy, SoftmaxCrossEntropy
-from nobackprop.network import Network, allconv, mlp
-from nobackprop.optimizers import TFRMSprop
-from nobackprop.rule import Rule
+from nobackprop.core.layers import Shape
+from nobackprop.core.losses import Loss, SigmoidCrossEntropy, SoftmaxCrossEntropy
+from nobackprop.core.network import Network, allconv, mlp
+from nobackprop.core.optimizers import TFRMSprop
+from nobackprop.core.rule import Rule
 from nobackprop.rules.bp import BP
 from nobackprop.rules.dfa import DFA
 from nobackprop.rules.fa import FA

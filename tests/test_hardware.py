@@ -9,17 +9,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import nobackprop.training.run
 import pytest
 import torch
 from conftest import SMALL, Config, same_results
 from rich.console import Console
 
-import nobackprop.train
-from nobackprop import hardware
-from nobackprop.data import Digits
+from nobackprop.data.sources import Digits
 from nobackprop.mistakes import Mistake
-from nobackprop.records import Record
-from nobackprop.train import train
+from nobackprop.records.record import Record
+from nobackprop.training import hardware
+from nobackprop.training.run import train
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc here")
@@ -81,7 +81,7 @@ def test_compiling_that_would_be_repaid_and_is_impossible_is_left_out(
     config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (expected,) = train(config("rule=dfa", "compile=false", f"paths.runs={tmp_path}/eager"))
-    monkeypatch.setattr(nobackprop.train, "COMPILE_FROM", {False: 322, True: 322})
+    monkeypatch.setattr(nobackprop.training.run, "COMPILE_FROM", {False: 322, True: 322})
     console = Console(file=io.StringIO(), width=80)
     (record,) = train(config("rule=dfa"), console)
     assert isinstance(console.file, io.StringIO)
@@ -95,7 +95,7 @@ def test_compiling_that_would_be_repaid_and_is_impossible_is_left_out(
 
 def test_the_record_says_that_a_rule_was_compiled(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(nobackprop.train, "COMPILE_FROM", {False: 3, True: 3})
+    monkeypatch.setattr(nobackprop.training.run, "COMPILE_FROM", {False: 3, True: 3})
     assert train(config("max_steps=3", "seeds=[0]"))[0].machine.compiled
     assert not train(config("max_steps=2", "seeds=[0]"))[0].machine.compiled
 
@@ -119,8 +119,8 @@ def test_a_compiler_that_torch_does_not_find_or_cannot_use(tmp_path: Path) -> No
         "space": (path, tmp_path / "a cache"),
         "unwritable": (path, tmp_path / "file" / "cache"),
     }
-    start = "from nobackprop import cli, lean; lean.start(); from nobackprop import train\n"
-    start += "train.COMPILE_FROM = {False: 1}; cli.main()"
+    start = "from nobackprop import cli, quick_start; quick_start.start(); from nobackprop.training import run\n"
+    start += "run.COMPILE_FROM = {False: 1}; cli.main()"
     for name, (path, cache) in machines.items():
         environment = {**os.environ, "PATH": path, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
         for compile in ("true", "null"):

@@ -10,11 +10,11 @@ import torch
 from conftest import Problem, errors_of_float32
 from torch import Tensor
 
-from nobackprop.activations import ACTIVATIONS
-from nobackprop.initializers import Normal, Uniform, initial_weights
-from nobackprop.losses import SigmoidCrossEntropy, SoftmaxCrossEntropy
-from nobackprop.network import mlp
-from nobackprop.rule import Batch, Rule
+from nobackprop.core.activations import ACTIVATIONS
+from nobackprop.core.initializers import Normal, Uniform, initial_weights
+from nobackprop.core.losses import SigmoidCrossEntropy, SoftmaxCrossEntropy
+from nobackprop.core.network import mlp
+from nobackprop.core.rule import Batch, Rule
 from nobackprop.rules.bp import BP
 from nobackprop.rules.brsf import BRSF
 from nobackprop.rules.dfa import DFA

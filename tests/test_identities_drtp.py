@@ -8,9 +8,9 @@ from benchmark import peak
 from conftest import Problem
 from torch import Tensor
 
-from nobackprop.losses import Loss, SoftmaxCrossEntropy
-from nobackprop.network import mlp
-from nobackprop.rule import Rule
+from nobackprop.core.losses import Loss, SoftmaxCrossEntropy
+from nobackprop.core.network import mlp
+from nobackprop.core.rule import Rule
 from nobackprop.rules.bp import BP
 from nobackprop.rules.dfa import DFA
 from nobackprop.rules.dfa_two_pass import DFATwoPass

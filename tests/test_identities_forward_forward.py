@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from conftest import Config, Problem
 from torch import Tensor
 
-from nobackprop.layers import Conv
-from nobackprop.network import Network, mlp
+from nobackprop.core.layers import Conv
+from nobackprop.core.network import Network, mlp
 from nobackprop.rules.forward_forward import ForwardForward, _other
-from nobackprop.train import train
+from nobackprop.training.run import train
 
 GOODNESS = ForwardForward(readout="goodness")
 

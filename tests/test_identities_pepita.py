@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import Problem
 
-from nobackprop.initializers import Uniform, initial_weights
-from nobackprop.losses import SoftmaxCrossEntropy
-from nobackprop.network import mlp
-from nobackprop.rule import Batch
+from nobackprop.core.initializers import Uniform, initial_weights
+from nobackprop.core.losses import SoftmaxCrossEntropy
+from nobackprop.core.network import mlp
+from nobackprop.core.rule import Batch
 from nobackprop.rules.bp import BP
 from nobackprop.rules.pepita import PEPITA
 

@@ -10,13 +10,13 @@ import torch
 from conftest import Problem, errors_of_float32
 from torch import Tensor
 
-from nobackprop.diagnostics import angle
-from nobackprop.initializers import Normal, Uniform, initial_weights
-from nobackprop.losses import SoftmaxCrossEntropy
-from nobackprop.network import mlp
-from nobackprop.rule import Batch
+from nobackprop.core.initializers import Normal, Uniform, initial_weights
+from nobackprop.core.losses import SoftmaxCrossEntropy
+from nobackprop.core.network import mlp
+from nobackprop.core.rule import Batch
 from nobackprop.rules.bp import BP
 from nobackprop.rules.predictive_coding import PredictiveCoding
+from nobackprop.training.diagnostics import angle
 
 CARRIED_OR_NOT = pytest.mark.parametrize("form", ["states", "subtracted"])
 

@@ -11,8 +11,8 @@ import torch
 from conftest import Problem
 from torch import Tensor
 
-from nobackprop.layers import Conv
-from nobackprop.rule import Rule
+from nobackprop.core.layers import Conv
+from nobackprop.core.rule import Rule
 from nobackprop.rules.bp import BP
 from nobackprop.rules.brsf import BRSF
 from nobackprop.rules.fa import FA

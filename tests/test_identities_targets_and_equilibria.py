@@ -9,10 +9,10 @@ import torch
 from conftest import Problem, errors_of_float32
 from torch import Tensor
 
-from nobackprop.activations import ACTIVATIONS
-from nobackprop.losses import SoftmaxCrossEntropy
-from nobackprop.network import Network, mlp
-from nobackprop.rule import Batch, Rule
+from nobackprop.core.activations import ACTIVATIONS
+from nobackprop.core.losses import SoftmaxCrossEntropy
+from nobackprop.core.network import Network, mlp
+from nobackprop.core.rule import Batch, Rule
 from nobackprop.rules.bp import BP
 from nobackprop.rules.dtp import DTP
 from nobackprop.rules.equilibrium_propagation import EquilibriumPropagation

@@ -21,14 +21,14 @@ from conftest import assert_same_images, run_config, until
 from filelock import FileLock
 from PIL import Image
 
-from nobackprop import data, files
-from nobackprop import imagenet as module
-from nobackprop.batches import TrainBatches, task
-from nobackprop.data import Dataset, Images
-from nobackprop.files import some
-from nobackprop.imagenet import ImageNet
+from nobackprop.data import checksums, sources
+from nobackprop.data import folders as module
+from nobackprop.data.batches import TrainBatches, task
+from nobackprop.data.checksums import some
+from nobackprop.data.folders import ImageNet
+from nobackprop.data.sources import Dataset, Images
 from nobackprop.mistakes import Mistake
-from nobackprop.train import train
+from nobackprop.training.run import train
 
 CLASSES = [f"n{i:02}" for i in range(6)]
 MODES = {"RGB": "JPEG", "L": "JPEG", "CMYK": "JPEG", "P": "png", "RGBA": "PNG", "LA": "png"}
@@ -62,9 +62,9 @@ def tree(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(module, "BLOCK", 4)
-    data._load.cache_clear()
+    sources._load.cache_clear()
     yield
-    data._load.cache_clear()
+    sources._load.cache_clear()
 
 
 def source(tree: Path, **changes: Any) -> ImageNet:
@@ -73,7 +73,7 @@ def source(tree: Path, **changes: Any) -> ImageNet:
 
 def loaded(source: ImageNet) -> Dataset:
     """As another process would load it."""
-    data._load.cache_clear()
+    sources._load.cache_clear()
     return replace(source).load()
 
 
@@ -344,15 +344,15 @@ def test_a_corrupt_file_is_named_and_the_build_goes_on(tree: Path, monkeypatch: 
 
 CHILD = """
 import sys, time
-from nobackprop import imagenet
-imagenet.BLOCK = 4
-imagenet.cores = lambda: 2
-decode = imagenet.ImageNet._decoded
+from nobackprop.data import folders
+folders.BLOCK = 4
+folders.cores = lambda: 2
+decode = folders.ImageNet._decoded
 def slow(self, path):
     time.sleep(0.02)
     return decode(self, path)
-imagenet.ImageNet._decoded = slow
-imagenet.ImageNet("six", sys.argv[1], sys.argv[2], 12).load()
+folders.ImageNet._decoded = slow
+folders.ImageNet("six", sys.argv[1], sys.argv[2], 12).load()
 """
 
 
@@ -589,7 +589,7 @@ def test_paths_that_can_not_be_used_are_told(tree: Path, tmp_path: Path, monkeyp
 def test_waiting_for_a_cache_is_told(
     tree: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(files, "WAIT_S", 0.1)
+    monkeypatch.setattr(checksums, "WAIT_S", 0.1)
     cache = tree.parent / "cache"
     cache.mkdir()
     with ThreadPoolExecutor(1) as pool:

@@ -9,7 +9,7 @@ import torch
 from conftest import options
 from torch import Tensor
 
-from nobackprop.initializers import (
+from nobackprop.core.initializers import (
     GlorotNormal,
     GlorotUniform,
     HeNormal,
@@ -25,9 +25,9 @@ from nobackprop.initializers import (
     from_string,
     initial_weights,
 )
-from nobackprop.layers import Shape
-from nobackprop.network import Network, allconv, mlp
-from nobackprop.rule import Rule
+from nobackprop.core.layers import Shape
+from nobackprop.core.network import Network, allconv, mlp
+from nobackprop.core.rule import Rule
 from nobackprop.rules.bp import BP
 from nobackprop.rules.dfa import DFA
 from nobackprop.rules.fa import FA

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nobackprop.layers import Conv, Dense, Layer, Shape
+from nobackprop.core.layers import Conv, Dense, Layer, Shape
 
 CASES = [
     pytest.param(Dense(5), (7,), id="dense"),

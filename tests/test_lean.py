@@ -8,8 +8,8 @@ import pytest
 HEAVY = ["scipy", "torchvision", "matplotlib", "sympy", "pandas", "sklearn", "torch._dynamo.utils"]
 
 
-def after_a_lean_start(code: str) -> str:
-    code = f"import sys\nfrom nobackprop import lean\nlean.start()\n{code}"
+def after_a_quick_start(code: str) -> str:
+    code = f"import sys\nfrom nobackprop import quick_start\nquick_start.start()\n{code}"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
@@ -17,14 +17,14 @@ def test_lightning_waits_until_it_is_asked_for() -> None:
     code = "loaded = [name for name in sys.modules if 'lightning' in name or 'torchmetrics' in name]\n"
     code += "import lightning_fabric, torchmetrics, pytorch_lightning\n"
     code += f"print(loaded, {{*sys.modules}} & {{*{HEAVY}}})"
-    assert after_a_lean_start(code) == "[] set()"
+    assert after_a_quick_start(code) == "[] set()"
 
 
 def test_a_run_needs_nothing_heavy() -> None:
     code = f"""
 import torch
-from nobackprop.data import Digits
-import nobackprop.train
+from nobackprop.data.sources import Digits
+import nobackprop.training.run
 Digits().load()
 p = torch.nn.Parameter(torch.ones(3), requires_grad=False)
 p.grad = torch.ones(3)
@@ -32,7 +32,7 @@ optimizer = torch.optim.AdamW([p])
 optimizer.step()
 optimizer.load_state_dict(optimizer.state_dict())
 print({{*sys.modules}} & {{*{HEAVY}}})"""
-    assert after_a_lean_start(code) == "set()"
+    assert after_a_quick_start(code) == "set()"
 
 
 @pytest.mark.parametrize(
@@ -48,11 +48,11 @@ def test_the_compiler_comes_when_it_is_asked_for(asks: str) -> None:
     code = (
         "assert utils is sys.modules['torch._dynamo.utils'] is torch._dynamo.utils; print(type(torch._dynamo).__name__)"
     )
-    assert after_a_lean_start(f"import torch\n{asks}\n{code}") == "module"
+    assert after_a_quick_start(f"import torch\n{asks}\n{code}") == "module"
 
 
 def test_who_has_lightning_already_keeps_the_compiler() -> None:
-    code = "import pytorch_lightning\nfrom nobackprop import lean\nlean.start()\nimport sys\n"
+    code = "import pytorch_lightning\nfrom nobackprop import quick_start\nquick_start.start()\nimport sys\n"
     code += "print('torch._dynamo.utils' in sys.modules, 'torchvision' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "True True"

@@ -10,21 +10,21 @@ import torch
 from conftest import fitted
 from torch import Tensor
 
-from nobackprop.batches import task
-from nobackprop.data import Dataset, Images
-from nobackprop.initializers import Uniform, initial_weights
-from nobackprop.learner import Learner
-from nobackprop.losses import SoftmaxCrossEntropy
+from nobackprop.core.initializers import Uniform, initial_weights
+from nobackprop.core.losses import SoftmaxCrossEntropy
+from nobackprop.core.network import Network, allconv, mlp
+from nobackprop.core.rule import Batch, Grads, Rule
+from nobackprop.data.batches import task
+from nobackprop.data.pixels import Pixels
+from nobackprop.data.sources import Dataset, Images
 from nobackprop.mistakes import Mistake
-from nobackprop.network import Network, allconv, mlp
-from nobackprop.pixels import Pixels
-from nobackprop.rule import Batch, Grads, Rule
 from nobackprop.rules.dfa import DFA
 from nobackprop.rules.forward_forward import ForwardForward
 from nobackprop.rules.lra_e import LRAE
 from nobackprop.rules.mdfa import MDFA
 from nobackprop.rules.weight_mirror import WeightMirror
-from nobackprop.train import divide, keeps_seeds_apart
+from nobackprop.training.learner import Learner
+from nobackprop.training.run import divide, keeps_seeds_apart
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 NET = mlp((1, 4, 4), 3, hidden=[6, 5], activation="tanh")

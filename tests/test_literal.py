@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from nobackprop.literal import cell, literal, plain
+from nobackprop.records.literal import cell, literal, plain
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,19 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import nobackprop.training.run
 import pytest
 from conftest import Config, folder, interrupt, shown
 from filelock import FileLock
 from omegaconf import DictConfig
 from rich.console import Console
 
-import nobackprop.train
-from nobackprop import locks, records, sweeps
-from nobackprop.launchers import Basic, Job
-from nobackprop.train import Busy, train
+from nobackprop.records import files
+from nobackprop.sweeps import sweep
+from nobackprop.sweeps.jobs import Job
+from nobackprop.sweeps.local import Basic
+from nobackprop.training import locks
+from nobackprop.training.run import Busy, train
 
 
 @contextmanager
@@ -68,8 +71,8 @@ def test_what_a_run_waits_for_is_told_again(config: Config, console: Console, mo
             raise Bored
 
     cfg = config()
-    monkeypatch.setattr(nobackprop.train, "TELL_AGAIN_S", 0.01)
-    monkeypatch.setattr("nobackprop.train.time.sleep", sleep)
+    monkeypatch.setattr(nobackprop.training.run, "TELL_AGAIN_S", 0.01)
+    monkeypatch.setattr("nobackprop.training.run.time.sleep", sleep)
     with held_by(cfg, "process 812 on node7", hours=2), pytest.raises(Bored):
         train(cfg, console)
     assert "seed 0 (1/1): waits: process 812 on node7 has been training seed 0 for 2:00:0" in shown(console)
@@ -77,13 +80,13 @@ def test_what_a_run_waits_for_is_told_again(config: Config, console: Console, mo
 
 def test_a_process_notes_itself_while_it_trains(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg, notes = config("max_epochs=1"), []
-    fit = nobackprop.train._fit
+    fit = nobackprop.training.run._fit
 
     def look(*args: Any) -> Any:
         notes.append((folder(cfg) / "seed0" / ".holder").read_text())
         return fit(*args)
 
-    monkeypatch.setattr(nobackprop.train, "_fit", look)
+    monkeypatch.setattr(nobackprop.training.run, "_fit", look)
     train(cfg)
     assert notes == [f"process {os.getpid()} on {platform.node()}"]
     assert not (folder(cfg) / "seed0" / ".holder").exists()
@@ -119,7 +122,7 @@ def unfinished(path: Path, pid: int, node: str = platform.node(), hours: float =
 def test_what_killed_processes_left_is_removed_by_the_next_command(config: Config, console: Console) -> None:
     starts: list[Callable[[], Any]] = [
         lambda: train(config("max_epochs=1")),
-        lambda: sweeps.run([Job("a", config("max_epochs=1"))], Basic(), console),
+        lambda: sweep.run([Job("a", config("max_epochs=1"))], Basic(), console),
     ]
     run = folder(config("max_epochs=1"))
     for start in (*starts, *starts):  # first something is trained, then it is recorded
@@ -164,7 +167,7 @@ def test_a_half_written_checkpoint_is_removed_when_the_run_goes_on(
 ) -> None:
     cfg = config()
     left = unfinished(interrupt(cfg)[-1].with_name("000000322.ckpt"), dead(), "elsewhere")
-    monkeypatch.setattr(nobackprop.train, "trainer", lambda *_, **__: pytest.fail("enough"))
+    monkeypatch.setattr(nobackprop.training.run, "trainer", lambda *_, **__: pytest.fail("enough"))
     with pytest.raises(pytest.fail.Exception):
         train(cfg)
     assert not left.exists()
@@ -172,8 +175,8 @@ def test_a_half_written_checkpoint_is_removed_when_the_run_goes_on(
 
 def test_the_name_of_an_unfinished_file_tells_who_writes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(os, "fsync", lambda _: seen.extend(records.unfinished(tmp_path)))
-    records.write_atomically(tmp_path / "a.txt", b"a")
+    monkeypatch.setattr(os, "fsync", lambda _: seen.extend(files.unfinished(tmp_path)))
+    files.write_atomically(tmp_path / "a.txt", b"a")
     assert {path.name for path in seen} == {f".a.txt.{platform.node()}.{os.getpid()}"}
     assert os.listdir(tmp_path) == ["a.txt"]
 

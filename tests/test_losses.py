@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nobackprop.losses import Loss, SigmoidCrossEntropy, SoftmaxCrossEntropy, SquaredError, cross_entropy
+from nobackprop.core.losses import Loss, SigmoidCrossEntropy, SoftmaxCrossEntropy, SquaredError, cross_entropy
 
 CASES = [
     pytest.param(SoftmaxCrossEntropy(4), lambda z, y: F.cross_entropy(z, y.argmax(1), reduction="none"), id="softmax"),

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional import accuracy
 
-from nobackprop.losses import Loss, SigmoidCrossEntropy, SoftmaxCrossEntropy, SquaredError
-from nobackprop.metrics import Scores
+from nobackprop.core.losses import Loss, SigmoidCrossEntropy, SoftmaxCrossEntropy, SquaredError
+from nobackprop.training.metrics import Scores
 
 SEEDS, SAMPLES = 3, 40
 LOSSES = pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nobackprop.initializers import Normal, initial_weights
-from nobackprop.layers import Conv, Dense
-from nobackprop.network import Network, allconv, mlp
+from nobackprop.core.initializers import Normal, initial_weights
+from nobackprop.core.layers import Conv, Dense
+from nobackprop.core.network import Network, allconv, mlp
 from nobackprop.rules.bp import BP
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nobackprop.optimizers import Adam, AdamW, MemorylessAdamW, RMSprop, SignSGD, TFAdam, TFRMSprop
+from nobackprop.core.optimizers import Adam, AdamW, MemorylessAdamW, RMSprop, SignSGD, TFAdam, TFRMSprop
 
 STEPS = 6
 SHAPES = [(3, 4), (2, 3, 3, 3), (5,)]

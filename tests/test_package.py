@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import CONF, options, until
 
-from nobackprop.rule import Rule
+from nobackprop.core.rule import Rule
 
 ROOT = CONF.parent
 

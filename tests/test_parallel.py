@@ -18,19 +18,21 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 from torch import Tensor
 
-from nobackprop import batches, checkpoints
-from nobackprop.batches import EvalBatches, TrainBatches, task
-from nobackprop.callbacks import ResumePoint
-from nobackprop.data import Dataset
-from nobackprop.layers import Shape
+from nobackprop.core.layers import Shape
+from nobackprop.core.network import Network
+from nobackprop.core.rule import Batch, Grads
+from nobackprop.data import batches
+from nobackprop.data.batches import EvalBatches, TrainBatches, task
+from nobackprop.data.sources import Dataset
 from nobackprop.mistakes import Mistake
-from nobackprop.network import Network
-from nobackprop.parallel import SameWeights, start
-from nobackprop.preparation import prepare
-from nobackprop.records import Record, write_atomically
-from nobackprop.rule import Batch, Grads
+from nobackprop.records.files import write_atomically
+from nobackprop.records.record import Record
 from nobackprop.rules.bp import BP
-from nobackprop.train import train
+from nobackprop.training import checkpoints
+from nobackprop.training.build import prepare
+from nobackprop.training.checkpoints import ResumePoint
+from nobackprop.training.ddp import SameWeights, start
+from nobackprop.training.run import train
 
 OWN = ["batch_size=64", "optimizer=sgd", "optimizer.lr=0.05"]
 DDP = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]

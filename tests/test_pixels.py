@@ -2,7 +2,7 @@
 
 import torch
 
-from nobackprop.pixels import Pixels
+from nobackprop.data.pixels import Pixels
 
 
 def test_pixels_are_zero_to_one() -> None:

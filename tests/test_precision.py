@@ -13,9 +13,9 @@ from conftest import Config, Problem
 from pytorch_lightning.plugins import DoublePrecision, MixedPrecision, Precision
 from torch import Tensor
 
-from nobackprop.layers import Conv, Dense, Layer, Shape
-from nobackprop.rule import Rule
-from nobackprop.train import train
+from nobackprop.core.layers import Conv, Dense, Layer, Shape
+from nobackprop.core.rule import Rule
+from nobackprop.training.run import train
 
 PRECISIONS = {"64-true": DoublePrecision(), "32-true": Precision(), "bf16-mixed": MixedPrecision("bf16-mixed", "cpu")}
 TYPES = {"64-true": torch.float64, "32-true": torch.float32, "bf16-mixed": torch.float32}

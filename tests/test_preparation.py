@@ -13,20 +13,20 @@ import torch
 from conftest import Config
 from torch import Tensor
 
-from nobackprop import hardware, preparation
-from nobackprop.initializers import Initializer
-from nobackprop.layers import Shape
+from nobackprop.core.initializers import Initializer
+from nobackprop.core.layers import Shape
+from nobackprop.core.network import Network, Weights
+from nobackprop.core.rule import Batch, Grads
 from nobackprop.mistakes import Mistake
-from nobackprop.network import Network, Weights
-from nobackprop.preparation import configure, prepare
-from nobackprop.rule import Batch, Grads
 from nobackprop.rules.bp import BP
-from nobackprop.train import train
+from nobackprop.training import build, hardware
+from nobackprop.training.build import configure, prepare
+from nobackprop.training.run import train
 
 
 @pytest.fixture(autouse=True)
 def nothing_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "_tried", {})
+    monkeypatch.setattr(build, "_tried", {})
 
 
 def chosen(group: str, target: str, *keys: str) -> list[str]:
@@ -111,7 +111,7 @@ def two(*_: Any, **__: Any) -> tuple[int, int]:
     return 1, 2
 
 
-PIXELS = "nobackprop.pixels.Pixels"
+PIXELS = "nobackprop.data.pixels.Pixels"
 COSINE = ["schedule=cosine", "~schedule.T_max"]
 
 
@@ -120,12 +120,15 @@ COSINE = ["schedule=cosine", "~schedule.T_max"]
     [
         (
             chosen("rule", PIXELS),
-            f"rule: _target_ '{PIXELS}' makes an object of type Pixels, and a nobackprop.rule.Rule",
+            f"rule: _target_ '{PIXELS}' makes an object of type Pixels, and a nobackprop.core.rule.Rule",
         ),
-        (chosen("loss", "builtins.float"), "loss: .* of type float, and a nobackprop.losses.Loss is needed"),
-        (chosen("arch", f"{__name__}.two"), "arch: .* of type tuple, and a nobackprop.network.Network is needed"),
-        ([f"init.forward={{_target_:{PIXELS}}}"], "init.forward: .* a nobackprop.initializers.Initializer is needed"),
-        (chosen("dataset.source", PIXELS), "dataset.source: .* a nobackprop.data.Source is needed"),
+        (chosen("loss", "builtins.float"), "loss: .* of type float, and a nobackprop.core.losses.Loss is needed"),
+        (chosen("arch", f"{__name__}.two"), "arch: .* of type tuple, and a nobackprop.core.network.Network is needed"),
+        (
+            [f"init.forward={{_target_:{PIXELS}}}"],
+            "init.forward: .* a nobackprop.core.initializers.Initializer is needed",
+        ),
+        (chosen("dataset.source", PIXELS), "dataset.source: .* a nobackprop.data.sources.Source is needed"),
         (
             ["diagnostics=alignment", "~diagnostics.samples", f"diagnostics._target_={__name__}.two"],
             "diagnostics: .* of type tuple, and a .*Callback is needed",

@@ -14,16 +14,17 @@ import torch
 from conftest import run_config
 from findings import ROOT
 
-from nobackprop import records
-from nobackprop.identity import digest, run_name
 from nobackprop.mistakes import Mistake
-from nobackprop.records import Record, checksum
-from nobackprop.settings import Settings
+from nobackprop.records import files, machine, provenance, record
+from nobackprop.records.files import checksum
+from nobackprop.records.identity import digest, run_name
+from nobackprop.records.record import Record
+from nobackprop.training.config import Settings
 
 CONFIG: dict[str, Any] = {
     "rule": {"_target_": "nobackprop.rules.bp.BP"},
-    "dataset": {"name": "digits", "source": {"_target_": "nobackprop.data.Digits"}, "classes": 2},
-    "arch": {"_target_": "nobackprop.network.mlp", "hidden": [9], "activation": "tanh"},
+    "dataset": {"name": "digits", "source": {"_target_": "nobackprop.data.sources.Digits"}, "classes": 2},
+    "arch": {"_target_": "nobackprop.core.network.mlp", "hidden": [9], "activation": "tanh"},
     "trainer": {"precision": "32-true"},
     "max_epochs": 9,
     "batch_size": 5,
@@ -275,14 +276,14 @@ def test_a_line_whose_end_was_changed_by_git_is_read() -> None:
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "record.json"
-    records.write_atomically(path, b"old")
+    files.write_atomically(path, b"old")
 
     def no_space(_: int) -> None:
         raise OSError("No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(OSError, match="No space left"):
-        records.write_atomically(path, b"new")
+        files.write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["record.json"]
 
@@ -320,7 +321,7 @@ def test_the_command_leaves_out_secrets_and_where_things_are(
     monkeypatch: pytest.MonkeyPatch, given: str, kept: str | None
 ) -> None:
     monkeypatch.setattr("sys.argv", given.split())
-    assert records.command().replace("'", "") == (kept or given)
+    assert provenance.command().replace("'", "") == (kept or given)
 
 
 def git(folder: Path, *args: str) -> str:
@@ -334,28 +335,28 @@ def git(folder: Path, *args: str) -> str:
 def test_the_commit_is_that_of_the_packages_own_checkout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracked: bool
 ) -> None:
-    file = tmp_path / "records.py"
+    file = tmp_path / "record.py"
     git(tmp_path, "init", "-q")
     (tmp_path / "other").write_text("")
     git(tmp_path, "add", "other")
     if tracked:
         file.write_text("")
-        git(tmp_path, "add", "records.py")
+        git(tmp_path, "add", "record.py")
     git(tmp_path, "commit", "-qm", "x")
     file.write_text("")
-    monkeypatch.setattr(records, "__file__", str(file))
-    monkeypatch.setattr(records, "source_state", records.source_state.__wrapped__)
-    assert records.source_state() == ((git(tmp_path, "rev-parse", "HEAD"), False) if tracked else (None, None))
+    monkeypatch.setattr(record, "__file__", str(file))
+    monkeypatch.setattr(provenance, "source_state", provenance.source_state.__wrapped__)
+    assert provenance.source_state() == ((git(tmp_path, "rev-parse", "HEAD"), False) if tracked else (None, None))
     if tracked:
         file.write_text("changed")
-        assert records.source_state()[1] is True
+        assert provenance.source_state()[1] is True
 
 
 @pytest.mark.parametrize(
     ("path", "dirty"),
     [
         ("src/nobackprop/rules/mine.py", True),
-        ("src/nobackprop/records.py", True),
+        ("src/nobackprop/record.py", True),
         ("src/hydra_plugins/mine.py", True),
         ("conf/rule/mine.yaml", True),
         ("conf/train.yaml", True),
@@ -369,18 +370,18 @@ def test_the_commit_is_that_of_the_packages_own_checkout(
 def test_edits_are_those_of_what_can_change_a_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, dirty: bool
 ) -> None:
-    package = tmp_path / "src" / "nobackprop" / "records.py"
+    package = tmp_path / "src" / "nobackprop" / "record.py"
     for file in (package, tmp_path / "conf" / "train.yaml", tmp_path / "README.md"):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("")
     git(tmp_path, "init", "-q")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-qm", "x")
-    monkeypatch.setattr(records, "__file__", str(package))
-    assert records.source_state.__wrapped__() == (git(tmp_path, "rev-parse", "HEAD"), False)
+    monkeypatch.setattr(record, "__file__", str(package))
+    assert provenance.source_state.__wrapped__() == (git(tmp_path, "rev-parse", "HEAD"), False)
     (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / path).write_text("changed")
-    assert records.source_state.__wrapped__()[1] is dirty
+    assert provenance.source_state.__wrapped__()[1] is dirty
 
 
 A, B = "a" * 40, "b" * 40
@@ -406,8 +407,8 @@ A, B = "a" * 40, "b" * 40
 def test_other_code_that_trained_any_part_of_records_is_told(
     monkeypatch: pytest.MonkeyPatch, now: Any, made_by: list[dict[str, Any]], told: str
 ) -> None:
-    monkeypatch.setattr(records, "source_state", lambda: now)
-    assert records.other_code([made(**fields) for fields in made_by]) == told
+    monkeypatch.setattr(provenance, "source_state", lambda: now)
+    assert provenance.other_code([made(**fields) for fields in made_by]) == told
 
 
 def test_who_reads_records_waits_for_no_torch_pandas_or_scipy() -> None:
@@ -417,7 +418,7 @@ def test_who_reads_records_waits_for_no_torch_pandas_or_scipy() -> None:
 
 
 def test_the_machine_is_described() -> None:
-    machine = records.machine(torch.device("cpu"))
-    assert machine.device == "cpu"
-    assert machine.threads == torch.get_num_threads()
-    assert 1 <= machine.cores <= (os.cpu_count() or 1)
+    here = machine.machine(torch.device("cpu"))
+    assert here.device == "cpu"
+    assert here.threads == torch.get_num_threads()
+    assert 1 <= here.cores <= (os.cpu_count() or 1)

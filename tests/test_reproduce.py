@@ -10,8 +10,8 @@ import reproduce
 from conftest import CONF, options
 from rich.console import Console
 
-from nobackprop.preparation import prepare
-from nobackprop.settings import Settings
+from nobackprop.training.build import prepare
+from nobackprop.training.config import Settings
 
 PAPERS = options("grid")
 QUICK = ["dataset=digits", "arch.hidden=[6]", "max_epochs=1", "logger=none"]

@@ -22,10 +22,10 @@ from grid import Cell, cells
 from hydra.utils import get_object
 from test_records import made
 
-from nobackprop.collecting import collect
-from nobackprop.identity import before
-from nobackprop.records import Record
-from nobackprop.settings import Settings
+from nobackprop.records.gathering import collect
+from nobackprop.records.identity import before
+from nobackprop.records.record import Record
+from nobackprop.training.config import Settings
 
 
 class Cached(Composer):

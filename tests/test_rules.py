@@ -15,12 +15,12 @@ from conftest import CONF, Problem, options
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from nobackprop.initializers import Normal, initial_weights
-from nobackprop.layers import Shape
-from nobackprop.losses import SoftmaxCrossEntropy
-from nobackprop.network import mlp
-from nobackprop.rule import Batch, Rule
-from nobackprop.streams import normal
+from nobackprop.core.initializers import Normal, initial_weights
+from nobackprop.core.layers import Shape
+from nobackprop.core.losses import SoftmaxCrossEntropy
+from nobackprop.core.network import mlp
+from nobackprop.core.random import normal
+from nobackprop.core.rule import Batch, Rule
 
 Outputs = tuple[dict[str, Tensor], list[Tensor]]
 

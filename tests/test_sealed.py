@@ -11,9 +11,9 @@ import torch
 from conftest import Config, folder, interrupt
 
 import nobackprop
-from nobackprop import checkpoints, sealed
 from nobackprop.mistakes import Mistake
-from nobackprop.train import train
+from nobackprop.training import checkpoints, sealed
+from nobackprop.training.run import train
 
 SECTOR = 512
 TRIALS = 300

@@ -12,9 +12,9 @@ import pytest
 from conftest import CONF, run_config
 from test_package import nobackprop
 
-from nobackprop import cli, sentences
+from nobackprop import cli, composing, mistakes
 from nobackprop.mistakes import Missing, Mistake
-from nobackprop.settings import Settings, build
+from nobackprop.training.config import Settings, build
 
 Answer = Callable[..., str]
 
@@ -174,7 +174,7 @@ def test_a_file_that_is_no_choice_is_named(tmp_path: Path, content: str) -> None
 
 
 def test_all_our_yaml_files_can_be_read() -> None:
-    assert all(sentences.load(path) is not None for path in CONF.rglob("*.yaml"))
+    assert all(composing.load(path) is not None for path in CONF.rglob("*.yaml"))
 
 
 # Settings
@@ -203,9 +203,9 @@ def test_settings_say_what_is_missing_or_wrong(overrides: list[str], told: str) 
 def test_paths_begin_at_the_users_home() -> None:
     paths = Settings.of(run_config("paths.runs='~/runs'", "paths.data='~'")).paths
     assert (paths.runs, paths.data) == (f"{Path.home()}/runs", str(Path.home()))
-    assert sentences.home("paths.runs=~/runs") == f"paths.runs={Path.home()}/runs"
-    assert sentences.home("tag=a=~/b") == "tag=a=~/b"
-    assert sentences.home("paths.runs=~other/x") == "paths.runs=~other/x"
+    assert composing.home("paths.runs=~/runs") == f"paths.runs={Path.home()}/runs"
+    assert composing.home("tag=a=~/b") == "tag=a=~/b"
+    assert composing.home("paths.runs=~other/x") == "paths.runs=~other/x"
 
 
 class Picky:
@@ -220,7 +220,7 @@ class Picky:
     [
         ({"_target_": "test_sentences.Picky", "size": -1}, "rule: size must be 0 or more"),
         ({"_target_": "test_sentences.Picky"}, "rule.size must be given: add rule.size=..."),
-        ({"_target_": "nobackprop.losses.SoftmaxCrossEntropy"}, "rule.classes must be given"),
+        ({"_target_": "nobackprop.core.losses.SoftmaxCrossEntropy"}, "rule.classes must be given"),
         (
             {"_target_": "test_sentences.Picky", "siz": 1},
             "rule: unknown key siz; choose from: size. Did you mean size?",
@@ -299,7 +299,7 @@ def test_an_error_of_the_system_about_our_folders_becomes_a_sentence(tmp_path: P
     cfg = run_config(*(f"paths.{name}={folder}" for name, folder in folders.items()))
     if error.filename is not None:
         error.filename = error.filename.format(**folders)
-    with pytest.raises(Mistake) as raised, sentences.about_files(cfg):
+    with pytest.raises(Mistake) as raised, mistakes.about_files(cfg):
         raise error
     assert told.format(**folders) in str(raised.value)
     assert raised.value.__cause__ is error
@@ -315,7 +315,7 @@ def test_an_error_of_the_system_about_our_folders_becomes_a_sentence(tmp_path: P
     ],
 )
 def test_any_other_error_of_the_system_stays_what_it_is(error: OSError) -> None:
-    with pytest.raises(OSError, match=r".*") as raised, sentences.about_files(run_config()):
+    with pytest.raises(OSError, match=r".*") as raised, mistakes.about_files(run_config()):
         raise error
     assert raised.value is error
 
@@ -353,17 +353,17 @@ def test_a_folder_that_cannot_be_made_is_told(
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=flags))
     with pytest.raises(OSError, match=told) as raised:
-        sentences.check_writable(tmp_path / "not" / "there")
+        mistakes.check_writable(tmp_path / "not" / "there")
     assert raised.value.filename == str(tmp_path)
 
 
 def test_scripts_tell_a_mistake_and_keep_other_tracebacks(capsys: pytest.CaptureFixture[str]) -> None:
     for error, told in ((Mistake("so"), "x.py: so"), (FileNotFoundError(2, "not there", "f"), "x.py: f: not there")):
-        with pytest.raises(SystemExit) as ended, sentences.answering("x.py"):
+        with pytest.raises(SystemExit) as ended, mistakes.answering("x.py"):
             raise error
         assert ended.value.code == told
-    with pytest.raises(SystemExit, match="130"), sentences.answering("x.py"):
+    with pytest.raises(SystemExit, match="130"), mistakes.answering("x.py"):
         raise KeyboardInterrupt
     assert capsys.readouterr().err == "x.py: interrupted; the same command goes on\n"
-    with pytest.raises(ValueError, match="a slip"), sentences.answering("x.py"):
+    with pytest.raises(ValueError, match="a slip"), mistakes.answering("x.py"):
         raise ValueError("a slip")

@@ -16,10 +16,12 @@ from conftest import folder, holders, same_results, small, until
 from rich.console import Console
 from test_parallel import assert_trained_as_alone, command
 
-from nobackprop import records, sweeps
-from nobackprop.launchers import Cluster, Job, Submitted
-from nobackprop.records import Record
-from nobackprop.train import train
+from nobackprop.records import provenance
+from nobackprop.records.record import Record
+from nobackprop.sweeps import sweep
+from nobackprop.sweeps.jobs import Job
+from nobackprop.sweeps.slurm import Cluster, Submitted
+from nobackprop.training.run import train
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "slurm_one_node.sh"
 pytestmark = pytest.mark.slurm
@@ -82,7 +84,7 @@ def test_a_sweep_on_a_cluster_loses_nothing(slurm: None, tmp_path: Path, monkeyp
 
     thread = threading.Thread(target=disturb)
     thread.start()
-    outcomes = sweeps.run(jobs, Cluster("slurm", memory_gb=1), console)
+    outcomes = sweep.run(jobs, Cluster("slurm", memory_gb=1), console)
     over.set()
     thread.join()
     states = dict(zip(rules, [outcome.state for outcome in outcomes], strict=True))
@@ -94,7 +96,7 @@ def test_a_sweep_on_a_cluster_loses_nothing(slurm: None, tmp_path: Path, monkeyp
     assert "goes on from step" in log.read_text()
     assert same_results(tmp_path / "alone", runs) == 5
     record = Record.read(folder(jobs[2].config) / "seed0" / "record.json")
-    assert (record.commit, record.dirty) == records.source_state()  # though it ran from a copy
+    assert (record.commit, record.dirty) == provenance.source_state()  # though it ran from a copy
     assert "_submit" not in record.command
 
 
@@ -103,12 +105,12 @@ def test_submit_and_leave(slurm: None, tmp_path: Path) -> None:
     jobs = [Job("a", small(tmp_path, "rule=bp"))]
     console = Console(file=io.StringIO(), width=250)
     for said in ("is submitted as job", "of an earlier sweep"):
-        (outcome,) = sweeps.run(jobs, Cluster("slurm", memory_gb=1, wait=False), console)
+        (outcome,) = sweep.run(jobs, Cluster("slurm", memory_gb=1, wait=False), console)
         assert outcome.state == "queued"
         assert isinstance(console.file, io.StringIO)
         assert said in console.file.getvalue()
     until(lambda: list(tmp_path.glob("*/seed0/record.json")))
-    assert [o.state for o in sweeps.run(jobs, Cluster("slurm"), console)] == ["recorded"]
+    assert [o.state for o in sweep.run(jobs, Cluster("slurm"), console)] == ["recorded"]
 
 
 def test_local_jobs_behave_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +128,7 @@ def test_local_jobs_behave_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    (outcome,) = sweeps.run(jobs, Cluster("local"), Console(quiet=True))
+    (outcome,) = sweep.run(jobs, Cluster("local"), Console(quiet=True))
     over.set()
     thread.join()
     assert outcome.state == "finished"

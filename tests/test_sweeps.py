@@ -32,10 +32,13 @@ from conftest import (
 from omegaconf import DictConfig
 from rich.console import Console
 
-from nobackprop import launchers, records, sweeps
-from nobackprop.launchers import Basic, Cluster, Job, Joblib, Outcome, Submitted
-from nobackprop.stopping import Stopped
-from nobackprop.train import Busy, train
+from nobackprop.records import provenance, record
+from nobackprop.sweeps import jobs, local, slurm, sweep
+from nobackprop.sweeps.jobs import Job, Outcome
+from nobackprop.sweeps.local import Basic, Joblib
+from nobackprop.sweeps.slurm import Cluster, Submitted
+from nobackprop.training.run import Busy, train
+from nobackprop.training.stopping import Stopped
 
 
 @contextmanager
@@ -82,7 +85,7 @@ def test_a_second_ctrl_c_does_not_wait_but_one_passed_on_twice_is_one(
     def twice() -> None:
         now = time.monotonic()
         with monkeypatch.context() as context:
-            context.setattr("nobackprop.stopping.time", SimpleNamespace(monotonic=lambda: now))
+            context.setattr("nobackprop.training.stopping.time", SimpleNamespace(monotonic=lambda: now))
             os.kill(os.getpid(), signal.SIGINT)
             now += seconds
             os.kill(os.getpid(), signal.SIGINT)
@@ -150,7 +153,7 @@ def test_what_another_process_has_trained_meanwhile_is_not_trained_again(
     thread = threading.Thread(target=other)
     thread.start()
     assert holds.wait(60)
-    monkeypatch.setattr("nobackprop.train._fit", lambda *_: pytest.fail("was trained again"))
+    monkeypatch.setattr("nobackprop.training.run._fit", lambda *_: pytest.fail("was trained again"))
     assert [r.seed for r in train(cfg, console)] == [0]
     thread.join()
     lock = folder(cfg) / "seed0" / ".lock"
@@ -169,7 +172,7 @@ def test_a_busy_job_comes_last(config: Config, console: Console) -> None:
     thread = threading.Thread(target=other)
     thread.start()
     assert held.wait(60)
-    outcomes = sweeps.run([Job("a", first), Job("b", second)], Basic(), console)
+    outcomes = sweep.run([Job("a", first), Job("b", second)], Basic(), console)
     thread.join()
     assert [o.state for o in outcomes] == ["finished", "finished"]
     order = re.findall(r"^\d/2 (\w): (comes back|finished)", shown(console), re.MULTILINE)
@@ -199,8 +202,8 @@ def test_a_sweep_skips_repeats_goes_on_and_tells(
 
     monkeypatch.setattr("nobackprop.rules.fa.FA.grads", broken)
     with monkeypatch.context() as patched:
-        patched.setattr("nobackprop.preparation._try_step", lambda *_: None)
-        outcomes = sweeps.run(jobs, Basic(), console)
+        patched.setattr("nobackprop.training.build._try_step", lambda *_: None)
+        outcomes = sweep.run(jobs, Basic(), console)
     text = shown(console)
     assert [o.state for o in outcomes] == ["finished", "failed", "failed", "finished"]
     assert outcomes[2].reason == "RuntimeError: no such thing"
@@ -210,7 +213,7 @@ def test_a_sweep_skips_repeats_goes_on_and_tells(
     assert re.search(r"breaks +│ failed +│ +│ RuntimeError: no such thing", text)
     monkeypatch.undo()
     again = Console(width=250, file=io.StringIO())
-    outcomes = sweeps.run([jobs[0], *jobs[2:]], Basic(), again)
+    outcomes = sweep.run([jobs[0], *jobs[2:]], Basic(), again)
     assert [o.state for o in outcomes] == ["recorded", "finished", "recorded"]
     assert "1/3 good: is recorded already" in shown(again)
     assert "2/3 breaks: starts; failed before (in detail), is tried again" in shown(again)
@@ -237,14 +240,14 @@ def test_a_job_tells_what_went_wrong_and_of_a_fault_where(
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(launchers, "train", fail)
-    outcome = launchers.attempt(Job("", config()), console, wait_for_others=True)
+    monkeypatch.setattr(jobs, "train", fail)
+    outcome = jobs.attempt(Job("", config()), console, wait_for_others=True)
     assert outcome.state == "failed"
     assert re.fullmatch(details, outcome.details)
 
 
 def test_a_job_whose_folder_cannot_be_made_fails_before_it_is_trained(config: Config, console: Console) -> None:
-    (outcome,) = sweeps.run([Job("a", config("paths.runs=/dev/null/runs"))], Basic(), console)
+    (outcome,) = sweep.run([Job("a", config("paths.runs=/dev/null/runs"))], Basic(), console)
     assert outcome.reason.startswith("/dev/null can't be used for records, weights and checkpoints: Not a directory")
     assert "1/1 a: failed: /dev/null can't be used" in shown(console)
 
@@ -258,7 +261,7 @@ def test_a_dry_run_writes_nothing_and_estimates_by_earlier_records(
         wall = 60.0 * record.steps / (2 * 161)
         record.model_copy(update={"wall_s": wall}).write(folder(cfg) / "seed0" / "record.json")
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr("nobackprop.train._fit", lambda *_: pytest.fail("was trained"))
+    monkeypatch.setattr("nobackprop.training.run._fit", lambda *_: pytest.fail("was trained"))
     jobs = [
         Job("recorded", config("rule=bp")),
         Job("more", config("rule=bp", "seeds=3", "max_epochs=4")),
@@ -266,7 +269,7 @@ def test_a_dry_run_writes_nothing_and_estimates_by_earlier_records(
         Job("other", config("rule=dfa")),
         Job("wrong", config("rule=mdfa", "init=orthogonal")),
     ]
-    outcomes = sweeps.run(jobs, Basic(), console, dry_run=True)
+    outcomes = sweep.run(jobs, Basic(), console, dry_run=True)
     assert [o.state for o in outcomes] == ["recorded", "queued", "queued", "queued", "failed"]
     text = shown(console)
     assert re.search(r"more +│ 0 recorded, 3 to run +│ +│ 0:06:00", text)  # 3 seeds of 4 epochs of 30 s
@@ -282,14 +285,14 @@ def test_a_dry_run_tells_which_records_it_can_not_use(config: Config, console: C
     train(cfg)
     path = folder(cfg) / "seed0" / "record.json"
     path.write_bytes(path.read_bytes().replace(b'"batch_size":8', b'"batch_size":0'))
-    (outcome,) = sweeps.run([Job("other", config("rule=dfa"))], Basic(), console, dry_run=True)
+    (outcome,) = sweep.run([Job("other", config("rule=dfa"))], Basic(), console, dry_run=True)
     assert outcome.state == "queued"
     assert f"no estimate is made from what is damaged: {path} is damaged (its checksum" in shown(console)
 
 
 def test_labels_and_reasons_are_shown_as_they_are(config: Config, console: Console) -> None:
     jobs = [Job("logger.tags=[a,b,:x:]\x1b[31m", config())]
-    console.print(sweeps.table(jobs, [Outcome("failed", "no memory at [/data/x]")]))
+    console.print(sweep.table(jobs, [Outcome("failed", "no memory at [/data/x]")]))
     assert re.search(r"logger\.tags=\[a,b,:x:\]\\x1b\[31m .* no memory at \[/data/x\]", shown(console))
 
 
@@ -297,7 +300,7 @@ def test_ctrl_c_ends_a_sweep_with_a_table(config: Config, console: Console, monk
     jobs = [Job("first", config("rule=bp")), Job("second", config("rule=dfa")), Job("third", config("rule=fa"))]
     at_save(monkeypatch, 6, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Stopped) as stopped:
-        sweeps.run(jobs, Basic(), console)
+        sweep.run(jobs, Basic(), console)
     assert stopped.value.code == 130
     assert "1 finished, 2 stopped" in shown(console)
     assert "the same command goes on" in shown(console)
@@ -319,7 +322,7 @@ def test_processes_train_the_same_and_one_that_is_killed_harms_no_other(
 
     thread = threading.Thread(target=kill)
     thread.start()
-    outcomes = sweeps.run([Job("endless", endless), *jobs], Joblib(), console)
+    outcomes = sweep.run([Job("endless", endless), *jobs], Joblib(), console)
     thread.join()
     assert [o.state for o in outcomes] == ["failed", "finished", "finished", "finished"]
     assert outcomes[0].reason == "its process was killed by SIGKILL (out of memory?)"
@@ -340,13 +343,13 @@ def test_one_process_that_is_stopped_is_one_job_that_failed(
 
     thread = threading.Thread(target=stop)
     thread.start()
-    monkeypatch.setattr("nobackprop.launchers.cores", lambda: 1)
-    outcomes = sweeps.run([Job("stopped", stopped), Job("other", other)], Joblib(), console)
+    monkeypatch.setattr("nobackprop.sweeps.jobs.cores", lambda: 1)
+    outcomes = sweep.run([Job("stopped", stopped), Job("other", other)], Joblib(), console)
     thread.join()
     assert [o.state for o in outcomes] == ["failed", "finished"]
     assert outcomes[0].reason == "its process was stopped by SIGTERM"
     assert len(list(folder(stopped).glob("checkpoints/*/*.ckpt"))) == 1
-    assert re.match("was interrupted, goes on from step", sweeps.look(Job("stopped", stopped)).before)
+    assert re.match("was interrupted, goes on from step", sweep.look(Job("stopped", stopped)).before)
 
 
 def test_ctrl_c_ends_the_processes_too_after_a_checkpoint(config: Config, tmp_path: Path, console: Console) -> None:
@@ -360,14 +363,14 @@ def test_ctrl_c_ends_the_processes_too_after_a_checkpoint(config: Config, tmp_pa
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(Stopped):
-        sweeps.run([Job("endless", cfg)], Joblib(), console)
+        sweep.run([Job("endless", cfg)], Joblib(), console)
     thread.join()
     assert not holders(folder(cfg) / "seed0" / ".lock")
     assert len(list(folder(cfg).glob("checkpoints/*/*.ckpt"))) == 1
 
 
 def test_no_more_processes_than_cores(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nobackprop.launchers.cores", lambda: 4)
+    monkeypatch.setattr("nobackprop.sweeps.jobs.cores", lambda: 4)
     jobs = [Job("", config())] * 9
     assert [Joblib(workers).at_once(jobs) for workers in (None, 2, 64)] == [4, 2, 4]
     assert Joblib().at_once([Job("", config("threads=2"))] * 9) == 2
@@ -382,13 +385,13 @@ def test_jobs_of_other_seeds_of_a_run_are_other_jobs(
 ) -> None:
     """They have the run's folder in common."""
     few, more = Job("few", config()), Job("more", config("seeds=3"))
-    launchers.note(few, Outcome("failed", details="no luck"))
-    launchers.note(more, Outcome("finished"))
-    assert "no luck" in sweeps.look(few).before
-    assert not sweeps.look(more).before
+    jobs.note(few, Outcome("failed", details="no luck"))
+    jobs.note(more, Outcome("finished"))
+    assert "no luck" in sweep.look(few).before
+    assert not sweep.look(more).before
     executor = SimpleNamespace(map_array=lambda _, jobs: [SimpleNamespace(job_id=f"12_{i}") for i in range(len(jobs))])
     monkeypatch.setattr(Cluster, "_executor", lambda *_: executor)
-    monkeypatch.setattr(launchers, "_queued_jobs", lambda: {"12_0"})
+    monkeypatch.setattr(slurm, "_queued_jobs", lambda: {"12_0"})
     said: list[str] = []
     for job in (few, few, more):
         cluster = Cluster("slurm", wait=False)
@@ -407,16 +410,16 @@ def test_jobs_of_a_cluster_go_on_when_the_sweep_is_stopped_and_what_it_refuses_i
         raise KeyboardInterrupt
 
     jobs = [Job("a", config()), Job("b", config("rule=fa"))]
-    monkeypatch.setattr(launchers, "_queued_jobs", set)
+    monkeypatch.setattr(slurm, "_queued_jobs", set)
     monkeypatch.setattr(Cluster, "_executor", lambda *_: SimpleNamespace(map_array=refuse))
     with pytest.raises(ValueError, match="launcher: sbatch: error: invalid partition specified: typo"):
-        sweeps.run(jobs, Cluster("slurm"), console)
+        sweep.run(jobs, Cluster("slurm"), console)
     executor = SimpleNamespace(map_array=lambda _, jobs: [SimpleNamespace(job_id=f"7_{i}") for i in range(len(jobs))])
     monkeypatch.setattr(Cluster, "_executor", lambda *_: executor)
     monkeypatch.setattr(Submitted, "over", lambda _: False)
     monkeypatch.setattr("time.sleep", interrupt)
     with pytest.raises(Stopped):
-        sweeps.run(jobs, Cluster("slurm"), console)
+        sweep.run(jobs, Cluster("slurm"), console)
     assert [f"queued as job 7_{i}, which goes on (scancel ends it)" in shown(console) for i in range(2)] == [True] * 2
     assert "2 queued" in shown(console)
 
@@ -431,9 +434,9 @@ def test_a_stack_goes_on_from_its_checkpoint_when_seeds_are_added(
         train(config("stack=true", "seeds=2", "checkpoint_minutes=0"))
     monkeypatch.undo()
     job = Job("more", config("stack=true", "seeds=3"))
-    assert sweeps.look(job).before == "was interrupted, goes on from step 261"
-    assert not sweeps.look(Job("apart", config("stack=false", "seeds=3"))).before  # it would start them again
-    assert not sweeps.look(Job("other", config("stack=true", "seeds=[1,2]"))).before
+    assert sweep.look(job).before == "was interrupted, goes on from step 261"
+    assert not sweep.look(Job("apart", config("stack=false", "seeds=3"))).before  # it would start them again
+    assert not sweep.look(Job("other", config("stack=true", "seeds=[1,2]"))).before
     train(job.config, console)
     assert "seed 0,1 (1/2): goes on from step 261" in shown(console)
     assert same_results(tmp_path / "alone", tmp_path / "runs") == 3
@@ -481,30 +484,30 @@ def test_a_cluster_that_does_not_answer_for_a_while_has_not_lost_its_jobs(
 )
 def test_a_launchers_keys_are_checked(config: Config, overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        launchers.launcher_of(config(*overrides))
+        jobs.launcher_of(config(*overrides))
 
 
 def test_a_sweep_is_tried_here_with_the_keys_of_the_cluster(config: Config) -> None:
     given = ["launcher.partition=gpu", "launcher.wait=false", "launcher.options={constraint:a100}"]
     executors: dict[str, Any] = {"slurm": "slurm", "slurm_local": "local"}
     for name, executor in executors.items():
-        made = launchers.launcher_of(config(f"launcher={name}", *given))
+        made = jobs.launcher_of(config(f"launcher={name}", *given))
         assert made == Cluster(executor, partition="gpu", wait=False, options={"constraint": "a100"})
 
 
 def test_a_copy_of_the_source_knows_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launchers, "source_state", lambda: ("abc", True))
-    path = launchers.snapshot(tmp_path / "source")
-    original = Path(records.__file__).parent
+    monkeypatch.setattr(jobs, "source_state", lambda: ("abc", True))
+    path = slurm.snapshot(tmp_path / "source")
+    original = Path(record.__file__).parent
     copied = {file.relative_to(path / "nobackprop") for file in path.rglob("*.py")}
     assert copied == {file.relative_to(original) for file in original.rglob("*.py")}
-    monkeypatch.setattr(records, "__file__", str(path / "nobackprop" / "records.py"))
-    monkeypatch.setattr(records, "source_state", records.source_state.__wrapped__)
-    assert records.source_state() == ("abc", True)
+    monkeypatch.setattr(record, "__file__", str(path / "nobackprop" / "record.py"))
+    monkeypatch.setattr(provenance, "source_state", provenance.source_state.__wrapped__)
+    assert provenance.source_state() == ("abc", True)
 
 
 @pytest.mark.parametrize(("given", "expected"), [("null", 1), ("2", 2)])
 def test_a_job_beside_others_keeps_its_seeds_in_one_process(given: str, expected: int) -> None:
-    job = launchers.Job("", run_config(f"workers={given}"))
-    assert launchers._beside_others(job).config.workers == expected
+    job = jobs.Job("", run_config(f"workers={given}"))
+    assert local._beside_others(job).config.workers == expected
     assert job.config.workers == (None if given == "null" else 2)

@@ -12,12 +12,13 @@ import torch
 from conftest import Config, folder, options, run_config, same_results
 from rich.console import Console
 
-from nobackprop import checkpoints, records
-from nobackprop.callbacks import ResumePoint
-from nobackprop.data import Digits
-from nobackprop.preparation import prepare
-from nobackprop.records import Record
-from nobackprop.train import summary, train
+from nobackprop.data.sources import Digits
+from nobackprop.records import provenance
+from nobackprop.records.record import Record
+from nobackprop.training import checkpoints
+from nobackprop.training.build import prepare
+from nobackprop.training.checkpoints import ResumePoint
+from nobackprop.training.run import summary, train
 
 GROUPS = (
     "rule",
@@ -163,13 +164,13 @@ def test_a_record_says_what_was_run(config: Config) -> None:
 def test_the_commit_is_looked_up_before_training(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that comes meanwhile holds other code than was imported."""
     commits = iter(["imported"])
-    monkeypatch.setattr(records, "source_state", cache(lambda: (next(commits), False)))
+    monkeypatch.setattr(provenance, "source_state", cache(lambda: (next(commits), False)))
 
     def fit(*_: Any) -> list[Record]:
-        assert records.source_state.cache_info().currsize == 1  # pyright: ignore
+        assert provenance.source_state.cache_info().currsize == 1  # pyright: ignore
         raise InterruptedError
 
-    monkeypatch.setattr("nobackprop.train._fit", fit)
+    monkeypatch.setattr("nobackprop.training.run._fit", fit)
     with pytest.raises(InterruptedError):
         train(config())
 
@@ -295,7 +296,7 @@ def test_a_full_disk_at_the_end_loses_nothing_and_other_images_do_not_resume_it(
         raise OSError("No space left on device")
 
     cfg = config("checkpoint_minutes=0")
-    monkeypatch.setattr("nobackprop.train.save", full)
+    monkeypatch.setattr("nobackprop.training.run.save", full)
     with pytest.raises(OSError, match="No space left"):
         train(cfg)
     monkeypatch.undo()
@@ -344,7 +345,7 @@ def test_a_damaged_record_is_named(config: Config) -> None:
 def test_a_record_does_not_say_where_things_are(monkeypatch: pytest.MonkeyPatch) -> None:
     places = ["paths.runs=/a", "dataset.source.root=/b", "--runs", "/c", "--runs=/d"]
     monkeypatch.setattr("sys.argv", ["/e/tune.py", "compare", *places, "--only", "rule=bp"])
-    assert records.command() == "tune.py compare --only rule=bp"
+    assert provenance.command() == "tune.py compare --only rule=bp"
     for arguments, kept in {
         "nobackprop": "nobackprop",
         "/e/nobackprop paths.runs=/a": "nobackprop",
@@ -354,4 +355,4 @@ def test_a_record_does_not_say_where_things_are(monkeypatch: pytest.MonkeyPatch)
         "/e/nobackprop/__main__.py rule=bp paths.data=/a": "nobackprop rule=bp",
     }.items():
         monkeypatch.setattr("sys.argv", arguments.split())
-        assert records.command() == kept
+        assert provenance.command() == kept

@@ -9,14 +9,14 @@ import torch
 from conftest import Config, folder, options
 
 import nobackprop
-from nobackprop.data import Digits
-from nobackprop.losses import SoftmaxCrossEntropy, SquaredError
-from nobackprop.network import Network, Weights, mlp
-from nobackprop.pixels import Pixels
-from nobackprop.preparation import prepare
+from nobackprop.core.losses import SoftmaxCrossEntropy, SquaredError
+from nobackprop.core.network import Network, Weights, mlp
+from nobackprop.data.pixels import Pixels
+from nobackprop.data.sources import Digits
 from nobackprop.rules.bp import BP
-from nobackprop.train import train
-from nobackprop.trained import save
+from nobackprop.training.build import prepare
+from nobackprop.training.run import train
+from nobackprop.training.saved import save
 
 
 def test_a_trained_net_predicts_as_it_was_tested(config: Config) -> None:
@@ -63,7 +63,7 @@ def test_a_trained_net_knows_its_rule(config: Config, tmp_path: Path, option: st
     assert nobackprop.load(tmp_path).rule == run.rule
 
 
-@pytest.mark.parametrize("name", ["my.rules.Mine", "nobackprop.settings.Settings", "os.system"])
+@pytest.mark.parametrize("name", ["my.rules.Mine", "nobackprop.training.config.Settings", "os.system"])
 def test_a_rule_that_is_no_rule_or_not_imported_is_not_made(tmp_path: Path, name: str) -> None:
     run_net, loss = mlp((4,), 2, hidden=[3], activation="tanh"), SoftmaxCrossEntropy(2)
     path = tmp_path / "best.pt"

@@ -12,9 +12,9 @@ from conftest import CONF, options
 from omegaconf import OmegaConf
 from test_records import RECORD, made
 
-from nobackprop.launchers import Basic
-from nobackprop.records import Record
-from nobackprop.settings import Settings
+from nobackprop.records.record import Record
+from nobackprop.sweeps.local import Basic
+from nobackprop.training.config import Settings
 
 SEARCHES = options("search")
 SEARCH: dict[str, Any] = {"trials": 8, "epochs": 1, "seed": 1000, "space": {"optimizer.lr": {"low": 1e-4, "high": 1.0}}}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nobackprop.updates import UPDATES
+from nobackprop.core.updates import UPDATES
 
 
 @pytest.fixture

@@ -15,12 +15,12 @@ from conftest import CONF, Config, small
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from nobackprop.callbacks import ResumePoint
 from nobackprop.cli import announce_mode
-from nobackprop.preparation import prepare
-from nobackprop.settings import Settings
-from nobackprop.tracking import wandb_logger
-from nobackprop.train import train
+from nobackprop.training.build import prepare
+from nobackprop.training.checkpoints import ResumePoint
+from nobackprop.training.config import Settings
+from nobackprop.training.loggers import wandb_logger
+from nobackprop.training.run import train
 
 
 @pytest.fixture

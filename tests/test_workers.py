@@ -12,18 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nobackprop.training.run
+import nobackprop.training.processes
 import pytest
 from conftest import SMALL, Config, folder, same_results, small, until
 from rich.console import Console
 
-import nobackprop.train
-import nobackprop.workers
 from nobackprop import cli
-from nobackprop.callbacks import Screen
-from nobackprop.hardware import cores
-from nobackprop.records import Record
-from nobackprop.train import train
-from nobackprop.workers import side_by_side, workers
+from nobackprop.records.machine import cores
+from nobackprop.records.record import Record
+from nobackprop.training.processes import side_by_side, workers
+from nobackprop.training.run import train
+from nobackprop.training.screens import Screen
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks safely")
 
@@ -35,7 +35,7 @@ def screen() -> Screen:
 
 @pytest.fixture
 def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nobackprop.workers, "cores", lambda: 2)
+    monkeypatch.setattr(nobackprop.training.processes, "cores", lambda: 2)
 
 
 @pytest.mark.usefixtures("two_cores")
@@ -43,7 +43,7 @@ def test_seeds_are_the_same_to_the_bit_side_by_side_and_in_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records = train(small(tmp_path / "beside", "seeds=3", "max_epochs=1"))
-    monkeypatch.setattr(nobackprop.workers, "_fork", lambda *_: pytest.fail("workers=1 has no workers"))
+    monkeypatch.setattr(nobackprop.training.processes, "_fork", lambda *_: pytest.fail("workers=1 has no workers"))
     train(small(tmp_path / "alone", "seeds=3", "max_epochs=1", "workers=1"))
     assert [r.seed for r in records] == [0, 1, 2]
     assert [r.machine.threads for r in records] == [1, 1, 1]
@@ -149,7 +149,7 @@ def test_a_process_that_ends_in_the_middle_of_a_job_is_reported_even_if_it_ends_
 
 def test_what_was_done_before_an_error_stays(config: Config, two_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = config("seeds=3", "max_epochs=1")
-    fit = nobackprop.train._fit
+    fit = nobackprop.training.run._fit
 
     def second_fails(run: Any, dataset: Any, group: Any, screen: Any) -> Any:
         if group.tasks[0].seed == 1:
@@ -157,7 +157,7 @@ def test_what_was_done_before_an_error_stays(config: Config, two_cores: None, mo
             raise OSError("No space left on device")
         return fit(run, dataset, group, screen)
 
-    monkeypatch.setattr("nobackprop.train._fit", second_fails)
+    monkeypatch.setattr("nobackprop.training.run._fit", second_fails)
     with pytest.raises(OSError, match="No space left"):
         train(cfg)
     assert Record.read(folder(cfg) / "seed0" / "record.json").seed == 0
@@ -205,7 +205,7 @@ def test_what_workers_have_to_say_is_shown(screen: Screen) -> None:
 
 def start(tmp_path: Path) -> tuple[subprocess.Popen[str], list[int]]:
     """The command with two seeds on two cores, as soon as both have a checkpoint, and its processes."""
-    code = "from nobackprop import lean; lean.start(); import nobackprop.workers as w; w.cores = lambda: 2; "
+    code = "from nobackprop import quick_start; quick_start.start(); import nobackprop.training.processes as w; w.cores = lambda: 2; "
     code += "from nobackprop.cli import main; main()"
     overrides = [*SMALL, "seeds=2", "max_epochs=60", "checkpoint_minutes=0", "paths.runs=runs"]
     process = subprocess.Popen(

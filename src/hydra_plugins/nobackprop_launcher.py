@@ -13,8 +13,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nobackprop.cli import announce_mode, announce_tuned, answered, tuned_files
-from nobackprop.mistakes import Mistake
-from nobackprop.sentences import about_files, check_writable
+from nobackprop.mistakes import Mistake, about_files, check_writable
 
 
 class JobConfigs:
@@ -97,17 +96,18 @@ class SweepLauncher(Launcher):
         dry_run, trials = configs[0].dry_run, OmegaConf.select(self.config, "hydra.sweeper.n_trials")
         if dry_run and trials:
             console.print(f"the first {len(configs)} of a search of {trials} trials:", highlight=False)
-        from nobackprop import lean
+        from nobackprop import quick_start
 
-        lean.start()  # before all that imports Lightning
-        from nobackprop import launchers, sweeps  # torch takes seconds to import
+        quick_start.start()  # before all that imports Lightning
+        from nobackprop.sweeps import sweep  # torch takes seconds to import
+        from nobackprop.sweeps.jobs import Job, launcher_of
 
         same = {text.lower() for text in (*sys.argv, "dry_run=true")}  # Hydra writes False for false
         jobs = []
         for overrides, config in zip(job_overrides, configs, strict=True):
             varied = [text for text in filter_overrides(overrides) if text.lower() not in same]
-            jobs.append(launchers.Job(" ".join(varied) or "the run", config))
-        outcomes = sweeps.run(jobs, launchers.launcher_of(configs[0]), console, dry_run)
+            jobs.append(Job(" ".join(varied) or "the run", config))
+        outcomes = sweep.run(jobs, launcher_of(configs[0]), console, dry_run)
         SweepLauncher.failed += sum(outcome.state == "failed" for outcome in outcomes)
         if dry_run:
             raise SystemExit(min(SweepLauncher.failed, 1))

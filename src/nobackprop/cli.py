@@ -15,19 +15,9 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from nobackprop.mistakes import Mistake
-from nobackprop.sentences import (
-    COMPOSING,
-    CONF,
-    about_files,
-    answering,
-    check,
-    check_writable,
-    close,
-    composing,
-    home,
-    leaves,
-)
+from nobackprop.composing import COMPOSING, check, composing, home, leaves
+from nobackprop.mistakes import Mistake, about_files, answering, check_writable, close
+from nobackprop.places import CONF
 
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
@@ -56,7 +46,7 @@ def answered(work: Callable[..., Any]) -> Callable[..., Any]:
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 @answered
 def run(cfg: DictConfig) -> None:
-    """Trains one config and prints its summary. (The jobs of a multirun go to sweeps.py.)"""
+    """Trains one config and prints its summary. (The jobs of a multirun go to sweep.py.)"""
     runtime: Any = HydraConfig.get().runtime
     choices = runtime.choices
     if choices.launcher != "basic":
@@ -73,7 +63,7 @@ def run(cfg: DictConfig) -> None:
 
 def _check_settings(cfg: DictConfig, runtime: Any) -> None:
     """Raises Mistake for what needs no torch to be found; of a file that can't be a choice it names the file."""
-    from nobackprop.settings import Settings
+    from nobackprop.training.config import Settings
 
     try:
         settings = Settings.of(cfg)
@@ -85,24 +75,24 @@ def _check_settings(cfg: DictConfig, runtime: Any) -> None:
 
 
 def _train(cfg: DictConfig, tuned: Mapping[str, Path]) -> None:
-    from nobackprop import lean
+    from nobackprop import quick_start
 
-    lean.start()  # before all that imports Lightning
-    from nobackprop.preparation import configure
+    quick_start.start()  # before all that imports Lightning
+    from nobackprop.training.build import configure
 
     run = configure(cfg)  # tells the other mistakes before Lightning is imported
     from pytorch_lightning.utilities import rank_zero_only
     from rich.console import Console
 
-    from nobackprop.train import summary, train
+    from nobackprop.training.run import summary, train
 
     console = Console(quiet=rank_zero_only.rank > 0)  # started by srun or torchrun, as one of several
     announce_tuned(tuned, cfg, console)
     announce_mode(cfg, console)
     if cfg.dry_run:
-        from nobackprop import launchers, sweeps
+        from nobackprop.sweeps import jobs, local, sweep
 
-        (outcome,) = sweeps.run([launchers.Job("this run", cfg)], launchers.Basic(), console, dry_run=True)
+        (outcome,) = sweep.run([jobs.Job("this run", cfg)], local.Basic(), console, dry_run=True)
         if outcome.state == "failed":
             sys.exit(1)
         return
@@ -197,7 +187,7 @@ def _in_order(texts: Sequence[str]) -> tuple[Namespace, list[str]]:
 
 
 def _version() -> str:
-    from nobackprop.records import source_state
+    from nobackprop.records.provenance import source_state
 
     commit, edited = source_state()
     of = f", commit {commit[:7]}{' with edits' * bool(edited)}" if commit else ""

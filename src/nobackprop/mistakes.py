@@ -1,5 +1,16 @@
 """Mistakes of the user, which are told in a sentence. Any other exception is a program's fault, with a traceback."""
 
+import errno
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+
+from omegaconf import DictConfig
+
 
 class Mistake(ValueError):
     """What the user gave can't work. The message says what was given, what is allowed and what to do."""
@@ -7,3 +18,91 @@ class Mistake(ValueError):
 
 class Missing(Mistake, FileNotFoundError):
     """A file or folder that is needed is not there. The message says which, and how to get it."""
+
+
+def close(name: str, names: Iterable[str]) -> str:
+    """`. Did you mean ...?` with the names that are most like this one; empty where none is."""
+    plain = {_plain(other): other for other in names}
+    wanted = _plain(name)
+    same, starting = [t for t in plain if t == wanted], [t for t in plain if t.startswith(wanted)]
+    holding = [t for t in plain if wanted in t]
+    found = (same or starting or get_close_matches(wanted, plain, 1) or holding)[:3]
+    return f". Did you mean {' or '.join(plain[text] for text in found)}?" if found else ""
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_.\s]", "", name).lower()
+
+
+@contextmanager
+def answering(name: str) -> Iterator[None]:
+    """Ends a script of that name in a sentence, with status 1, for a mistake or a file that can't be used.
+
+    Anything else is a program's fault and keeps its traceback. Ctrl-C: status 130.
+    """
+    try:
+        yield
+    except Mistake as e:
+        sys.exit(f"{name}: {e}")
+    except OSError as e:
+        if e.filename is None:
+            raise
+        sys.exit(f"{name}: {e.filename}: {e.strerror}")
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{name}: interrupted; the same command goes on\n")
+        sys.exit(130)
+
+
+# What to do about an error of the system, by its number; {key} is paths.runs or paths.data.
+ROOM, ELSEWHERE = "make room; the same command goes on from the last checkpoint", "use another folder, {key}=..."
+
+
+IN_THE_WAY = f"a file is where a folder should be: move it away, or {ELSEWHERE}"
+
+
+REMEDIES = {
+    errno.ENOSPC: ROOM,
+    errno.EDQUOT: ROOM,
+    errno.EROFS: ELSEWHERE,
+    errno.EACCES: f"change its permissions, or {ELSEWHERE}",
+    errno.EPERM: f"change its permissions, or {ELSEWHERE}",
+    errno.ENOLCK: f"{ELSEWHERE} on a file system that has locks",
+    errno.ENOTDIR: IN_THE_WAY,
+    errno.EEXIST: IN_THE_WAY,
+    errno.EISDIR: "a folder is where a file should be: move it away",
+    errno.ENAMETOOLONG: ELSEWHERE,
+}
+
+
+UNNAMED = {errno.ENOSPC, errno.EDQUOT, errno.ENOLCK}  # come from a file that is open, so without its name
+
+
+KEPT = {"runs": "records, weights and checkpoints", "data": "images"}
+
+
+@contextmanager
+def about_files(cfg: DictConfig) -> Iterator[None]:
+    """Within, an error of the system about a file under a config's paths.runs or paths.data becomes a Mistake."""
+    try:
+        yield
+    except OSError as e:
+        remedy = REMEDIES.get(e.errno or 0)
+        if isinstance(e, Mistake) or remedy is None:
+            raise
+        for name, kept in KEPT.items():
+            folder = Path(str(cfg.paths[name])).expanduser().absolute()
+            path = folder if e.filename is None and e.errno in UNNAMED else Path(str(e.filename)).absolute()
+            if path.is_relative_to(folder) or folder.is_relative_to(path):  # its parents are made with it
+                told = f"{path} can't be used for {kept}: {e.strerror}"
+                raise Mistake(f"{told}; {remedy.format(key=f'paths.{name}')}") from e
+        raise
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OSError where a folder can't be made or written to."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    number = 0 if nearest.is_dir() else errno.ENOTDIR
+    if not number and not os.access(nearest, os.W_OK | os.X_OK):
+        number = errno.EROFS if os.statvfs(nearest).f_flag & os.ST_RDONLY else errno.EACCES
+    if number:
+        raise OSError(number, os.strerror(number), str(nearest))

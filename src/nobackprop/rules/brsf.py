@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nobackprop.layers import Shape
-from nobackprop.network import Network, Weights
-from nobackprop.rule import Batch
+from nobackprop.core.layers import Shape
+from nobackprop.core.network import Network, Weights
+from nobackprop.core.rule import Batch
 from nobackprop.rules.usf import USF
 
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from nobackprop.network import Network, Weights
-from nobackprop.rule import Batch, Grads
+from nobackprop.core.network import Network, Weights
+from nobackprop.core.rule import Batch, Grads
 from nobackprop.rules.dfa import DFA
 
 

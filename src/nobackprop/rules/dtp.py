@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nobackprop.layers import Shape
+from nobackprop.core.layers import Shape
+from nobackprop.core.network import Network, Weights
+from nobackprop.core.rule import Batch, Draw, Grads, Rule
 from nobackprop.mistakes import Mistake
-from nobackprop.network import Network, Weights
-from nobackprop.rule import Batch, Draw, Grads, Rule
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nobackprop.network import Network, Weights
-from nobackprop.rule import Batch, Draw
+from nobackprop.core.network import Network, Weights
+from nobackprop.core.rule import Batch, Draw
 from nobackprop.rules.bp import BP
 
 

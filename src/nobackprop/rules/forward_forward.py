@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nobackprop.layers import Conv, Dense, Shape
+from nobackprop.core.layers import Conv, Dense, Shape
+from nobackprop.core.network import Network, Weights
+from nobackprop.core.rule import Batch, Draw, Grads, Rule
 from nobackprop.mistakes import Mistake
-from nobackprop.network import Network, Weights
-from nobackprop.rule import Batch, Draw, Grads, Rule
 
 TINY = 1e-8  # keeps a layer without any activity from dividing by zero
 WAVE = 0.35  # the label's share of an image that goes into a convolution

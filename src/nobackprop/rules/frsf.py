@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nobackprop.network import Weights
-from nobackprop.rule import Batch
+from nobackprop.core.network import Weights
+from nobackprop.core.rule import Batch
 from nobackprop.rules.fa import FA
 
 

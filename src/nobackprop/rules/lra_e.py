@@ -5,9 +5,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from nobackprop.core.network import Network, Weights
+from nobackprop.core.rule import Batch, Draw, Grads, Rule
 from nobackprop.mistakes import Mistake
-from nobackprop.network import Network, Weights
-from nobackprop.rule import Batch, Draw, Grads, Rule
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nobackprop.core.network import Network, Weights
 from nobackprop.mistakes import Mistake
-from nobackprop.network import Network, Weights
 from nobackprop.rules.dfa import DFA
 
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from nobackprop.core.network import Network, Weights
+from nobackprop.core.rule import Batch, Draw, Grads, Rule
 from nobackprop.mistakes import Mistake
-from nobackprop.network import Network, Weights
-from nobackprop.rule import Batch, Draw, Grads, Rule
 
 
 @dataclass(frozen=True)

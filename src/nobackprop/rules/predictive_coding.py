@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nobackprop.core.network import Network, Weights
+from nobackprop.core.rule import Batch, Grads, Rule
 from nobackprop.mistakes import Mistake
-from nobackprop.network import Network, Weights
-from nobackprop.rule import Batch, Grads, Rule
 
 Relaxed = tuple[Sequence[Tensor], dict[int, Tensor], Tensor]
 

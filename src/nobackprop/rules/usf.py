@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from nobackprop.core.network import Network, Weights
+from nobackprop.core.rule import Batch, Draw
 from nobackprop.mistakes import Mistake
-from nobackprop.network import Network, Weights
-from nobackprop.rule import Batch, Draw
 from nobackprop.rules.fa import FA
 
 

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from math import prod
 
-from nobackprop.layers import Shape
+from nobackprop.core.layers import Shape
+from nobackprop.core.network import Network, Weights
+from nobackprop.core.rule import Batch, Grads, Phase
 from nobackprop.mistakes import Mistake
-from nobackprop.network import Network, Weights
-from nobackprop.rule import Batch, Grads, Phase
 from nobackprop.rules.fa import FA
 
 

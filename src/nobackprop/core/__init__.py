@@ -1,0 +1,1 @@
+"""Nets, learning rules' base, losses, initial weights, optimizers: torch and the standard library alone."""

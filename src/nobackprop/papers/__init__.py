@@ -1,0 +1,1 @@
+"""Papers' experiments: their grids, tables, claims and figures, and searches of settings."""

@@ -1,0 +1,65 @@
+"""Files written whole or not at all, also by a process that is killed, and their checksums."""
+
+import os
+import platform
+import time
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # it takes seconds to import, and who only reads records needs none of it
+    pass
+
+
+def checksum(content: bytes) -> str:
+    """Sixteen hexadecimal digits that damage changes."""
+    return sha256(content).hexdigest()[:16]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that it is either whole or absent, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name, too
+        finally:
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)  # there only where something went wrong, such as a full disk
+
+
+def remove_unfinished(folder: Path, alone: bool = False) -> None:
+    """Removes what `write_atomically` left in a folder when its process was killed.
+
+    That is told of this machine's processes; what another machine's have left is removed after a day. `alone`: nobody
+    can be writing there, so all is.
+    """
+    for path in unfinished(folder):
+        file, _, pid = path.name.rpartition(".")
+        with suppress(FileNotFoundError):  # it was written meanwhile
+            killed = file.endswith(f".{platform.node()}") and not _runs(int(pid))
+            if alone or killed or time.time() - path.stat().st_mtime > 86_400:
+                path.unlink()
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """The files in a folder that `write_atomically` has begun."""
+    return [path for path in folder.glob(".*.*") if path.suffix[1:].isdecimal() and path.is_file()]
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True

@@ -1,0 +1,97 @@
+"""Where a record comes from: the command, the commit and the versions that made it."""
+
+import json
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # it takes seconds to import, and who only reads records needs none of it
+    pass
+from nobackprop.records.record import EDITS, Record, code
+
+# Options whose value, in the same argument or the next, says where things are on this machine.
+LOCAL_OPTIONS = ("--runs", "--config-dir", "--config-path", "-cd", "-cp")
+
+
+# Settings that change no result, and say where things are or whose they are. A choice, as in logger=none, may be told.
+PRIVATE = re.compile(r"[+~]*((paths|logger|launcher|hydra)(=\{|\.(?!sweeper\.))|(.*\.)?(root|cache)=)")
+
+
+# What gives a secret or a place away anywhere in an argument: an absolute path, an address, a key of W&B.
+HIDDEN = re.compile(
+    r"(^|[=,:[({\s'\"])~?/|://|\b(root|cache):|(api_?key|token|secret|passw\w*|credential)\w*[=:]|\b[0-9a-f]{40}\b",
+    re.IGNORECASE,
+)
+
+
+# What can change a result, besides this package.
+SOURCE = (":/src/hydra_plugins", ":/conf", ":/requirements.lock", ":/pyproject.toml")
+
+
+def command() -> str:
+    """The command of this process, without what says where things are on this machine, or may hold a secret."""
+    pairs = zip(sys.argv, sys.argv[1:], strict=False)
+    kept = [text for before, text in pairs if not _is_private(text) and before not in LOCAL_OPTIONS]
+    followed = zip(kept, [*kept[1:], "--"], strict=False)
+    kept = [text for text, after in followed if text != "--set" or not after.startswith("--")]
+    name = Path(sys.argv[0]).name
+    return shlex.join(["nobackprop" if name == "__main__.py" else name, *kept])
+
+
+def _is_private(argument: str) -> bool:
+    """Whether a command's argument is not to be told."""
+    local = argument.partition("=")[0] in LOCAL_OPTIONS
+    return local or bool(HIDDEN.search(argument) or PRIVATE.match(argument.removeprefix("--set=")))
+
+
+@cache
+def source_state() -> tuple[str | None, bool | None]:
+    """The commit of the checkout this package runs from, and whether what can change a result is edited there.
+
+    (None, None) outside a checkout. A sweep's copy of the package has them in a file.
+    """
+    here = Path(__file__)
+    if (copied := here.with_name("source.json")).exists():
+        state = json.loads(copied.read_text())
+        return state["commit"], state["dirty"]
+
+    def git(*args: str) -> str:
+        result = subprocess.run(
+            ["git", "-C", str(here.parent), *args], capture_output=True, text=True, check=True, timeout=30
+        )
+        return result.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # a package inside somebody else's repository is not ours
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", ".", *SOURCE))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def other_code(records: Iterable[Record]) -> str:
+    """Which other commits made records, as in `commit 1a2b3c4 with edits`; empty where it was this code.
+
+    A record's key is its config and seed; that says nothing of the code. Edits can't be compared, so they always count.
+    """
+    now = code(*source_state())
+    others = {code for r in records for code in r.code if code != now or code.endswith(EDITS)}
+    return ", ".join(sorted(map(_told, others)))
+
+
+def _told(code: str) -> str:
+    commit = code.removesuffix(EDITS)
+    return "no commit" if code == "unknown" else f"commit {commit[:7]}{' with edits' if code != commit else ''}"
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that compute."""
+    packages = ("nobackprop", "torch", "pytorch-lightning", "torchmetrics", "hydra-core", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}

@@ -1,0 +1,1 @@
+"""Many runs: in turn, side by side on this machine, or on a cluster."""

@@ -1,0 +1,348 @@
+"""Makes a composed config into objects, checked against each other, before any data is loaded.
+
+Lightning takes a second to import, so it is imported after all that can be checked without.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from nobackprop.core.initializers import Initializer, from_string, initial_weights
+from nobackprop.core.layers import Shape
+from nobackprop.core.losses import Loss
+from nobackprop.core.network import Network
+from nobackprop.core.rule import Batch, Rule
+from nobackprop.data.sources import Source
+from nobackprop.mistakes import Mistake
+from nobackprop.records.identity import digest
+from nobackprop.training import hardware
+from nobackprop.training.config import Component, Settings, build
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback, Trainer
+    from pytorch_lightning.strategies import Strategy
+
+# Lightning's lines about devices and products, and a warning of its own under recent torch, are no news to a user.
+for name in ("pytorch_lightning", "lightning_fabric"):
+    logging.getLogger(name).setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+warnings.filterwarnings("ignore", message="The `srun` command is available")
+
+RECOMPUTE_FROM = 2**29  # bytes of activations
+
+
+T = TypeVar("T")
+_tried: dict[
+    str, dict[str, Shape]
+] = {}  # the weights' shapes of steps that went well in this process, by what they depend on
+
+
+@dataclass(frozen=True)
+class Run:
+    """A config made into objects, all checked against each other; no data is loaded yet."""
+
+    settings: Settings
+    rule: Rule
+    loss: Loss
+    net: Network
+    forward: Initializer
+    backward: Initializer
+    optimizer: Callable[..., Optimizer]
+    schedule: Callable[..., Any] | None
+    source: Source
+
+    @cached_property
+    def logger(self) -> Callable[..., Any] | None:
+        return build(self.settings.logger, "logger") if self.settings.logger else None
+
+    @cached_property
+    def diagnostics(self) -> "list[Callback]":
+        if not self.settings.diagnostics:
+            return []
+        from pytorch_lightning import Callback
+
+        return [_made(Callback, self.settings.diagnostics, "diagnostics")]
+
+    @cached_property
+    def strategy(self) -> "Strategy":
+        """Lightning's: which device this process has, and of how many it is one."""
+        return trainer(self.settings, logger=False).strategy
+
+    @property
+    def parallel(self) -> bool:
+        """Whether several processes train each seed."""
+        return self.settings.trainer.strategy == "ddp"
+
+    @property
+    def device(self) -> torch.device:
+        return self.strategy.root_device if hardware.on_gpu(self.settings.trainer.accelerator) else torch.device("cpu")
+
+    @property
+    def rank(self) -> int:
+        """Which process of a data-parallel run this is; rank 0 alone writes and prints."""
+        return self.strategy.global_rank if self.parallel else 0  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def folder(self) -> Path:
+        return self.settings.folder
+
+    def seed_folder(self, seed: int) -> Path:
+        return self.folder / f"seed{seed}"
+
+
+def configure(cfg: DictConfig) -> Run:
+    """Makes a composed config into objects, without Lightning. Raises Mistake for whatever can't work, as `prepare`."""
+    with _told_once(cfg):
+        s = Settings.of(cfg)
+        source = _made(Source, s.dataset.source, "dataset.source")
+        if s.dataset.classes is not None and not 2 <= s.dataset.classes <= source.num_classes:
+            raise Mistake(
+                f"dataset.classes is {s.dataset.classes}: {source.name} has {source.num_classes} classes, "
+                f"so 2 to {source.num_classes}, or null for all of them"
+            )
+        if s.dataset.crop >= min(source.shape[1:]):
+            raise Mistake(
+                f"dataset.crop is {s.dataset.crop}: images are shifted by up to as many pixels, so write fewer than "
+                f"the {min(source.shape[1:])} that they have"
+            )
+        rule = _made(Rule, s.rule, "rule")
+        loss = _made(Loss, s.loss, "loss", s.dataset.classes or source.num_classes)
+        net = _made(Network, s.arch, "arch", source.shape, loss.outputs)
+        kept = 2 * 4 * s.batch_size * sum(net.units(l) for l in range(net.L))  # bytes of z and h
+        run = Run(
+            settings=s,
+            rule=rule,
+            loss=loss,
+            net=replace(net, recompute=kept >= RECOMPUTE_FROM if s.recompute is None else s.recompute),
+            forward=_initializer(s.init.forward, "init.forward"),
+            backward=_initializer(s.init.backward, "init.backward"),
+            optimizer=build(s.optimizer, "optimizer"),
+            schedule=build(s.schedule, "schedule") if s.schedule else None,
+            source=source,
+        )
+        gpu, devices = hardware.on_gpu(s.trainer.accelerator), s.trainer.devices
+        if not gpu and isinstance(devices, list):
+            raise Mistake(
+                f"trainer.devices is {devices}, a list of GPUs, and this run computes on the CPU: write how many "
+                "processes (trainer=ddp), or 1"
+            )
+        if run.parallel or not gpu:  # else on the GPU, which Lightning knows
+            _try_step(run, torch.device("cpu"))
+    return run
+
+
+def prepare(cfg: DictConfig) -> Run:
+    """Makes a composed config into objects. Raises Mistake, in a sentence for the user, for whatever can't work.
+
+    Of the processes of a data-parallel run that all find the same mistake the first raises it; the others end.
+    """
+    run = configure(cfg)
+    if run.parallel:
+        with _told_once(cfg):
+            _check_processes(run)
+    if run.device.type != "cpu":
+        hardware.check_gpu(run.device)
+        if not run.parallel:
+            _try_step(run, run.device)
+    _ = run.logger, run.diagnostics
+    return run
+
+
+@contextmanager
+def _told_once(cfg: DictConfig) -> Iterator[None]:
+    """Lets the first of the processes of a data-parallel run alone raise a Mistake; the others end, with status 1."""
+    try:
+        yield
+    except Mistake:
+        rank = os.environ.get("RANK" if "TORCHELASTIC_RUN_ID" in os.environ else "SLURM_PROCID", "0")
+        if OmegaConf.select(cfg, "trainer.strategy") == "ddp" and rank != "0":
+            raise SystemExit(1) from None
+        raise
+
+
+def _made(kind: type[T], node: Component, key: str, *args: Any) -> T:
+    """What a config node makes. Raises Mistake where that is of another kind."""
+    made = build(node, key, *args)
+    if not isinstance(made, kind):
+        raise Mistake(
+            f"{key}: _target_ {node['_target_']!r} makes an object of type {type(made).__name__}, and a "
+            f"{kind.__module__}.{kind.__name__} is needed"
+        )
+    return made
+
+
+def _initializer(spec: Component | str | float, key: str) -> Initializer:
+    if isinstance(spec, dict):
+        return _made(Initializer, spec, key)
+    try:
+        return from_string(spec)
+    except Mistake as e:
+        raise Mistake(f"{key}: {e}") from None
+
+
+def _check_processes(run: Run) -> None:
+    """Raises Mistake where a data-parallel run can't be divided, or its processes are not those it needs."""
+    from nobackprop.training.ddp import DataParallel, to_start
+
+    s, strategy = run.settings, run.strategy
+    assert isinstance(strategy, DataParallel)
+    devices = strategy.num_processes * strategy.num_nodes
+    if s.batch_size % devices:
+        raise Mistake(f"batch_size is {s.batch_size}: write a multiple of {devices}, the number of devices")
+    if s.stack:
+        raise Mistake("stack=true: with trainer=ddp seeds are trained one after another; leave stack out")
+    assert strategy.cluster_environment is not None
+    if not to_start(strategy):
+        try:
+            strategy.cluster_environment.validate_settings(strategy.num_processes, strategy.num_nodes)
+        except ValueError as e:
+            raise Mistake(f"trainer: {e}") from None
+    elif strategy.num_nodes > 1:
+        raise Mistake(
+            f"trainer.num_nodes is {strategy.num_nodes}, but this is one process: start one a device on every machine, "
+            "with srun (--nodes, --ntasks-per-node) or torchrun (--nnodes, --nproc-per-node)"
+        )
+
+
+def _try_step(run: Run, device: torch.device) -> None:
+    """One step on two blank images, as training computes it: finds what does not go together before data is loaded.
+
+    What the step depends on is tried once a process. Raises Mistake for what torch's own optimizers and schedules
+    refuse, and for want of memory; an exception of a rule, or of a part that is the user's own, is a fault in it and
+    passes through.
+    """
+    s = run.settings
+    parts = {"rule": s.rule, "arch": s.arch, "init": s.init.model_dump(), "loss": s.loss, "classes": run.loss.classes}
+    where = {"precision": s.trainer.precision, "device": str(device)}
+    key = digest({**parts, **where, "images": list(run.source.shape), "recompute": run.net.recompute})
+    if key not in _tried:
+        _tried[key] = _try_rule(run, device)
+    shapes = _tried[key]
+    key = digest({"optimizer": s.optimizer, "schedule": s.schedule, "epochs": s.max_epochs, **where, "shapes": shapes})
+    if key not in _tried:
+        _try_optimizer(run, list(shapes.values()), device)
+        _tried[key] = {}
+
+
+def _try_rule(run: Run, device: torch.device) -> dict[str, Shape]:
+    """The shapes of the weights, for which the rule has given gradients."""
+    net, rule, dtype = run.net, run.rule, _dtype(run)
+    try:
+        w = {n: t.to(device, dtype) for n, t in initial_weights(net, rule, run.forward, run.backward, 0).items()}
+        x, y = (torch.zeros(2, *shape, dtype=dtype, device=device) for shape in (net.in_shape, (run.loss.outputs,)))
+        noise = {name: x.new_zeros(shape) for name, shape in rule.noise(net, len(x)).items()}
+        with torch.no_grad(), _precision(run, device):
+            grads, _ = rule.all_grads(net, w, Batch(x, y, run.loss, noise))
+    except (RuntimeError, MemoryError) as e:
+        if not hardware.too_little_memory(e):
+            raise
+        raise Mistake(f"arch: this net takes more memory than there is: {hardware.first_line(e)}") from e
+    if unknown := grads.keys() - w.keys():
+        raise Mistake(f"rule {type(rule).__name__} gives gradients of {sorted(unknown)}, which are no weights")
+    for name, g in grads.items():
+        if g.shape != w[name].shape:
+            raise Mistake(
+                f"rule {type(rule).__name__} gives {name}, of shape {tuple(w[name].shape)}, a gradient of shape "
+                f"{tuple(g.shape)}"
+            )
+    return {name: tuple(t.shape) for name, t in w.items()}
+
+
+def _dtype(run: Run) -> torch.dtype:
+    """The type of the weights."""
+    return torch.float64 if run.settings.trainer.precision == "64-true" else torch.float32
+
+
+def _precision(run: Run, device: torch.device) -> AbstractContextManager[Any]:
+    """As Lightning's plugin for this precision."""
+    if run.settings.trainer.precision == "bf16-mixed":
+        return torch.autocast(device.type, torch.bfloat16)
+    return _as_default(_dtype(run))
+
+
+@contextmanager
+def _as_default(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _try_optimizer(run: Run, shapes: list[Shape], device: torch.device) -> None:
+    """A step of the optimizer, on small weights with as many axes, and the rates of all epochs (of a thousand at most).
+
+    As in training, the first axis is that of the seeds.
+    """
+    s = run.settings
+    small = [torch.zeros(1, *(min(n, 2) for n in shape), dtype=_dtype(run), device=device) for shape in shapes]
+    params = [torch.nn.Parameter(t, requires_grad=False) for t in small]
+    optimizer = _asked(s.optimizer, "optimizer", run.optimizer, params)
+    if not isinstance(optimizer, Optimizer):
+        raise Mistake(f"optimizer: {s.optimizer['_target_']} is no torch.optim.Optimizer")
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    _asked(s.optimizer, "optimizer", optimizer.step)
+    if run.schedule is None:
+        return
+    with warnings.catch_warnings(action="ignore"):  # that no optimizer step came before
+        schedule = _asked(s.schedule, "schedule", run.schedule, optimizer)
+        if not isinstance(schedule, LRScheduler):
+            raise Mistake(f"schedule: {s.schedule['_target_']} is no torch.optim.lr_scheduler.LRScheduler")
+        if wrong := [epoch for epoch in getattr(schedule, "milestones", ()) if not isinstance(epoch, int)]:
+            raise Mistake(f"schedule: milestones are numbers of epochs, as in [50,75]; got {wrong}")
+        for _ in range(min(s.max_epochs, 1000)):
+            _asked(s.schedule, "schedule", schedule.step)
+            if (rate := optimizer.param_groups[0]["lr"]) < 0:
+                raise Mistake(f"schedule: the rate becomes {rate}: it must not be below 0")
+
+
+def _asked(node: Component, key: str, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, of what the node makes. Raises Mistake where a value is missing, or torch's code refuses one.
+
+    Code of the user's own says Mistake itself, if it wants to; its other exceptions are faults and pass through.
+    """
+    try:
+        signature(function).bind(*args)
+    except TypeError as e:
+        raise Mistake(f"{key}: {node['_target_']}: {e}") from None
+    try:
+        return function(*args)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as e:
+        if isinstance(e, Mistake) or node["_target_"].startswith("torch."):
+            raise Mistake(f"{key}: {e}") from e
+        raise
+
+
+def trainer(settings: Settings, **options: Any) -> "Trainer":
+    """Lightning's Trainer, without its bar, summary and sanity check. Raises Mistake for a device it can't use."""
+    from pytorch_lightning import Trainer
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+    from nobackprop.training.checkpoints import CheckpointFolder
+    from nobackprop.training.ddp import DataParallel, environment
+
+    options |= {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    options |= settings.trainer.model_dump()
+    options["accelerator"] = "cuda" if hardware.on_gpu(settings.trainer.accelerator) else "cpu"
+    parallel = settings.trainer.strategy == "ddp"
+    options["plugins"] = [CheckpointFolder(), environment(parallel)]
+    if parallel:
+        options["strategy"] = DataParallel()
+    try:
+        return Trainer(**options)
+    except (ValueError, RuntimeError, MisconfigurationException) as e:
+        raise Mistake(f"trainer: {e}") from None

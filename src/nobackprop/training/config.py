@@ -1,0 +1,296 @@
+"""The settings of a run: what may be set, checked at once; and what identifies its result."""
+
+import json
+import os
+import re
+from importlib import import_module
+from inspect import signature
+from math import isfinite
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    TypeAdapter,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic import ValidationError as PydanticError
+
+from nobackprop.mistakes import Mistake, close
+from nobackprop.records.identity import before, digest, run_name
+
+MOST_SEEDS = 100_000  # when counted; more are a slip of the pen
+
+
+def _component(node: Any) -> Any:
+    if isinstance(node, dict) and re.fullmatch(r"\w+(\.\w+)+", str(node.get("_target_"))):
+        return node
+    raise Mistake("write keys with values, of which _target_ names a class, as in _target_: nobackprop.rules.bp.BP")
+
+
+def _component_or_none(node: Any) -> Any:
+    return node if node == {} else _component(node)
+
+
+def _start(spec: Any) -> Any:
+    if isinstance(spec, str | int | float) and not isinstance(spec, bool):
+        return spec
+    if isinstance(spec, dict):
+        return _component(spec)
+    raise Mistake("write a string such as U1 or N0.1, or keys of which _target_ names a class")
+
+
+Component = Annotated[dict[str, Any], BeforeValidator(_component)]  # a mapping with Hydra's `_target_`
+ComponentOrNone = Annotated[dict[str, Any], BeforeValidator(_component_or_none)]  # empty: none
+Start = Annotated[dict[str, Any] | str | int | float, BeforeValidator(_start)]
+
+
+def _seed_list(seeds: Any) -> Any:
+    if isinstance(seeds, list) and seeds:
+        return seeds
+    if isinstance(seeds, int) and not isinstance(seeds, bool) and 0 < seeds <= MOST_SEEDS:
+        return list(range(seeds))
+    raise Mistake(f"write how many, 1 to {MOST_SEEDS}, or a list such as [0,4,7]")
+
+
+def _fraction_or_count(value: float) -> float:
+    if 0 < value < 1 or (isinstance(value, int) and value > 0):
+        return value
+    raise Mistake("write a fraction between 0 and 1, or how many images")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DatasetSettings(_Strict):
+    """conf/dataset: where images come from and which of them a seed trains on."""
+
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # a part of the run's folder
+    source: Component
+    classes: int | None
+    classes_seed: NonNegativeInt | None
+    validation: Annotated[float | int, AfterValidator(_fraction_or_count)]
+    split: Literal["random", "first", "last"]
+    normalize: bool
+    flip: bool
+    crop: NonNegativeInt
+
+
+class InitSettings(_Strict):
+    """conf/init: a `_target_` or one of the mDFA program's strings, for W and for the rule's own weights."""
+
+    forward: Start
+    backward: Start
+
+
+class TrainerSettings(_Strict):
+    """conf/trainer: what of Lightning's Trainer may be set; all else would break the count of epochs and steps."""
+
+    accelerator: Literal["auto", "cpu", "gpu", "cuda"]
+    strategy: Literal["auto", "ddp"]
+    devices: PositiveInt | Annotated[list[NonNegativeInt], Field(min_length=1)] | Literal["auto"]
+    num_nodes: PositiveInt
+    precision: Literal["64-true", "32-true", "bf16-mixed"]
+
+    @field_validator("devices", "num_nodes")
+    @classmethod
+    def _several_only_with_ddp(cls, value: Any, info: ValidationInfo) -> Any:
+        one = value == 1 or (isinstance(value, list) and len(value) == 1)
+        if one or info.data.get("strategy") != "auto":
+            return value
+        raise Mistake("use 1 (or a list of one device), or trainer=ddp to train on several")
+
+
+def _folder(path: Any) -> Any:
+    if isinstance(path, str) and path:
+        return os.path.expanduser(path)
+    raise Mistake("write the folder's name, with ./ before one that looks like a number, as in paths.runs=./1e5")
+
+
+Folder = Annotated[str, BeforeValidator(_folder)]
+
+
+class Paths(_Strict):
+    data: Folder
+    runs: Folder
+
+
+class Settings(_Strict):
+    """Every top-level key of conf/train.yaml, in its order; unknown keys are refused."""
+
+    rule: Component
+    dataset: DatasetSettings
+    arch: Component
+    init: InitSettings
+    loss: Component
+    optimizer: Component
+    schedule: ComponentOrNone
+    trainer: TrainerSettings
+    logger: ComponentOrNone
+    diagnostics: ComponentOrNone
+    launcher: Component
+    seeds: Annotated[list[NonNegativeInt], BeforeValidator(_seed_list)]  # how many, or a list
+    max_epochs: PositiveInt
+    max_steps: PositiveInt | None
+    batch_size: PositiveInt
+    update: Literal["mean", "sum", "unit_norm", "unit_norm_relative"]
+    l2: NonNegativeFloat
+    patience: PositiveInt | None
+    stack: bool | None
+    threads: PositiveInt
+    compile: bool | None
+    recompute: bool | None
+    workers: PositiveInt | None
+    checkpoint_minutes: NonNegativeFloat
+    dry_run: bool
+    paths: Paths
+
+    @classmethod
+    def of(cls, cfg: DictConfig) -> "Settings":
+        """The settings in a composed config. Raises Mistake, naming every key at fault and what it may be."""
+        try:
+            content = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+            _check_finite(content)
+            settings = cls.model_validate(content)
+        except MissingMandatoryValue as e:
+            raise Mistake(f"{e.full_key} must be given: add {e.full_key}=...") from None
+        except OmegaConfBaseException as e:  # an interpolation of what is not there
+            raise Mistake(f"{e.full_key}: {str(e).splitlines()[0]}") from None
+        except PydanticError as e:
+            raise Mistake("; ".join(_sentence(error) for error in e.errors())) from None
+        if len(set(settings.seeds)) < len(settings.seeds):
+            raise Mistake(f"seeds: {settings.seeds} names a seed twice; seeds=3 means [0,1,2], seeds=[0,4,7] a list")
+        return settings
+
+    @property
+    def name(self) -> str:
+        """`rule_arch_dataset`, as in `lra_e_mlp_mnist`."""
+        return run_name(self.rule, self.arch, self.dataset.name)
+
+    @property
+    def folder(self) -> Path:
+        """Where the run keeps everything: one folder a seed, and checkpoints while it trains."""
+        return Path(self.paths.runs) / f"{self.name}-{self.signature}"
+
+    def identity(self) -> dict[str, Any]:
+        """All that can change a seed's result, not what cannot: no seeds, loggers, paths, devices or compiler.
+
+        The last two, and threads, change float32 rounding; a record states them beside its config. A component's key is
+        left out where it has the value that records without it mean, so that these keep their signatures.
+        """
+        how = {"stack", "compile", "recompute", "threads", "workers", "launcher", "checkpoint_minutes", "dry_run"}
+        config = self.model_dump(exclude={"seeds", "logger", "diagnostics", "paths", *how})
+        for key in ("root", "download", "cache", "verify"):
+            config["dataset"]["source"].pop(key, None)
+        config["trainer"] = {"precision": self.trainer.precision}
+        return {key: _as_recorded(node, key) for key, node in config.items()}
+
+    @property
+    def signature(self) -> str:
+        """A hash of `identity`: with the seed it is the key of a record."""
+        return digest(self.identity())
+
+
+def _check_finite(tree: Any, *path: Any) -> None:
+    """Raises Mistake for a number that is infinite or none: no record could say what was run."""
+    if isinstance(tree, float) and not isfinite(tree):
+        raise Mistake(f"{'.'.join(map(str, path))}: write a finite number, got {tree}")
+    nodes = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, node in nodes:
+        _check_finite(node, *path, key)
+
+
+def _as_recorded(node: Any, name: str) -> Any:
+    """A config's node with the later keys of components, also where it leaves them to their defaults, and without those
+    that have the value which records without them mean. Raises Mistake for an unknown target.
+    """
+    if not isinstance(node, dict):
+        return node
+    target = _target(node["_target_"], name) if "_target_" in node else None
+    old = before(target)
+    given = {key: getattr(target, key) for key in old} | node
+    return {key: _as_recorded(value, key) for key, value in given.items() if key not in old or value != old[key]}
+
+
+def build(node: Component, key: str, *args: Any, **kwargs: Any) -> Any:
+    """Instantiates a config node, called `key` in messages.
+
+    Raises Mistake for an unknown target, key or value. What the target's own code raises for another reason is an
+    InstantiationException, with the error as its cause.
+    """
+    target = _target(node["_target_"], key)
+    takes = signature(target)
+    known = {name: p for name, p in takes.parameters.items() if name not in ("params", "optimizer")}
+    given = {name: value for name, value in node.items() if not name.startswith("_")}
+    for name, value in given.items():
+        if name not in known:
+            raise Mistake(f"{key}: unknown key {name}; choose from: {', '.join(known) or 'none'}{close(name, known)}")
+        annotation = known[name].annotation  # others', but for flags, promise less than they take
+        if target.__module__.startswith("nobackprop.") or annotation in (bool, bool | None):
+            _check_type(f"{key}.{name}", value, annotation)
+    if not node.get("_partial_"):
+        try:
+            takes.bind(*args, **given, **kwargs)
+        except TypeError as e:
+            missing = re.match(r"missing a required .*argument: '(\w+)'", str(e))
+            told = f"{key}.{missing[1]} must be given: add {key}.{missing[1]}=..." if missing else f"{key}: {e}"
+            raise Mistake(told) from None
+    try:
+        return instantiate(node, *args, **kwargs, _convert_="all")
+    except InstantiationException as e:
+        cause = e.__cause__
+        of_torch = target.__module__.split(".")[0] == "torch" and isinstance(cause, TypeError | ValueError)
+        if cause is None or isinstance(cause, Mistake) or of_torch:
+            raise Mistake(f"{key}: {cause or e}") from e
+        raise
+
+
+def _target(name: str, key: str) -> Any:
+    """What a `_target_` names. Raises Mistake where there is no such thing; other errors of its module are its own."""
+    found, path = None, ""
+    for part in name.split("."):
+        within, path = path, f"{path}.{part}".removeprefix(".")
+        try:
+            found = getattr(found, part) if hasattr(found, part) else import_module(path)
+        except ModuleNotFoundError as e:
+            if not f"{path}.".startswith(f"{e.name}."):
+                raise
+            there = [text for text in dir(found) if not text.startswith("_")] if within else []
+            lacks = f"{within} has no {part}{close(part, there)}" if within else f"there is no module {part}"
+            hint = "" if within else ": put its folder on PYTHONPATH, or check the name"
+            raise Mistake(f"{key}: _target_ is {name}, but {lacks}{hint}") from None
+    if not callable(found):
+        raise Mistake(f"{key}: _target_ is {name}, which is neither a class nor a function")
+    return found
+
+
+def _check_type(key: str, value: Any, annotation: Any) -> None:
+    """Raises Mistake where a value read from a config is not of the annotated type; `no` is a string, not false."""
+    try:
+        TypeAdapter(annotation).validate_json(json.dumps(value), strict=True)
+    except PydanticError as e:
+        raise Mistake(f"{key}: {e.errors()[0]['msg']}, got {value!r}") from None
+
+
+def _sentence(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "missing":
+        return f"{where} must be given: add {where}=..."
+    if error["type"] == "extra_forbidden":
+        model: Any = Settings if len(error["loc"]) == 1 else Settings.model_fields[error["loc"][0]].annotation
+        names = list(model.model_fields)
+        return f"unknown key {where!r}; choose from: {', '.join(names)}{close(str(error['loc'][-1]), names)}"
+    return f"{where}: {error['msg'].removeprefix('Value error, ')}, got {error['input']!r}"

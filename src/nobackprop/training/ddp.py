@@ -1,0 +1,157 @@
+"""Data-parallel training: several processes with a device each, every one of which takes its part of each mini-batch.
+
+The processes start from equal weights and step with equal gradients, the mean over all of them, so their weights stay
+equal. Rank 0 alone writes and prints.
+"""
+
+import logging
+import os
+import pickle
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from lightning_fabric.plugins.environments.lightning import find_free_network_port
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+from pytorch_lightning.strategies import DDPStrategy, Strategy
+from torch import Tensor
+from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
+
+from nobackprop.training.stopping import StopSignals, how_it_ended
+
+logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # that it ends the others is no news
+
+
+class DataParallel(DDPStrategy):
+    """Lightning's DDP without what it wraps around a module: that reduces autograd's gradients, and there are none.
+
+    Nor does it start processes, by running the command again: `start` or a cluster does.
+    """
+
+    def configure_ddp(self) -> None:
+        pass
+
+    def _configure_launcher(self) -> None:
+        pass
+
+
+def mean_over_processes(grads: Mapping[str, Tensor], strategy: Strategy, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The mean of each gradient over all processes, computed in `dtype`; in one message, since each costs a wait."""
+    numbers = torch.cat([g.flatten().to(dtype) for g in grads.values()])
+    numbers = strategy.reduce(numbers, reduce_op="mean")
+    parts = numbers.split([g.numel() for g in grads.values()])
+    return {name: part.view(g.shape) for (name, g), part in zip(grads.items(), parts, strict=True)}
+
+
+class SameWeights(Callback):
+    """Makes sure that all processes have the same weights, and with them the same `task`: its names and numbers.
+
+    Checked when training starts and after each epoch. Raises RuntimeError where they differ.
+    """
+
+    def __init__(self, *task: object) -> None:
+        self.task = task
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.world_size == 1:
+            return
+        digest = blake2b(repr(self.task).encode(), digest_size=8)
+        for p in pl_module.parameters():
+            digest.update(p.cpu().contiguous().numpy().tobytes())
+        if digest.digest() != trainer.strategy.broadcast(digest.digest()):
+            raise RuntimeError(
+                f"process {trainer.global_rank} has other weights or images than process 0: on every machine, use the "
+                "same versions, the same images, and paths.runs in a folder that all of them share"
+            )
+
+    on_train_epoch_end = on_train_start
+
+
+def environment(parallel: bool) -> ClusterEnvironment:
+    """Who has started this process: torchrun, SLURM's srun, or nobody that a run on one device needs to know of.
+
+    A cluster's job is never Lightning's to put back into the queue.
+    """
+    if parallel and TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    return SLURMEnvironment(auto_requeue=False) if parallel and SLURMEnvironment.detect() else LightningEnvironment()
+
+
+def to_start(strategy: Strategy) -> int:
+    """How many processes are still to be started: none where a cluster, torchrun or `start` has done so."""
+    if not isinstance(strategy, DataParallel):
+        return 0
+    environment = strategy.cluster_environment
+    assert environment is not None
+    alone = isinstance(environment, SLURMEnvironment) and environment.world_size() == 1
+    return strategy.num_processes if alone or not environment.creates_processes_externally else 0
+
+
+def connect(strategy: Strategy) -> None:
+    """Lets this process `broadcast` to the others of its run. Does nothing where it has none, or is to start them."""
+    if isinstance(strategy, DataParallel) and not to_start(strategy):
+        strategy.setup_environment()
+
+
+def start(function: Callable[..., None], processes: int, *args: Any) -> None:
+    """Runs `function(*args)` in so many new processes on this machine, ranks 0, 1, ..., until all are done.
+
+    Where one fails the others are ended, and its exception is raised, or ChildProcessError where it was killed or
+    stopped by itself. Where this process is asked to end it asks them, and raises Stopped when they have.
+    """
+    errors = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    args = find_free_network_port(), errors, function, args
+    spawned: Any = torch.multiprocessing.spawn(_as_rank, args, processes, join=False)
+    first: list[Exception] = []  # what made the others fail, too
+    with StopSignals() as signals:
+        try:
+            while not spawned.join(timeout=0.5):
+                if not first and not errors.empty():  # a process may wait for its long message to be read
+                    first.append(errors.get())
+                if signals.signum is not None:
+                    for process in spawned.processes:
+                        process.terminate()
+        except ProcessException as e:
+            signals.check()
+            if isinstance(e, ProcessExitedException):
+                how = how_it_ended(e.exit_code)
+                raise ChildProcessError(
+                    f"process {e.error_index} of a run {how}; the same command goes on from the last checkpoint"
+                ) from None
+            if not first and not errors.empty():
+                first.append(errors.get())
+            raise (first or [e])[0] from None
+        finally:
+            for process in spawned.processes:
+                process.kill()
+        signals.check()
+
+
+def _as_rank(rank: int, port: int, errors: Any, function: Callable[..., None], args: Sequence[Any]) -> None:
+    os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.pop("SLURM_NTASKS", None)  # a task of SLURM's that starts processes stands for none of them
+    try:
+        function(*args)
+    except Exception as error:
+        errors.put(portable(error))
+        raise
+    torch.distributed.destroy_process_group()
+
+
+def portable(error: Exception) -> Exception:
+    """An error that another process can take, with a note of where it was; another one where it can't be pickled."""
+    note = f"In a process of its own:\n{traceback.format_exc()}"
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(note)
+    return error

@@ -1,0 +1,161 @@
+"""What goes on inside a net as it trains: angles to the gradient, saturation, norms. Off unless asked for.
+
+It stands outside the rules and knows three of them: backpropagation, the measure of the others, feedback alignment,
+whose kin say what errors go down through, and DFA, whose kin send them from the output to each layer.
+"""
+
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from nobackprop.core.network import Network, Weights
+from nobackprop.core.random import normal
+from nobackprop.core.rule import Batch, Rule
+from nobackprop.mistakes import Mistake
+from nobackprop.rules.bp import BP
+from nobackprop.rules.dfa import DFA
+from nobackprop.rules.fa import FA
+from nobackprop.training.learner import Learner
+
+SATURATED = 0.05  # a unit is saturated where its activation's derivative is smaller
+ROUNDING = 1e-6  # a cosine above minus this may be zero but for rounding
+CHUNK = 10_000_000  # about how many numbers the gradients of single samples may take at once
+
+
+class Diagnostics(Callback):
+    """Adds what `diagnose` finds to each epoch's entry of each seed; training stays as it is, to the bit.
+
+    The images are the first `samples` of the seed's validation images, all of them where there are fewer.
+    """
+
+    def __init__(self, samples: int) -> None:
+        if samples < 1:
+            raise Mistake(f"diagnostics.samples is {samples}: it must be 1 or more")
+        self.samples = samples
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seen: list[list[Tensor]] = []
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
+    ) -> None:
+        own = -(-self.samples // trainer.world_size)  # each process evaluates every world_size-th image
+        if (missing := own - sum(mask.shape[1] for _, _, mask in self.seen)) > 0:
+            self.seen.append([t[:, :missing] for t in batch])
+
+    @torch.no_grad()
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Learner)
+        seen = [torch.cat(parts, 1) for parts in zip(*self.seen, strict=True)]
+        if trainer.world_size > 1:
+            seen = [torch.stack(gather_all_tensors(t), 2).flatten(1, 2)[:, : self.samples] for t in seen]
+        pixels, labels, masks = seen
+        for s, mask in enumerate(masks):
+            if not pl_module.progress[s].stopped:
+                w = {name: p[s] for name, p in pl_module.w.items()}
+                x = pl_module.pixels(pixels[s, mask], w["W1"].dtype)
+                y = pl_module.loss.target(labels[s, mask], x.dtype)
+                shapes = pl_module.rule.noise(pl_module.net, len(x))
+                drawn = normal(shapes, pl_module.seeds[s], "diagnostics", pl_module.steps)
+                noise = {name: t.to(x) for name, t in drawn.items()}
+                batch = Batch(x, y, pl_module.loss, noise)
+                pl_module.extra_scores[s] |= diagnose(pl_module.net, pl_module.rule, w, batch)
+
+
+def diagnose(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, float]:
+    """What one seed's weights do on a batch of images, by name; empty where its logits are not finite.
+
+    The batch holds the noise that the rule asks for. Of a rule with phases each weight's last gradient is measured, all
+    from these weights.
+
+    | name | what | where |
+    | --- | --- | --- |
+    | `norm/W{l}` | Frobenius norm of the weights | every layer |
+    | `norm/update_W{l}` | Frobenius norm of the rule's gradient | the rule gives one |
+    | `angle/update_W{l}` | from the rule's gradient to that of the loss | and f has a derivative |
+    | `angle/feedback_W{l}` | from the rule's own weight of layer l to what it stands in for | see below |
+    | `saturation/h{l}` | share of units, over all images, where abs(df) < 0.05 | hidden, f has a derivative |
+    | `opposed/W{l}` | share of images whose own update of W and b opposes their own gradient | one output unit |
+
+    And what the rule itself measures. Angles are in degrees; one with a zero vector is left out. The loss is that of
+    what the rule predicts: of the forward pass, whose gradient is backpropagation's, or of its own answer, through all
+    that this takes (such as states that come to rest). Feedback alignment and its kin say what they have in the place
+    of W. Of DFA and its kin B stands in for the product of the weights above its layer, where those layers are dense;
+    of other rules weights of their own (`E3`, ...) that are all shaped like W stand in for the W of their layer. An
+    update opposes a gradient where their inner product is negative.
+    """
+    update, logits = rule.all_grads(net, w, batch)
+    if not logits.isfinite().all():
+        return {}
+    found = {f"norm/W{l}": w[f"W{l}"].norm() for l in range(1, net.L + 1)}
+    found |= {f"norm/update_{name}": g.norm() for name, g in update.items() if name.startswith("W")}
+    found |= _feedback_angles(net, rule, w, batch) | rule.measured(net, w, batch)
+    if net.activation.derivative is not None:
+        gradient = _gradient(net, rule, w, batch)
+        found |= {f"angle/update_{name}": angle(g, gradient[name]) for name, g in update.items() if name[0] == "W"}
+        z, h = net.forward(w, batch.x)
+        for l in range(1, net.L):
+            found[f"saturation/h{l}"] = (net.df(z[l], h[l]).abs() < SATURATED).float().mean()
+        if net.units(net.L) == 1:
+            found |= _opposed(net, rule, w, batch)
+    return {name: float(value) for name, value in found.items() if not value.isnan()}
+
+
+def angle(u: Tensor, v: Tensor) -> Tensor:
+    """The angle between two tensors in degrees, NaN where one is zero; also exact for small angles (Kahan)."""
+    u, v = u / u.norm(), v / v.norm()
+    return torch.rad2deg(2 * torch.atan2((u - v).norm(), (u + v).norm()))
+
+
+def _gradient(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, Tensor]:
+    """That of the mean loss of what the rule predicts, by W and b."""
+    if type(rule).logits is Rule.logits:
+        return BP().grads(net, w, batch)[0]
+
+    def loss(own: dict[str, Tensor]) -> Tensor:
+        return batch.loss.value(rule.logits(net, {**w, **own}, batch.x), batch.y).mean()
+
+    return torch.func.grad(loss)({name: t for name, t in w.items() if name[0] in "Wb"})
+
+
+def _feedback_angles(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, Tensor]:
+    if isinstance(rule, FA):
+        return {f"angle/feedback_W{l}": angle(rule.down(l, w, batch), w[f"W{l}"]) for l in range(2, net.L + 1)}
+    found = {}
+    if isinstance(rule, DFA):
+        above = torch.eye(net.units(net.L)).to(w["W1"])  # the product of the weights above, (units, outputs)
+        for l in range(net.L - 1, 0, -1):
+            if w[f"W{l + 1}"].ndim > 2:
+                break  # a convolution
+            above = w[f"W{l + 1}"].mT @ above
+            found[f"angle/feedback_W{l}"] = angle(w[f"B{l}"], above)
+        return found
+    for letter in sorted({name.rstrip("0123456789") for name in w} - {"W", "b", "R"}):  # R reads out
+        own = {l: w[f"{letter}{l}"] for l in range(1, net.L + 1) if f"{letter}{l}" in w}
+        if all(t.shape == net.weight_shape(l) for l, t in own.items()):
+            found |= {f"angle/feedback_W{l}": angle(t, w[f"W{l}"]) for l, t in own.items()}
+    return found
+
+
+def _opposed(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, Tensor]:
+    alone = rule.noise(net, 1)
+    own = {name: 0 if t.shape != alone[name] else None for name, t in batch.noise.items()}  # the samples' axis, if any
+
+    def of_one_sample(x: Tensor, y: Tensor, noise: dict[str, Tensor]) -> dict[str, Tensor]:
+        noise = {name: t if own[name] is None else t.unsqueeze(0) for name, t in noise.items()}
+        single = Batch(x.unsqueeze(0), y.unsqueeze(0), batch.loss, noise)
+        update, gradient = rule.all_grads(net, w, single)[0], _gradient(net, rule, w, single)
+        found = {}
+        for l in range(1, net.L + 1):
+            if names := [name for name in (f"W{l}", f"b{l}") if name in update]:
+                u, g = (torch.cat([grads[name].flatten() for name in names]) for grads in (update, gradient))
+                found[f"opposed/W{l}"] = u @ g < -ROUNDING * u.norm() * g.norm()
+        return found
+
+    numbers = sum(t.numel() for t in w.values()) + sum(net.units(l) for l in range(net.L + 1))
+    over_samples = torch.func.vmap(of_one_sample, in_dims=(0, 0, own), chunk_size=max(1, CHUNK // numbers))
+    found = over_samples(batch.x, batch.y, dict(batch.noise))
+    return {name: opposed.float().mean() for name, opposed in found.items()}

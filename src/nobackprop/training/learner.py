@@ -1,0 +1,333 @@
+"""The LightningModule that trains any rule on any net, for one seed or several at once."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from math import isfinite
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from nobackprop.core.layers import Conv
+from nobackprop.core.losses import Loss
+from nobackprop.core.network import Network
+from nobackprop.core.random import normal
+from nobackprop.core.rule import Batch, Phase, Rule
+from nobackprop.core.updates import UPDATES
+from nobackprop.data.batches import EvalBatches, TrainBatches
+from nobackprop.data.pixels import Pixels
+from nobackprop.mistakes import Mistake
+from nobackprop.training.ddp import mean_over_processes
+from nobackprop.training.hardware import COMPILER_ERRORS, first_line, too_little_memory
+from nobackprop.training.metrics import Scores
+
+
+@dataclass
+class Progress:
+    """What a seed has reached; kept in checkpoints, written into its record."""
+
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    best_epoch: int | None = None
+    best_accuracy: float = -1.0
+    diverged_epoch: int | None = None
+    stopped: bool = False
+    test: dict[str, float] | None = None
+
+
+class Learner(LightningModule):
+    """Trains the weights of S seeds, stacked on a leading axis, without autograd.
+
+    A stack of one calls the rule directly, a larger one under `torch.func.vmap`. Of each seed the weights with the best
+    validation accuracy are kept, and tested at the end. A seed that diverges (NaN or infinite loss) or whose patience
+    is over counts as stopped, and the others go on. `weights` are those that each seed starts from, by its number;
+    `batches`, `validation` and `test` make the data loaders. `compile` has torch.compile make the rule's gradients;
+    where that fails and `uncompiled` is given, it is told why, and training goes on without. As one of several
+    processes (`rank` of `ranks`) it sees its part of each mini-batch, and steps with the mean gradient of all.
+    """
+
+    def __init__(
+        self,
+        net: Network,
+        rule: Rule,
+        loss: Loss,
+        weights: Mapping[int, Mapping[str, Tensor]],
+        *,
+        batches: Callable[..., TrainBatches],
+        validation: Callable[..., EvalBatches],
+        test: Callable[..., EvalBatches],
+        pixels: Pixels,
+        optimizer: Callable[..., Optimizer],
+        schedule: Callable[[Optimizer], LRScheduler] | None = None,
+        update: str = "mean",
+        l2: float = 0.0,
+        patience: int | None = None,
+        compile: bool = False,
+        uncompiled: Callable[[str], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.net, self.rule, self.loss, self.pixels = net, rule, loss, pixels
+        self.batches, self.validation, self.test = batches, validation, test
+        self.make_optimizer, self.make_schedule = optimizer, schedule
+        self.update, self.l2, self.patience = UPDATES[update], l2, patience
+        self.to_compile, self.uncompiled = compile, uncompiled
+        self.compiled = False  # what really happened
+        self.seeds, self.alone = tuple(weights), len(weights) == 1
+        names = next(iter(weights.values()))
+        self.w = nn.ParameterDict({n: _fixed(torch.stack([w[n] for w in weights.values()])) for n in names})
+        self.best = nn.ParameterDict({name: _fixed(p.clone()) for name, p in self.w.items()})
+        self.train_scores, self.eval_scores = Scores(loss, len(weights)), Scores(loss, len(weights))
+        self.other_scores: dict[str, Scores] = {}  # of the rule's other answers
+        self.extra_scores: list[dict[str, float]] = [{} for _ in self.seeds]  # a callback's, for this epoch
+        self.rank, self.ranks = 0, 1
+        self.steps = 0  # mini-batches trained so far: the truth for data order, logs and records
+        self.spent_s, self.started = 0.0, time.monotonic()
+        self.progress = [Progress() for _ in self.seeds]
+
+    def setup(self, stage: str) -> None:
+        self.rank, self.ranks = self.trainer.global_rank, self.trainer.world_size
+
+    def configure_optimizers(self) -> Any:
+        # Called when the weights are on their device. Lightning's wrapper of an optimizer would cost time at each step.
+        self.optimizer = self.make_optimizer(list(self.w.values()))
+        self.weights, self.stack = dict(self.w), self._without_axis(self.w)
+        self.phases = [self._phase(phase) for phase in self.rule.phases()]
+        schedules = [] if self.make_schedule is None else [self.make_schedule(self.optimizer)]
+        return [self.optimizer], schedules
+
+    def train_dataloader(self) -> TrainBatches:
+        return self.batches(position=lambda: self.steps, device=self.device, rank=self.rank, ranks=self.ranks)
+
+    def val_dataloader(self) -> EvalBatches:
+        return self.validation(device=self.device, rank=self.rank, ranks=self.ranks)
+
+    def test_dataloader(self) -> EvalBatches:
+        return self.test(device=self.device, rank=self.rank, ranks=self.ranks)
+
+    def inputs(self, pixels: Tensor) -> Tensor:
+        """The net's input for uint8 pixels (S, N, C, H, W)."""
+        x = self.pixels(pixels, self.w["W1"].dtype)
+        if x.device.type == "cpu" and isinstance(self.net.layers[0], Conv):
+            # Convolutions on a CPU are up to five times as fast with the channels last in memory.
+            x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, x.shape[:2])
+        return x
+
+    # Training
+
+    def step(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """One step of all seeds from inputs x (S, N, *in_shape) and targets y (S, N, outputs); gives the rule's logits.
+
+        None where the rule has none at hand.
+        """
+        samples, noise, logits = x.shape[1] * self.ranks, self._noise(x), []
+        if self.alone:
+            x, y, noise = x[0], y[0], self._without_axis(noise)
+        if self.to_compile:
+            self._compile(x, y, noise)
+        for phase in self.phases:
+            for p in self.weights.values():
+                p.grad = None  # also: without a gradient from the rule, the optimizer leaves p alone, weight decay too
+            grads, logits = phase(self.stack, x, y, noise)
+            if self.ranks > 1:
+                grads = mean_over_processes(grads, self.trainer.strategy, self.w["W1"].dtype)
+            self._update({name: g.unsqueeze(0) for name, g in grads.items()} if self.alone else grads, samples)
+        self.steps += 1
+        return next((z.unsqueeze(0) if self.alone else z for z in logits), None)
+
+    def _phase(self, phase: Phase) -> Callable[..., tuple[dict[str, Tensor], list[Tensor]]]:
+        """A phase of the rule, of `stack`, x, y and noise: directly for one seed, under vmap for several.
+
+        The logits come in a list, since vmap takes no None: an empty one where there are none.
+        """
+        net, loss = self.net, self.loss
+
+        def outputs(
+            w: Mapping[str, Tensor], x: Tensor, y: Tensor, noise: Mapping[str, Tensor]
+        ) -> tuple[dict[str, Tensor], list[Tensor]]:
+            grads, logits = phase(net, w, Batch(x, y, loss, noise))
+            return grads, [] if logits is None else [logits]
+
+        return self._over_seeds(outputs)
+
+    def _compile(self, *batch: Any) -> None:
+        """Compiles all phases of the rule for the tensors of a step, before that step moves a weight."""
+        self.to_compile = False
+        try:
+            compiled = [torch.compile(phase, dynamic=False) for phase in self.phases]
+            for phase in compiled:
+                phase(self.stack, *batch)
+        except COMPILER_ERRORS as e:  # if it is the rule's own error, the step will meet it again
+            if self.uncompiled is None:
+                raise
+            self.uncompiled(first_line(e))
+        else:
+            self.phases, self.compiled = compiled, True
+
+    def _over_seeds(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` of one seed, for tensors without an axis of seeds where there is one, under vmap where more."""
+        return function if self.alone else torch.func.vmap(function)
+
+    def _without_axis(self, tensors: Mapping[str, Tensor] | nn.ParameterDict) -> dict[str, Tensor]:
+        """Of one seed: no axis of seeds. Of several: as they are."""
+        return {name: t[0] if self.alone else t for name, t in tensors.items()}
+
+    def _noise(self, x: Tensor) -> dict[str, Tensor]:
+        """What the rule asks for at this step, (S, ...) by name: each seed's is a function of seed, name and step.
+
+        It is drawn for the whole mini-batch; of what each sample has of its own this process takes its samples'.
+        """
+        n = x.shape[1]
+        own, whole = (self.rule.noise(self.net, samples) for samples in (n, n * self.ranks))
+        drawn = [normal(whole, seed, "noise", self.steps) for seed in self.seeds]
+        noise = {name: torch.stack([each[name] for each in drawn]).to(x) for name in whole}
+        return {name: t if own[name] == whole[name] else t.narrow(1, self.rank * n, n) for name, t in noise.items()}
+
+    def _update(self, grads: Mapping[str, Tensor], samples: int) -> None:
+        """One step of the optimizer for the weights that have a gradient, then the rule's constraints."""
+        for name, g in grads.items():
+            p = self.weights[name]
+            # Mixed precision computes in a shorter type, and convolutions may give kernels with the channels last in
+            # memory, which fused optimizers would take for kernels laid out like the weights.
+            g = self.update(g.to(p.dtype).contiguous(), samples)
+            if (gain := self.rule.gain(name)) != 1:
+                g = g * gain
+            p.grad = g.add(p, alpha=self.l2) if self.l2 else g
+        self.optimizer.step()
+        for name, projected in self._over_seeds(partial(self.rule.constrain, self.net))(self.stack).items():
+            self.stack[name].copy_(projected)
+
+    @torch.no_grad()
+    def training_step(self, chunk: tuple[Tensor, Tensor], index: int) -> None:
+        """Trains on k mini-batches: pixels (k, S, N, C, H, W), labels (k, S, N)."""
+        pixels, labels = chunk
+        y = self.loss.target(labels.flatten(), self.w["W1"].dtype).unflatten(0, labels.shape)
+        try:
+            steps = [self.step(self.inputs(p), t) for p, t in zip(pixels, y, strict=True)]
+        except (RuntimeError, MemoryError) as e:
+            if not too_little_memory(e):
+                raise
+            stacked = f"; stack=false trains the {len(self.seeds)} seeds one after another" * (not self.alone)
+            raise Mistake(
+                f"a step on {labels.shape[2]} images takes more memory than there is ({first_line(e)}): use a smaller "
+                f"batch_size or arch, or recompute=true{stacked}"
+            ) from e
+        if logits := [z for z in steps if z is not None]:
+            self.train_scores.update(torch.cat(logits, 1), labels.transpose(0, 1).flatten(1))
+
+    def on_train_start(self) -> None:
+        self.started = time.monotonic()
+        if self.rank > 0:  # a checkpoint has the sums of all processes, and rank 0 goes on with them
+            self.train_scores.reset()
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds of training, those before an interruption included."""
+        return self.spent_s + time.monotonic() - self.started
+
+    def on_train_epoch_start(self) -> None:
+        assert isinstance(self.trainer.train_dataloader, TrainBatches)
+        if self.steps % self.trainer.train_dataloader.per_epoch == 0:  # else: resumed in mid-epoch, sums restored
+            self.train_scores.reset()
+
+    def on_train_epoch_end(self) -> None:
+        for config in self.trainer.lr_scheduler_configs:
+            config.scheduler.step()  # pyright: ignore[reportCallIssue]
+
+    # Evaluation
+
+    def evaluate(self, weights: nn.ParameterDict, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Adds a batch, pixels (S, M, C, H, W), labels and mask (S, M), to the evaluation's scores."""
+        pixels, labels, mask = batch
+        x = self.inputs(pixels)
+        inputs = self._without_axis(weights), x[0] if self.alone else x
+        logits = self._over_seeds(partial(self.rule.logits, self.net))(*inputs)
+        self.eval_scores.update(logits.unsqueeze(0) if self.alone else logits, labels, mask)
+        for name, other in self._over_seeds(partial(self.rule.other_logits, self.net))(*inputs).items():
+            scores = self.other_scores.setdefault(name, Scores(self.loss, len(self.seeds)).to(self.device))
+            scores.update(other.unsqueeze(0) if self.alone else other, labels, mask)
+
+    def _others(self, prefix: str) -> list[dict[str, float]]:
+        """The accuracies of the rule's other answers, a dict a seed; the scores start anew."""
+        found = {f"{prefix}accuracy_{name}": scores.compute()["accuracy"] for name, scores in self.other_scores.items()}
+        self.other_scores.clear()
+        return per_seed(found) if found else [{} for _ in self.seeds]
+
+    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> None:
+        self.evaluate(self.w, batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> None:
+        self.evaluate(self.best, batch)
+
+    def on_validation_epoch_start(self) -> None:
+        self.eval_scores.reset()
+        for extra in self.extra_scores:
+            extra.clear()
+
+    def on_test_epoch_start(self) -> None:
+        self.eval_scores.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        # a rule may have no logits of training images
+        train = per_seed(self.train_scores.compute()) if self.train_scores.count.any() else [{} for _ in self.seeds]
+        val = per_seed(self.eval_scores.compute())
+        for extra, others in zip(self.extra_scores, self._others("val/"), strict=True):
+            extra |= others
+        improved = [self._advance(p, train[s], val[s], self.extra_scores[s]) for s, p in enumerate(self.progress)]
+        if any(improved):
+            mask = torch.tensor(improved, device=self.device)
+            for name, p in self.w.items():
+                self.best[name].copy_(torch.where(mask.view(-1, *[1] * (p.ndim - 1)), p, self.best[name]))
+        self.trainer.should_stop |= all(p.stopped for p in self.progress)
+
+    def on_test_epoch_end(self) -> None:
+        every = zip(self.progress, per_seed(self.eval_scores.compute()), self._others(""), strict=True)
+        for p, scores, others in every:
+            p.test = scores | others if p.best_epoch is not None else None
+
+    def _advance(self, p: Progress, train: dict[str, float], val: dict[str, float], extra: dict[str, float]) -> bool:
+        """Notes a finished epoch of one seed; whether its weights are now its best."""
+        if p.stopped:
+            return False
+        epoch = len(p.epochs) + 1
+        finite = isfinite(train.get("loss", 0)) and isfinite(val["loss"])
+        scores = {f"train/{k}": v for k, v in train.items()} | {f"val/{k}": v for k, v in val.items()} | extra
+        scores = {k: v if isfinite(v) else None for k, v in scores.items()}
+        p.epochs.append({"epoch": epoch, "step": self.steps, **scores})
+        if not finite:
+            p.diverged_epoch, p.stopped = epoch, True
+            return False
+        if improved := val["accuracy"] > p.best_accuracy:
+            p.best_epoch, p.best_accuracy = epoch, val["accuracy"]
+        p.stopped = self.patience is not None and epoch - (p.best_epoch or 0) >= self.patience
+        return improved
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        with self.train_scores.sync_context():
+            checkpoint["state_dict"] |= self.train_scores.state_dict(prefix="train_scores.")
+        checkpoint["steps"] = self.steps
+        checkpoint["wall_s"] = self.wall_s
+        checkpoint["compiled"] = self.compiled
+        checkpoint["progress"] = [vars(p) for p in self.progress]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.steps = checkpoint["steps"]
+        self.spent_s = checkpoint["wall_s"]
+        self.compiled = checkpoint.get("compiled", False)  # which those of before did not say
+        self.progress = [Progress(**p) for p in checkpoint["progress"]]
+
+
+def per_seed(scores: Mapping[str, Tensor]) -> list[dict[str, float]]:
+    """Vectors over the seeds, by name, as one dict of numbers a seed."""
+    rows = zip(*(torch.atleast_1d(v).tolist() for v in scores.values()), strict=True)  # torchmetrics drops an axis of 1
+    return [dict(zip(scores, row, strict=True)) for row in rows]
+
+
+def _fixed(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
