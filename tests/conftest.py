@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,9 +39,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's backgro
 
 torch.set_num_threads(1)  # as a run does: two busy threads on a small net are slower than one
 
-CONF = Path(__file__).parents[1] / "conf"
+ROOT = Path(__file__).parents[1]
+CONF, PAPERS = ROOT / "conf", ROOT / "papers"
 SMALL = ("logger=none", "arch.hidden=[12]", "batch_size=8", "max_epochs=2")
 Config = Callable[..., DictConfig]
+
+
+def nobackprop(*overrides: str, cwd: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The command in a folder of its own, of this checkout, or of the package that is installed at `path`."""
+    environment = {**os.environ, "PYTHONPATH": "" if path is None else str(path)}
+    command = [sys.executable, "-m", "nobackprop", *overrides]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def options(group: str) -> list[str]:

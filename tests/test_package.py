@@ -12,17 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONF, options, until
+from conftest import CONF, ROOT, nobackprop, options, until
 
 from nobackprop.core.rule import Rule
-
-ROOT = CONF.parent
-
-
-def nobackprop(*overrides: str, cwd: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": "" if path is None else str(path)}
-    command = [sys.executable, "-m", "nobackprop", *overrides]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_a_wheel_trains_outside_the_checkout(tmp_path: Path) -> None:
@@ -159,7 +151,7 @@ def test_bash_completes_keys_and_choices(tmp_path: Path) -> None:
 
 def test_the_core_needs_torch_alone() -> None:
     others = ["hydra", "pytorch_lightning", "wandb", "torchvision", "pydantic", "rich"]
-    core = ["initializers", "updates", "optimizers", *(f"rules.{rule}" for rule in options("rule"))]
+    core = ["core.initializers", "core.updates", "core.optimizers", *(f"rules.{rule}" for rule in options("rule"))]
     code = f"import sys, {', '.join(f'nobackprop.{name}' for name in core)}; print({{*sys.modules}} & {{*{others}}})"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "set()"

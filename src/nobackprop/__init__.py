@@ -16,5 +16,5 @@ def __getattr__(name: str) -> Any:  # torch takes seconds to import, so only whe
     if name in __all__:
         from nobackprop.training import saved
 
-        return getattr(trained, name)
+        return getattr(saved, name)
     raise AttributeError(f"module 'nobackprop' has no attribute {name!r}")

@@ -1,9 +1,10 @@
-"""Where this program keeps what it reads, in a checkout and in a wheel."""
+"""Where this program keeps what it reads: in a checkout beside `src/`, in a wheel inside the package."""
 
 from pathlib import Path
 
-_here = Path(__file__).parent
-
-
-# A wheel carries the configs inside the package, a checkout beside src/.
-CONF = _here / "conf" if (_here / "conf").is_dir() else _here.parents[1] / "conf"
+PACKAGE = Path(__file__).parent
+_checkout = PACKAGE.parents[1]
+_in_wheel = (PACKAGE / "conf").is_dir()
+CONF = PACKAGE / "conf" if _in_wheel else _checkout / "conf"  # what Hydra composes
+PAPERS = PACKAGE / "paper_folders" if _in_wheel else _checkout / "papers"  # a folder each
+RESULTS = Path("results") if _in_wheel else _checkout / "results"  # records, and what is made from them

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nobackprop.data.sources import Dataset, Images
-from nobackprop.data.checksums import reading
-from nobackprop.mistakes import Mistake
 from nobackprop.core.random import stream
+from nobackprop.data.checksums import reading
+from nobackprop.data.sources import Dataset, Images
+from nobackprop.mistakes import Mistake
 
 CHUNK_STEPS = 100  # the most mini-batches that are gathered at once
 CHUNK_BYTES = 8_000_000  # and about how many bytes of pixels

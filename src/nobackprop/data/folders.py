@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
-from nobackprop.data.sources import Images, ImageShape, Source
-from nobackprop.data.decoding import open_image, quiet_decoding
 from nobackprop.data.checksums import as_folder, locked, reading, some
-from nobackprop.records.machine import cores
+from nobackprop.data.decoding import open_image, quiet_decoding
+from nobackprop.data.sources import Images, ImageShape, Source
 from nobackprop.mistakes import Missing, Mistake
 from nobackprop.records.files import write_atomically
+from nobackprop.records.machine import cores
 
 logger = logging.getLogger(__name__)
 

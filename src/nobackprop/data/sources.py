@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from nobackprop.data.checksums import Sums, as_folder, digest, locked, reading, some
-from nobackprop.mistakes import Missing, Mistake
 from nobackprop.data.pixels import Pixels
+from nobackprop.mistakes import Missing, Mistake
 
 logger = logging.getLogger(__name__)
 
@@ -557,7 +557,7 @@ class Parquet(Source):
 
         Raises Mistake where one can't be read or has another shape.
         """
-        from nobackprop.data.decoding import open_image, quiet_decoding# here, since digits need no Pillow
+        from nobackprop.data.decoding import open_image, quiet_decoding  # here, since digits need no Pillow
 
         channels, height, width = self.shape
         pixels = np.empty((len(blobs), height, width, channels), np.uint8)

@@ -1,4 +1,4 @@
-"""Whether recorded runs show what a paper claims: the tests, fixed in conf/claims/<paper>.yaml before the runs.
+"""Whether recorded runs show what a paper claims: the tests, fixed in papers/<paper>/claims.yaml before the runs.
 
 Every test compares test accuracies seed by seed. It consists of one or more *contrasts*: a sum of accuracies with
 signs, one number per seed, whose mean over seeds should lie above a bound. With `a` one of `cells`, `b` one of `than`,
@@ -75,7 +75,7 @@ class Claim(_Strict):
 
 
 class Claims(_Strict):
-    """A file of conf/claims. A reading is one way to take the paper's settings; every claim is tested under each."""
+    """A paper's claims.yaml. A reading is one way to take the paper's settings; every claim is tested under each."""
 
     alpha: float = Field(gt=0, lt=0.5)
     margin: float = Field(gt=0, description="percentage points")

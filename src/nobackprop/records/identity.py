@@ -8,6 +8,30 @@ from typing import Any
 
 EXACT = 2**53  # a float holds every integer below it
 
+# What moved since the first records, and the module under which these name it. New records do so too, so that moving
+# code orphans none. A line is added where something moves or is renamed, and never changed.
+RECORDED = {
+    "nobackprop.core.initializers": "nobackprop.initializers",
+    "nobackprop.core.losses": "nobackprop.losses",
+    "nobackprop.core.network": "nobackprop.network",
+    "nobackprop.core.optimizers": "nobackprop.optimizers",
+    "nobackprop.data.folders": "nobackprop.imagenet",
+    "nobackprop.data.sources": "nobackprop.data",
+}
+CURRENT = {recorded: current for current, recorded in RECORDED.items()}
+
+
+def recorded_name(name: str) -> str:
+    """What records call a class or function, given by its full name of today."""
+    module, _, own = name.rpartition(".")
+    return f"{RECORDED.get(module, module)}.{own}"
+
+
+def current_name(name: str) -> str:
+    """The full name of today of what records, or configs of before, call by this name."""
+    module, _, own = name.rpartition(".")
+    return f"{CURRENT.get(module, module)}.{own}"
+
 
 def digest(config: Mapping[str, Any]) -> str:
     """A hash of a config in which 1 and 1.0 are one number, and no two integers are."""

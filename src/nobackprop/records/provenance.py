@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # it takes seconds to import, and who only reads records needs none of it
     pass
+from nobackprop.places import PACKAGE
 from nobackprop.records.record import EDITS, Record, code
 
 # Options whose value, in the same argument or the next, says where things are on this machine.
@@ -57,19 +58,18 @@ def source_state() -> tuple[str | None, bool | None]:
 
     (None, None) outside a checkout. A sweep's copy of the package has them in a file.
     """
-    here = Path(__file__)
-    if (copied := here.with_name("source.json")).exists():
+    if (copied := PACKAGE / "source.json").exists():
         state = json.loads(copied.read_text())
         return state["commit"], state["dirty"]
 
     def git(*args: str) -> str:
         result = subprocess.run(
-            ["git", "-C", str(here.parent), *args], capture_output=True, text=True, check=True, timeout=30
+            ["git", "-C", str(PACKAGE), *args], capture_output=True, text=True, check=True, timeout=30
         )
         return result.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", here.name)  # a package inside somebody else's repository is not ours
+        git("ls-files", "--error-unmatch", "__init__.py")  # a package inside somebody else's repository is not ours
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", ".", *SOURCE))
     except (OSError, subprocess.SubprocessError):
         return None, None

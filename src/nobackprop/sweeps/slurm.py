@@ -20,6 +20,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from rich.console import Console
 
 from nobackprop.mistakes import Mistake
+from nobackprop.places import PACKAGE
 from nobackprop.records.files import write_atomically
 from nobackprop.records.provenance import source_state
 from nobackprop.sweeps.jobs import Job, Outcome, Say, attempt, note
@@ -210,11 +211,10 @@ def snapshot(folder: Path) -> Path:
 
     The copy's records name the commit of the original and whether it was changed.
     """
-    package = Path(__file__).parent
-    for path in package.rglob("*.py"):
-        target = folder / package.name / path.relative_to(package)
+    for path in PACKAGE.rglob("*.py"):
+        target = folder / PACKAGE.name / path.relative_to(PACKAGE)
         target.parent.mkdir(parents=True, exist_ok=True)
         copyfile(path, target)
     commit, dirty = source_state()
-    write_atomically(folder / package.name / "source.json", json.dumps({"commit": commit, "dirty": dirty}).encode())
+    write_atomically(folder / PACKAGE.name / "source.json", json.dumps({"commit": commit, "dirty": dirty}).encode())
     return folder

@@ -29,14 +29,14 @@ from pydantic import (
 from pydantic import ValidationError as PydanticError
 
 from nobackprop.mistakes import Mistake, close
-from nobackprop.records.identity import before, digest, run_name
+from nobackprop.records.identity import before, current_name, digest, recorded_name, run_name
 
 MOST_SEEDS = 100_000  # when counted; more are a slip of the pen
 
 
 def _component(node: Any) -> Any:
     if isinstance(node, dict) and re.fullmatch(r"\w+(\.\w+)+", str(node.get("_target_"))):
-        return node
+        return node | {"_target_": current_name(node["_target_"])}
     raise Mistake("write keys with values, of which _target_ names a class, as in _target_: nobackprop.rules.bp.BP")
 
 
@@ -222,6 +222,8 @@ def _as_recorded(node: Any, name: str) -> Any:
     target = _target(node["_target_"], name) if "_target_" in node else None
     old = before(target)
     given = {key: getattr(target, key) for key in old} | node
+    if target is not None:
+        given["_target_"] = recorded_name(node["_target_"])
     return {key: _as_recorded(value, key) for key, value in given.items() if key not in old or value != old[key]}
 
 

@@ -17,7 +17,7 @@ from nobackprop.core.rule import Rule
 from nobackprop.data.pixels import Pixels
 from nobackprop.data.sources import Images
 from nobackprop.mistakes import Missing, Mistake
-from nobackprop.records.identity import before
+from nobackprop.records.identity import before, recorded_name
 from nobackprop.training import sealed
 from nobackprop.training.metrics import Scores
 
@@ -105,7 +105,8 @@ def _described(component: Rule | Loss) -> dict[str, Any]:
 
 
 def _full_name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+    """As records have it."""
+    return recorded_name(f"{kind.__module__}.{kind.__qualname__}")
 
 
 def _made(base: Any, name: str, fields: Mapping[str, Any], path: Path) -> Any:

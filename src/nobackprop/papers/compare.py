@@ -1,0 +1,179 @@
+"""Compares the runs in a folder: a table of test accuracies, and a figure of the learning curves.
+
+    python scripts/compare.py runs/demo [--against bp] [--figure FILE]
+
+One row and one curve a run (a config with all its seeds): mean and standard deviation over seeds; and in a sentence in
+what else than the rule runs differ. With `--against` the table has the difference to a rule's run, with its 95 %
+interval, paired over the seeds that both have: the same seed is the same split, batch order and initial W. Nothing is
+trained: all comes from the run records.
+"""
+
+import argparse
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+from warnings import warn
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from rich.console import Console
+from rich.table import Table
+
+from nobackprop.mistakes import Missing, Mistake
+from nobackprop.records.gathering import collect, learning_curves
+from nobackprop.records.identity import rule_name
+from nobackprop.records.literal import literal, plain
+from nobackprop.records.record import Record, mean_and_deviation, tested
+
+Runs = Mapping[str, Sequence[Record]]
+
+
+def read(folder: Path) -> Runs:
+    """All records below a folder, by run. Raises Missing where there is none."""
+    found = collect([folder] if folder.exists() else [])
+    for problem in found.unreadable + found.conflicts:
+        warn(plain(problem), stacklevel=2)
+    runs = defaultdict(list)
+    for record in found.records.values():
+        runs[record.run].append(record)
+    if not runs:
+        raise Missing(f"no run records in {folder}/*/seed*/: train something with paths.runs={folder} first")
+    return runs
+
+
+def settings(config: Mapping[str, Any], *parents: str) -> Iterator[tuple[str, str]]:
+    """The keys of a config, as `optimizer.lr`, and their values as text."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from settings(value, *parents, name)
+        else:
+            yield ".".join([*parents, name]), str(value)
+
+
+def differing(texts: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    """The keys in which configs differ, with the value in each; a dash where one has no such key."""
+    keys = dict.fromkeys(key for text in texts for key in text)
+    columns = {key: [text.get(key, "-") for text in texts] for key in keys}
+    return {key: values for key, values in columns.items() if len(set(values)) > 1}
+
+
+def labels(runs: Runs) -> dict[str, str]:
+    """What to call each run: its name, and where others share it the settings in which they differ."""
+    by_name = defaultdict(list)
+    for run, records in runs.items():
+        by_name[records[0].name].append(run)
+    found = {}
+    for name, same in by_name.items():
+        differ = differing([dict(settings(runs[run][0].config)) for run in same])
+        for i, run in enumerate(same):
+            found[run] = " ".join([name, *(f"{key}={values[i]}" for key, values in differ.items())])
+    return found
+
+
+def only_run_of(rule: str, runs: Runs) -> Sequence[Record]:
+    """The records of a rule's run. Raises Mistake where not exactly one run has this rule."""
+    rules = {run: rule_name(records[0].config["rule"]) for run, records in runs.items()}
+    found = [run for run, name in rules.items() if name == rule]
+    if len(found) != 1:
+        known = ", ".join(sorted(set(rules.values())))
+        raise Mistake(
+            f"--against {rule}: {len(found)} runs here have this rule, one is needed; rules here: {known}. "
+            "Where one rule has several runs, give each setting a folder of its own (paths.runs)"
+        )
+    return runs[found[0]]
+
+
+def paired(records: Sequence[Record], others: Sequence[Record]) -> str:
+    """Mean difference in points over the seeds that both have, and half the width of its 95 % interval."""
+    from nobackprop.papers.claims import interval  # here, since SciPy takes a second to import
+
+    a, b = ({r.seed: r.test["accuracy"] for r in each if r.test} for each in (records, others))
+    x = [100 * (a[seed] - b[seed]) for seed in a.keys() & b.keys()]
+    if records is others or not x:
+        return "-"
+    return f"{mean(x):+.2f}" + (f" ± {interval(x)[1] - mean(x):.2f}" if len(x) > 1 else "")
+
+
+def differences(runs: Runs) -> str:
+    """In what else than the rule runs differ, in a sentence; empty where in nothing."""
+    texts = [dict(settings(records[0].config)) for records in runs.values()]
+    for text, records in zip(texts, runs.values(), strict=True):
+        text["seeds"] = ",".join(str(seed) for seed in sorted(r.seed for r in records))
+    several = {key: values for key, values in differing(texts).items() if not key.startswith("rule.")}
+    differ = [f"{key} ({'; '.join(dict.fromkeys(values))})" for key, values in several.items()]
+    return f"not only the rule differs: {', '.join(differ)}" if differ else ""
+
+
+def table(runs: Runs, against: str | None = None) -> Table:
+    """Test accuracy (mean and standard deviation over the seeds) and seconds of all seeds of each run, best first.
+
+    With the difference to the run of the rule `against`. Raises Mistake where not exactly one run has that rule.
+    """
+    difference = [] if against is None else [f"ahead of {against}"]
+    caption = "± standard deviation over seeds; seconds are of all seeds"
+    caption += f"; {difference[0]}: in points, ± 95 % interval" if difference else ""
+    result = Table(title="test accuracy of the weights that were best on validation", caption=caption)
+    for column in ("run", "seeds", "test accuracy", *difference, "seconds"):
+        result.add_column(column, justify="left" if column == "run" else "right")
+    accuracies = {run: tested(records) for run, records in runs.items()}
+    names = labels(runs)
+    other = [] if against is None else [only_run_of(against, runs)]
+    for run in sorted(runs, key=lambda run: mean(accuracies[run] or [-1]), reverse=True):
+        lost = sum(r.diverged_epoch is not None for r in runs[run])
+        cell = mean_and_deviation(accuracies[run]) + (f" ({lost} diverged)" if lost else "")
+        spent = f"{sum(r.seconds for r in runs[run]):.1f}"
+        further = [paired(runs[run], records) for records in other]
+        result.add_row(literal(names[run]), str(len(runs[run])), cell, *further, spent)
+    return result
+
+
+def figure(runs: Runs, path: Path) -> None:
+    """Validation accuracy against epochs: the mean over seeds, and a band from the lowest seed to the highest.
+
+    Raises Mistake where the path's ending names no format of a figure.
+    """
+    formats = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in formats:
+        raise Mistake(f"{path}: a figure is written as one of {', '.join(f'.{name}' for name in formats)}")
+    with mpl.rc_context({"text.parse_math": False}):  # names are shown as they are
+        canvas = Figure(figsize=(7, 4.5), layout="constrained")
+        ax = canvas.subplots()
+        for run, name in labels(runs).items():
+            curves = learning_curves(runs[run])
+            epochs = np.arange(1, len(curves) + 1)
+            # A label that begins with an underscore would not be shown.
+            (line,) = ax.plot(epochs, curves.mean(axis=1), label=plain(f" {name}" if name.startswith("_") else name))
+            band = curves.min(axis=1), curves.max(axis=1)
+            ax.fill_between(epochs, *band, color=line.get_color(), alpha=0.15, linewidth=0)
+        ax.set(xlabel="epoch", ylabel="validation accuracy", title="mean over seeds; band: lowest to highest seed")
+        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        ax.grid(alpha=0.3)
+        ax.legend().set_in_layout(False)  # long names would leave no room for the curves
+        path.parent.mkdir(parents=True, exist_ok=True)
+        canvas.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, help="a folder of runs, as given to paths.runs=, or a file of records")
+    parser.add_argument("--against", metavar="RULE", help="add the difference to this rule's run, paired over seeds")
+    parser.add_argument("--figure", type=Path, help="where to write the figure (default: learning_curves.png there)")
+    options = parser.parse_args()
+    try:
+        runs = read(options.runs)
+        shown = table(runs, options.against)
+        folder = options.runs if options.runs.is_dir() else options.runs.parent
+        path = options.figure or folder / "learning_curves.png"
+        console = Console()
+        console.print(shown)
+        if differ := differences(runs):
+            console.print(literal(differ), soft_wrap=True)
+        figure(runs, path)
+    except (Mistake, OSError) as e:
+        parser.exit(1, f"{parser.prog}: {e}\n")
+    console.print(literal(f"learning curves: {path}"), soft_wrap=True)

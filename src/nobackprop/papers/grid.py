@@ -1,0 +1,92 @@
+"""A paper's experiments as cells of its grid, papers/<paper>/grid.yaml."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from nobackprop.composing import COMPOSING, composing, load
+from nobackprop.mistakes import Missing, Mistake, close
+from nobackprop.places import CONF, PAPERS
+
+TUNED = "+tuned@_global_="  # after an experiment, whose settings it replaces; plain tuned=... comes before it
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One experiment of a grid: its choice on each axis, and what they mean as overrides."""
+
+    labels: Mapping[str, str]
+    overrides: Sequence[str]
+
+    def __str__(self) -> str:
+        return " ".join(f"{axis}={choice}" for axis, choice in self.labels.items())
+
+    @property
+    def tuned(self) -> Path | None:
+        """The file of tuned settings that this cell takes, if it takes one."""
+        names = [text.removeprefix(TUNED) for text in self.overrides if text.startswith(TUNED)]
+        return CONF / "tuned" / f"{names[-1]}.yaml" if names else None
+
+    def config(self, further: Sequence[str] = ()) -> DictConfig:
+        """The composed config, with further overrides.
+
+        Raises Missing where it takes tuned settings that were not searched yet.
+        """
+        if self.tuned is not None and not self.tuned.exists():
+            raise Missing(f"{self.tuned} is not there yet: scripts/tune.py makes it")
+        return composed([*self.overrides, *further])
+
+
+def composed(overrides: Iterable[str]) -> DictConfig:
+    """The config of these overrides. Raises Mistake where they make none."""
+    given = list(by_key(overrides).values())
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose("train", given)
+    except COMPOSING as e:
+        raise Mistake(composing(e, given, [CONF])) from e
+
+
+def by_key(overrides: Iterable[str]) -> dict[str, str]:
+    """Overrides by their keys; of several of one key the last one counts."""
+    return {text.split("=", 1)[0]: text for text in overrides}
+
+
+def cells(paper: str) -> Iterator[Cell]:
+    """Every cell of a paper's grid; `{axis}` in an override is the cell's choice on that axis.
+
+    Raises Mistake, with the papers there are, for another one.
+    """
+    papers = sorted(path.parent.name for path in PAPERS.glob("*/grid.yaml"))
+    if paper not in papers:
+        raise Mistake(f"no grid for paper {paper!r}: choose one of {', '.join(papers)}{close(paper, papers)}")
+    for grid in load(PAPERS / paper / "grid.yaml"):
+        for choices in product(*(axis.items() for axis in grid.values())):
+            labels = {axis: str(label) for axis, (label, _) in zip(grid, choices, strict=True)}
+            yield Cell(labels, [text.format(**labels) for _, overrides in choices for text in overrides])
+
+
+def select(every: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
+    """The cells with one of the choices given for each axis, as in `classes=2,3`. Raises Mistake where none fits."""
+    wanted: dict[str, list[str]] = {}
+    for axis, _, choices in (text.partition("=") for text in only):
+        wanted.setdefault(axis, []).extend(choices.split(","))
+    known: dict[str, set[str]] = {}
+    for cell in every:
+        for axis, label in cell.labels.items():
+            known.setdefault(axis, set()).add(label)
+    for axis, choices in wanted.items():
+        if axis not in known:
+            raise Mistake(f"--only {axis}=...: no such axis; choose from {', '.join(known)}{close(axis, known)}")
+        if unknown := sorted(set(choices) - known[axis]):
+            there = sorted(known[axis])
+            told = f"choose from {', '.join(there)}{close(unknown[0], there)}"
+            raise Mistake(f"--only {axis}={','.join(unknown)}: {told}")
+    fitting = [c for c in every if all(c.labels.get(axis) in choices for axis, choices in wanted.items())]
+    if not fitting:
+        raise Mistake(f"no cell fits --only {' '.join(only)}: these choices do not occur together")
+    return fitting

@@ -1,0 +1,524 @@
+"""What the recorded runs say of a paper: the cells of its tables, and the verdicts on its claims.
+
+All of it comes from files: records (`results/records/*.jsonl`), the published figures, grid, tables and
+claims in `papers/<paper>/`, why cells were not run (`results/not_run.yaml`), and what a rule's step costs
+(`results/benchmark.csv`). Nothing is trained.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Annotated, Any, Literal
+
+import pandas as pd
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+from nobackprop.composing import load
+from nobackprop.mistakes import Mistake
+from nobackprop.papers.claims import Accuracies, Claims, Conditions, Labels, Result, interval, judge
+from nobackprop.papers.grid import Cell, by_key, cells
+from nobackprop.places import CONF, PAPERS, RESULTS
+from nobackprop.records.identity import digest, rule_name
+from nobackprop.records.record import Record
+from nobackprop.training.config import Settings
+
+ANGLE = "angle/update_W"
+Choices = Annotated[list[Annotated[str, BeforeValidator(str)]], Field(min_length=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Figure(_Strict):
+    """A figure that somebody published: where it stands there, and the cells it is to be compared with."""
+
+    table: str
+    row: str
+    column: str
+    value: float = Field(ge=0, le=100)
+    unit: Literal["accuracy, %", "error, %"]
+    spread: float | None = Field(default=None, ge=0)
+    seeds: PositiveInt | None = None
+    source: str
+    cell: Labels = {}
+
+    @property
+    def accuracy(self) -> float:
+        """In percent."""
+        return self.value if self.unit == "accuracy, %" else 100 - self.value
+
+
+class Published(_Strict):
+    """A paper's published.yaml."""
+
+    paper: str
+    link: str | None
+    seeds: PositiveInt | None
+    note: str = ""  # how its figures came about, where that bears on a comparison
+    figures: list[Figure]
+
+    @model_validator(mode="after")
+    def _each_once(self) -> "Published":
+        places = [(f.table, f.row, f.column) for f in self.figures]
+        if twice := [place for place in places if places.count(place) > 1]:
+            raise Mistake(f"table {twice[0][0]!r}, row {twice[0][1]!r}, column {twice[0][2]!r} is there twice")
+        return self
+
+
+class NotRun(_Strict):
+    """Cells that have no runs, and why."""
+
+    cells: dict[str, Choices]
+    reason: str
+
+
+class Table(_Strict):
+    """One table of tables.yaml: which cells, which axes make its rows. Columns are rules, or rows (`by_rule`)."""
+
+    name: str
+    title: str
+    where: dict[str, Choices]
+    rows: list[str] = Field(min_length=1)
+    apart: list[str]
+    against: str | None = None
+    drawn: Literal["error", "accuracy"] = "error"
+    epochs: PositiveInt | None = None
+    by_rule: bool = False
+    note: str = ""
+
+
+class Layout(_Strict):
+    """A paper's tables.yaml."""
+
+    title: str
+    stand_ins: dict[str, str] = {}
+    tables: list[Table] = Field(min_length=1)
+
+
+def read(model: Any, path: Path) -> Any:
+    """A YAML file as a type or model, such as Claims. Raises Mistake, naming file and key, where it is not valid."""
+    try:
+        return TypeAdapter(model).validate_python(load(path))
+    except ValidationError as e:
+        error = e.errors()[0]
+        where = ".".join(str(part) for part in error["loc"]) or "the file"
+        raise Mistake(f"{path}: {where}: {error['msg'].removeprefix('Value error, ')}") from None
+
+
+def published() -> dict[str, Published]:
+    """What each paper has published, by paper."""
+    return {path.parent.name: read(Published, path) for path in sorted(PAPERS.glob("*/published.yaml"))}
+
+
+def papers() -> list[str]:
+    """The papers whose tables can be made, first those whose claims are tested."""
+    names = [path.parent.name for path in PAPERS.glob("*/tables.yaml")]
+    return sorted(names, key=lambda name: (not (PAPERS / name / "claims.yaml").exists(), name))
+
+
+@dataclass(frozen=True)
+class Found:
+    """A cell with its runs: the records that the table shows, one per seed, all under the same conditions."""
+
+    labels: Mapping[str, str]
+    rule: str
+    overrides: Sequence[str]
+    records: Sequence[Record] = ()
+    all_seeds: Sequence[Record] = ()  # with as many epochs, those included that other rules of the row lack
+    epochs: int | None = None
+    planned_epochs: int | None = None  # the paper's
+    planned_seeds: int | None = None  # the paper's, where they are known
+    stand_in: str | None = None  # the dataset taken, or, before it is shown, that may be taken, in place of the paper's
+    reason: str = ""  # why there are no records
+    figures: Sequence[Figure] = ()
+
+    @cached_property
+    def accuracies(self) -> dict[int, float]:
+        """Test accuracy by seed, of those that did not diverge before they could be tested."""
+        return {r.seed: r.test["accuracy"] for r in self.records if r.test}
+
+    @property
+    def tested(self) -> list[float]:
+        return list(self.accuracies.values())
+
+    @property
+    def diverged(self) -> int:
+        return len(self.records) - len(self.accuracies)
+
+    @property
+    def mean(self) -> float | None:
+        return mean(self.tested) if self.tested else None
+
+    @property
+    def deviation(self) -> float | None:
+        return stdev(self.tested) if len(self.tested) > 1 else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 %, by Student's t; None for fewer than two seeds."""
+        return interval(self.tested) if len(self.tested) > 1 else None
+
+    @property
+    def angle(self) -> float | None:
+        """From the update to backprop's gradient after the last epoch, in degrees: mean of hidden layers and seeds."""
+        last = [record.epochs[-1] for record in self.records if record.test]
+        found = []
+        for layer in self.layers[:-1]:
+            found += [angle for epoch in last if (angle := epoch.get(f"{ANGLE}{layer}")) is not None]
+        return mean(found) if found else None
+
+    @property
+    def seconds(self) -> float:
+        """An epoch's, in the fastest seed; the others shared the machine with more."""
+        return min(r.seconds / max(len(r.epochs), 1) for r in self.all_seeds)
+
+    @cached_property
+    def layers(self) -> list[int]:
+        """The layers whose updates' angle to the gradient was measured."""
+        names = {name for record in self.all_seeds for epoch in record.epochs for name in epoch}
+        return sorted(int(name.removeprefix(ANGLE)) for name in names if name.startswith(ANGLE))
+
+    @cached_property
+    def by_conditions(self) -> dict[Conditions, list[Record]]:
+        """All records of a cell before it is shown."""
+        found: dict[Conditions, list[Record]] = defaultdict(list)
+        for r in self.records:
+            found[Conditions(r.config["dataset"]["name"] != self.stand_in, r.config["max_epochs"])].append(r)
+        return found
+
+    @property
+    def for_claims(self) -> dict[Conditions, dict[int, float]]:
+        """Accuracies by seed, with one that diverged before it could be tested at chance level."""
+        return {
+            at: {r.seed: r.test["accuracy"] if r.test else 1 / len(r.data.classes) for r in reversed(records)}
+            for at, records in self.by_conditions.items()
+        }
+
+    @property
+    def marks(self) -> list[str]:
+        """What departs from the paper, as sentences."""
+        found = []
+        if self.records and len(self.records) < (self.planned_seeds or 0):
+            found.append("fewer seeds than the paper")
+        if self.stand_in:
+            found.append(f"{self.stand_in} in place of the paper's images")
+        if self.diverged:
+            found.append("some seeds diverged before they could be tested and are left out of the mean")
+        if any(r.diverged_epoch is not None for r in self.records if r.test):
+            found.append("some seeds diverged and were tested with their best weights from before")
+        return found
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table: its choices, and a cell per rule."""
+
+    labels: Mapping[str, str]
+    cells: Mapping[str, Found]
+
+    @property
+    def run(self) -> bool:
+        return any(cell.records for cell in self.cells.values())
+
+    @property
+    def shown(self) -> list[str]:
+        """The rules with runs or a published figure."""
+        return [rule for rule, cell in self.cells.items() if cell.records or cell.figures]
+
+    @property
+    def seeds(self) -> str:
+        """How many, the same in all cells with runs; empty without runs."""
+        return str(max((len(cell.records) for cell in self.cells.values()), default=0) or "")
+
+    @property
+    def epochs(self) -> str:
+        """As `seeds`."""
+        return str(max((cell.epochs or 0 for cell in self.cells.values()), default=0) or "")
+
+    @property
+    def planned_epochs(self) -> int:
+        """The paper's."""
+        return max((cell.planned_epochs or 0 for cell in self.cells.values()), default=0)
+
+    @property
+    def fewer_epochs(self) -> bool:
+        return any(cell.epochs and cell.epochs < self.planned_epochs for cell in self.cells.values())
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a rule's training step costs, relative to backprop's on the same net."""
+
+    speed: float  # images a second
+    memory: float  # above weights and gradients
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that is known of a paper's results."""
+
+    paper: str
+    layout: Layout
+    published: Published | None
+    tables: Mapping[str, Sequence[Row]]
+    verdicts: Sequence[Result]
+    claims: Claims | None
+    costs: Mapping[str, Mapping[str, Cost]]  # by experiment and rule
+
+    def costs_of(self, row: Row) -> Mapping[str, Cost]:
+        """What each rule's step costs in a row's experiment, as far as it was measured."""
+        return self.costs.get("/".join([self.paper, *row.labels.values()]), {})
+
+
+class Composer:
+    """Composes many configs that share most choices: Hydra once per choice of groups, plain values set afterwards."""
+
+    def __init__(self) -> None:
+        self.parents: dict[tuple[str, ...], dict[str, Any]] = {}
+        self.parser = OverridesParser.create()
+
+    def identity(self, overrides: Iterable[str]) -> dict[str, Any]:
+        """What identifies the config of these overrides."""
+        groups, values = self._split(overrides)
+        content = deepcopy(self._parent(groups))
+        for override in self.parser.parse_overrides(values):
+            *parents, name = override.key_or_group.split(".")
+            node = content
+            for parent in parents:
+                node = node[parent]
+            node[name] = override.value()
+        return Settings.of(OmegaConf.create(content)).identity()
+
+    def _split(self, overrides: Iterable[str]) -> tuple[tuple[str, ...], list[str]]:
+        every = by_key(overrides)
+        groups = {name: text for name, text in every.items() if (CONF / name.lstrip("+").partition("@")[0]).is_dir()}
+        return tuple(groups.values()), [text for name, text in every.items() if name not in groups]
+
+    def _parent(self, groups: tuple[str, ...]) -> dict[str, Any]:
+        if groups not in self.parents:
+            with initialize_config_dir(str(CONF), version_base="1.3"):
+                content: Any = OmegaConf.to_container(compose("train", list(groups)))
+            self.parents[groups] = content
+        return self.parents[groups]
+
+
+class Runs:
+    """Recorded runs, found by the config of a cell, whatever its number of epochs."""
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        self.composer = Composer()
+        self.runs: dict[str, list[Record]] = defaultdict(list)
+        for record in records:
+            self.runs[_without_epochs(record.config)].append(record)
+
+    def of(self, overrides: Sequence[str]) -> tuple[dict[str, Any], list[Record]]:
+        """The identity of a cell's config, and its records."""
+        identity = self.composer.identity(overrides)
+        return identity, list(self.runs.get(_without_epochs(identity), ()))
+
+
+def _without_epochs(config: Mapping[str, Any]) -> str:
+    """What runs have in common that differ in nothing but their number of epochs."""
+    return digest({name: value for name, value in config.items() if name != "max_epochs"})
+
+
+def findings(paper: str, records: Iterable[Record], results: Path = RESULTS) -> Findings:
+    """Everything there is to say of a paper. Raises Mistake for a file in results/ or papers/ that is not valid."""
+    layout = read(Layout, PAPERS / paper / "tables.yaml")
+    known = published().get(paper)
+    every_not_run = read(dict[str, list[NotRun]], results / "not_run.yaml")
+    if unknown := sorted(every_not_run.keys() - papers()):
+        raise Mistake(f"not_run.yaml: no paper {', '.join(unknown)}; choose from {', '.join(papers())}")
+    not_run = every_not_run.get(paper, [])
+    file = PAPERS / paper / "claims.yaml"
+    fixed = read(Claims, file) if file.exists() else None
+    runs = Runs(records)
+    grid = list(cells(paper))
+    for place, labels in _named(layout, known, not_run):
+        _check_labels(place, labels, grid)
+    found = [_find(cell, layout, runs, not_run, known) for cell in grid]
+    tables = {table.name: _rows(table, found) for table in layout.tables}
+    every = {_place(cell.labels): cell for cell in found}
+
+    def accuracies(labels: Labels) -> Accuracies | str:
+        cell = every.get(_place(labels))
+        if cell is None:
+            unknown = [c for axis, c in labels.items() if all(cell.labels.get(axis) != c for cell in found)]
+            return f"not in the grid: {', '.join(unknown) or described(labels)}"
+        return cell.for_claims or cell.reason
+
+    verdicts = judge(fixed, accuracies) if fixed else []
+    return Findings(paper, layout, known, tables, verdicts, fixed, costs(results / "benchmark.csv"))
+
+
+def costs(path: Path) -> dict[str, dict[str, Cost]]:
+    """By experiment and rule, from what benchmarks/benchmark.py wrote; empty where it did not.
+
+    Raises Mistake for another file.
+    """
+    if not path.exists():
+        return {}
+    frame = pd.read_csv(path)
+    if missing := {"measure", "what", "ratio"} - set(frame):
+        raise Mistake(f"{path} has no column {', '.join(sorted(missing))}: benchmarks/benchmark.py makes it anew")
+    ratios = {str(measure): rows.set_index("what").ratio.to_dict() for measure, rows in frame.groupby("measure")}
+    found = {}
+    for measure, speeds in ratios.items():
+        kind, _, experiment = measure.partition(": ")
+        if kind == "every rule":
+            memory = ratios[f"memory of every rule: {experiment}"]
+            found[experiment] = {rule: Cost(speed, memory[rule]) for rule, speed in speeds.items()}
+    return found
+
+
+def rules_run(rows: Sequence[Row]) -> list[str]:
+    """The rules with runs in a table, in the grid's order."""
+    return list(dict.fromkeys(rule for row in rows for rule, cell in row.cells.items() if cell.records))
+
+
+def described(labels: Mapping[str, str]) -> str:
+    """Choices in words, as in `mnist, 3 hidden layers`; a bare number is named after its axis."""
+    return ", ".join(f"{v} {k}" if v.isdigit() else v for k, v in labels.items()).replace("_", " ")
+
+
+def _place(labels: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(labels.items()))
+
+
+def _fits(labels: Mapping[str, str], where: Mapping[str, Sequence[str]]) -> bool:
+    return all(labels.get(axis) in choices for axis, choices in where.items())
+
+
+def _named(
+    layout: Layout, known: Published | None, not_run: Sequence[NotRun]
+) -> list[tuple[str, dict[str, list[str]]]]:
+    """Every mention of cells in the files that describe results, and where it stands."""
+    places = [(f"table {table.name}", dict(table.where)) for table in layout.tables]
+    places += [(f"not_run.yaml, {entry.reason}", dict(entry.cells)) for entry in not_run]
+    figures = known.figures if known else []
+    return places + [
+        (f"published figure {f.table}, {f.row}, {f.column}", {axis: [choice] for axis, choice in f.cell.items()})
+        for f in figures
+    ]
+
+
+def _check_labels(place: str, where: Mapping[str, Sequence[str]], grid: Sequence[Cell]) -> None:
+    """Raises Mistake for an axis or a choice that the grid does not have, and for choices that fit no cell."""
+    for axis, choices in where.items():
+        known = {cell.labels[axis]: None for cell in grid if axis in cell.labels}
+        for choice in choices:
+            if choice not in known:
+                allowed = f"choose from {', '.join(known)}" if known else "there is no such axis"
+                raise Mistake(f"{place}: {axis}={choice} is not in the grid; {allowed}")
+    if not any(_fits(cell.labels, where) for cell in grid):
+        given = described({axis: ",".join(choices) for axis, choices in where.items()})
+        raise Mistake(f"{place}: no cell of the grid is {given}; its choices do not occur together")
+
+
+def _find(cell: Cell, layout: Layout, runs: Runs, not_run: Sequence[NotRun], known: Published | None) -> Found:
+    """A cell of the grid with all its records; which of them a table shows is decided there."""
+    overrides = list(cell.overrides)
+    figures = [f for f in (known.figures if known else ()) if f.cell and f.cell.items() <= cell.labels.items()]
+    figures = [f.model_copy(update={"seeds": f.seeds or (known and known.seeds)}) for f in figures]
+    unsearched = cell.tuned is not None and not cell.tuned.exists()
+    reasons = [entry.reason for entry in not_run if _fits(cell.labels, entry.cells)]
+    reasons += ["settings not searched yet" if unsearched else "not run yet"]
+    if unsearched or not runs.runs:
+        return Found(cell.labels, cell.labels.get("rule", ""), overrides, reason=reasons[0], figures=figures)
+    identity, records = runs.of(overrides)
+    stand_in = layout.stand_ins.get(identity["dataset"]["name"])
+    if stand_in:
+        records = records + runs.of([*overrides, f"dataset={stand_in}"])[1]
+    return Found(
+        cell.labels,
+        cell.labels.get("rule", rule_name(identity["rule"])),
+        overrides,
+        records,
+        planned_epochs=identity["max_epochs"],
+        planned_seeds=known.seeds if known else None,
+        stand_in=stand_in,
+        reason=reasons[0],
+        figures=figures,
+    )
+
+
+def _rows(table: Table, found: Sequence[Found]) -> list[Row]:
+    """A table's rows, every cell with the records that are comparable within it.
+
+    Within a row all rules have the same seeds: those of every rule with runs. All rows of a combination of `apart` are
+    of the same images and have the same number of epochs, the table's if it names one: those with which the most cells
+    can be shown, and of several the paper's own images, then the most epochs. Raises Mistake where `rows` leaves out
+    an axis, so that one place would be two cells'.
+    """
+    groups: dict[tuple[str | None, ...], dict[tuple[str, ...], list[Found]]] = defaultdict(lambda: defaultdict(list))
+    taken: dict[tuple[str, ...], Found] = {}
+    for cell in found:
+        if _fits(cell.labels, table.where):
+            apart = tuple(cell.labels.get(axis) for axis in table.apart)
+            place = tuple(cell.labels[axis] for axis in table.rows)
+            groups[apart][place].append(cell)
+            other = taken.setdefault((*place, cell.rule), cell)
+            if axes := [axis for axis, choice in cell.labels.items() if choice != other.labels.get(axis)]:
+                both = f"{described(other.labels)} and {described(cell.labels)}"
+                raise Mistake(f"table {table.name}: {both} have one place; add to its rows: {', '.join(axes)}")
+    rows = []
+    for group in groups.values():
+        counts: dict[Conditions, int] = {}
+        for at in {at for row in group.values() for cell in row for at in cell.by_conditions}:
+            if table.epochs in (None, at.epochs):
+                counts[at] = sum(len(_at(at, row)) for row in group.values() if _seeds(_at(at, row)))
+        at = max(counts, key=lambda at: (counts[at], at), default=Conditions(True, table.epochs or 0))
+        for labels, row in group.items():
+            shown = _at(at, row)
+            cells = {cell.rule: _showing(cell, at, shown.get(cell.rule, ()), _seeds(shown)) for cell in row}
+            rows.append(Row(dict(zip(table.rows, labels, strict=True)), cells))
+    return rows
+
+
+def _at(at: Conditions, row: Sequence[Found]) -> dict[str, list[Record]]:
+    """The records of a row under these conditions, by rule, of the rules that have some."""
+    return {cell.rule: records for cell in row if (records := cell.by_conditions.get(at))}
+
+
+def _seeds(shown: Mapping[str, Sequence[Record]]) -> list[int]:
+    """The seeds that all rules have."""
+    return sorted(set.intersection(*({r.seed for r in records} for records in shown.values()))) if shown else []
+
+
+def _showing(cell: Found, at: Conditions, records: Sequence[Record], seeds: Sequence[int]) -> Found:
+    first: dict[int, Record] = {}
+    for record in records:
+        first.setdefault(record.seed, record)
+    shown = [first[seed] for seed in seeds if seed in first]
+    if shown:
+        stand_in = None if at.own_images else cell.stand_in
+        overrides = [*cell.overrides, *([f"dataset={stand_in}"] if stand_in else [])]
+        every = list(first.values())
+        return replace(cell, records=shown, all_seeds=every, epochs=at.epochs, stand_in=stand_in, overrides=overrides)
+    recorded = sorted({r.config["max_epochs"] for r in cell.records})
+    if not recorded:
+        reason = cell.reason
+    elif at in cell.by_conditions:
+        reason = "no seed in common"
+    elif at.epochs in recorded:
+        reason = "run on other images"
+    else:
+        reason = f"run with {', '.join(map(str, recorded))} epochs, not with {at.epochs}"
+    return replace(cell, records=(), stand_in=None, reason=reason)

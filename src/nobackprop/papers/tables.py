@@ -1,0 +1,476 @@
+"""Makes every table and figure of the papers from recorded runs, and says of each claim whether we find the same.
+
+    python scripts/tables.py [--results results] [--readme README.md]
+
+Nothing is trained and nothing is downloaded: all comes from results/records, papers/, results/not_run.yaml,
+results/benchmark.csv and conf/. The same files give the same bytes. Writes results/tables/<paper>.md, .csv, .tex and
+<paper>_verdicts.csv, results/figures/<paper>/*.svg, and in README.md and results/README.md what stands between
+`<!-- tables: <paper> -->` or `<!-- verdicts: <paper> -->` and `<!-- end -->`.
+"""
+
+import argparse
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from nobackprop.mistakes import Mistake, answering
+from nobackprop.papers.claims import Claims, Result
+from nobackprop.papers.figures import figures
+from nobackprop.papers.results import Figure, Findings, Found, Row, Table, described, findings, papers
+from nobackprop.places import RESULTS
+from nobackprop.records.files import write_atomically
+from nobackprop.records.gathering import collect
+from nobackprop.records.record import Record
+
+SIGNS, FEWER = "†‡§¶‖⋆", "fewer epochs than planned"  # as many signs as a table can have kinds of departure
+TEX = str.maketrans({"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "±": r"$\pm$", "°": r"$^\circ$"})
+TEX |= str.maketrans(
+    dict(zip(SIGNS, (r"$^\dagger$", r"$^\ddagger$", r"$^\S$", r"$^\P$", r"$^\|$", r"$^\star$"), strict=True))
+)
+
+
+def read_records(results: Path) -> list[Record]:
+    """All of results/records. Raises Mistake for a damaged line or two records of one run and seed that differ."""
+    found = collect(sorted((results / "records").glob("*.jsonl")))
+    if found.conflicts:
+        raise Mistake(f"{'; '.join(found.conflicts)}: keep one line of each in {results / 'records'}")
+    return list(found.records.values())
+
+
+def percent(fraction: float | None, digits: int = 2) -> str:
+    return "" if fraction is None else f"{100 * fraction:.{digits}f}"
+
+
+def spread(cell: Found) -> str:
+    """Mean and standard deviation in percent, as in `97.31 ± 0.12`."""
+    if cell.mean is None:
+        return "diverged"
+    return percent(cell.mean) + (f" ± {percent(cell.deviation)}" if cell.deviation is not None else "")
+
+
+def signed(cell: Found, signs: Mapping[str, str]) -> str:
+    """As `spread`, with a sign for each departure from the paper; a dash without runs."""
+    return spread(cell) + "".join(signs[mark] for mark in cell.marks if mark in signs) if cell.records else "-"
+
+
+def difference(cell: Found, figure: Figure) -> str:
+    """Ours less a published figure, in points; empty without ours, or where ours are other images."""
+    return "" if cell.mean is None or cell.stand_in else f"{100 * cell.mean - figure.accuracy:+.2f}"
+
+
+def comparison(cell: Found, figure: Figure) -> str:
+    """A published figure, as an accuracy in percent, and how far ours is from it."""
+    told = f"published {figure.accuracy:.2f}" + (f" ± {figure.spread:.2f}" if figure.spread is not None else "")
+    told += f", n = {figure.seeds}" if figure.seeds else ""
+    return f"{told} ({apart})" if (apart := difference(cell, figure)) else told
+
+
+def text(cell: Found | str | None, signs: Mapping[str, str], intervals: bool) -> str:
+    """What a table's cell says."""
+    if isinstance(cell, str):
+        return cell
+    if cell is None:
+        return "-"
+    ours = signed(cell, signs)
+    if intervals and cell.interval:
+        low, high = cell.interval
+        ours += f" ({percent(low)} to {percent(high)})"
+    return "; ".join([ours, *(comparison(cell, figure) for figure in cell.figures)])
+
+
+def marks(rows: Iterable[Row]) -> dict[str, str]:
+    """A sign for each way in which these rows depart from the paper."""
+    rows = list(rows)
+    every = [FEWER for row in rows if row.fewer_epochs]
+    every += [mark for row in rows for cell in row.cells.values() for mark in cell.marks]
+    kinds = dict.fromkeys(every)
+    return dict(zip(kinds, SIGNS[: len(kinds)], strict=True))
+
+
+def missing(rows: Iterable[Row]) -> list[str]:
+    """The cells without runs, put together by reason, in sentences; rows that have none for one reason, as a whole."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        whole = not row.run and len({cell.reason for cell in row.cells.values()}) == 1
+        for rule, cell in row.cells.items():
+            if not cell.records:
+                place = _choices(row.labels)
+                reasons.setdefault(cell.reason, []).append(place if whole else f"{place} rule={rule}")
+    return [f"{reason}: {_together(places)}" for reason, places in reasons.items()]
+
+
+def _choices(labels: Mapping[str, str]) -> str:
+    return " ".join(f"{axis}={choice}" for axis, choice in labels.items())
+
+
+def _together(places: Sequence[str]) -> str:
+    """Places as `net=mlp_mnist classes=2,3`, those that differ in the last axes only in one."""
+    unique = [tuple(place.split(" ")) for place in dict.fromkeys(places) if place]
+    for axis in range(max(map(len, unique), default=0) - 1, -1, -1):
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for place in unique:
+            if axis < len(place):
+                name, choice = place[axis].split("=", 1)
+                groups.setdefault((*place[:axis], f"{name}=", *place[axis + 1 :]), []).append(choice)
+            else:
+                groups.setdefault(place, [])
+        unique = [
+            (*place[:axis], place[axis] + ",".join(choices), *place[axis + 1 :]) if choices else place
+            for place, choices in groups.items()
+        ]
+    return "; ".join(" ".join(place) for place in unique)
+
+
+def epochs(row: Row, signs: Mapping[str, str]) -> str:
+    return f"{row.epochs} of {row.planned_epochs}{signs[FEWER]}" if row.fewer_epochs else row.epochs
+
+
+def title(axis: str) -> str:
+    return axis.replace("_", " ")
+
+
+def markdown(header: Sequence[str], rows: Iterable[Iterable[str]], left: int = 1) -> str:
+    """A table whose first `left` columns are aligned left, the others right."""
+    lines = [header, ["---" if i < left else "---:" for i in range(len(header))], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table as it is shown: a head for each column, the first `left` of text, and the cells of each line."""
+
+    head: Sequence[str]
+    left: int
+    lines: Sequence[Sequence[Found | str | None]]
+    signs: Mapping[str, str]  # for each way in which cells depart from the paper
+
+
+def sheet(found: Findings, table: Table) -> Sheet | None:
+    """The rows with something to show, one column a rule; or, for a table `by_rule`, a line for each rule.
+
+    None where there is no row with runs or published figures.
+    """
+    shown = [row for row in found.tables[table.name] if row.shown]
+    if not shown:
+        return None
+    rules, signs = list(dict.fromkeys(rule for row in shown for rule in row.shown)), marks(shown)
+    if table.by_rule:
+        names = [described(row.labels) for row in shown]
+        sizes = [
+            f"{name}: seeds {row.seeds}, epochs {epochs(row, signs)}" for name, row in zip(names, shown, strict=True)
+        ]
+        further = ("angle", "images/s of bp's", "memory of bp's")
+        head = ["rule", *sizes, *(f"{name}: {what}" for what in further for name in names)]
+        return Sheet(head, 1, [[rule, *_across(found, shown, rule)] for rule in rules], signs)
+    lines = [
+        [*row.labels.values(), *(row.cells.get(rule) for rule in rules), row.seeds, epochs(row, signs)] for row in shown
+    ]
+    return Sheet([*map(title, table.rows), *rules, "seeds", "epochs"], len(table.rows), lines, signs)
+
+
+def _across(found: Findings, rows: Sequence[Row], rule: str) -> list[Found | str | None]:
+    """What is known of a rule: in each row accuracy and angle, and the cost of its step."""
+    cells = [row.cells.get(rule) for row in rows]
+    angles = ["-" if cell is None or cell.angle is None else f"{cell.angle:.0f}°" for cell in cells]
+    costs = [found.costs_of(row).get(rule) for row in rows]
+    speeds = ["-" if cost is None else f"{cost.speed:.2f}" for cost in costs]
+    return [*cells, *angles, *speeds, *("-" if cost is None else f"{cost.memory:.2f}" for cost in costs)]
+
+
+def notes(found: Findings, table: Table, shown: Sheet | None) -> list[str]:
+    """What is to be said under a table as it is shown: what departs from the paper, and what was not run."""
+    signs = shown.signs if shown else {}
+    told = [f"{sign} {mark}" for mark, sign in signs.items()] + ([table.note] if table.note else [])
+    return told + [f"Without runs, {line}" for line in missing(found.tables[table.name])]
+
+
+def caption(table: Table, intervals: bool) -> str:
+    what = "Test accuracy in %: mean ± standard deviation over seeds" + (
+        ", 95 % interval of the mean" if intervals else ""
+    )
+    if table.by_rule:
+        what += (
+            "; the angle of the update to backprop's gradient after the last epoch, mean over hidden layers and seeds; "
+            "speed of a training step, and its memory above weights and gradients, both relative to backprop's on the "
+            "same net (results/benchmark.csv)"
+        )
+    return f"{what}."
+
+
+def accuracy_table(found: Findings, table: Table, intervals: bool = True) -> str:
+    """A table's section in Markdown: accuracies, what departs from the paper, and what was not run."""
+    shown = sheet(found, table)
+    listed = "\n".join(f"- {note}" for note in notes(found, table, shown))
+    if shown is None:
+        return f"**{table.title}**: no runs yet.\n{listed}"
+    lines = ([text(cell, shown.signs, intervals) for cell in line] for line in shown.lines)
+    body = markdown(shown.head, lines, shown.left)
+    return f"**{table.title}.** {caption(table, intervals)}\n\n{body}\n\n{listed}".rstrip()
+
+
+def place(result: Result) -> str:
+    return described(result.trial.at)
+
+
+def p_value(p: float | None) -> str:
+    assert p is not None
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def about(found: Findings) -> list[str]:
+    """What to know before one reads a paper's tables, in sentences."""
+    told = []
+    if found.published and not any(c.figures for rows in found.tables.values() for r in rows for c in r.cells.values()):
+        told.append(
+            "No figure of the paper itself is at hand, so no cell is checked against one: only its claims are tested."
+        )
+    records = [
+        r for rows in found.tables.values() for row in rows for cell in row.cells.values() for r in cell.all_seeds
+    ]
+    if each := {(r.signature, r.seed): r.seconds * r.machine.threads for r in records}:
+        told.append(f"The {len(each)} runs behind the tables took {sum(each.values()) / 3600:.1f} core hours.")
+    return told
+
+
+def departures(found: Findings) -> list[str]:
+    """In what ways runs of a paper depart from it, as one sentence, if they do."""
+    signs = marks(row for rows in found.tables.values() for row in rows if row.run)
+    return [f"These runs depart from the paper: {'; '.join(signs)}."] if signs else []
+
+
+def verdict_table(found: Findings) -> str:
+    """The verdicts on a paper's claims in Markdown, those not run put together by reason."""
+    assert found.claims is not None
+    run = [result for result in found.verdicts if result.mean is not None]
+    body = []
+    for r in run:
+        assert r.mean is not None
+        assert r.interval is not None
+        low, high = (f"{100 * bound:+.2f}" for bound in r.interval)
+        difference = f"{100 * r.mean:+.2f} ({low} to {high})" if r.seeds > 1 else f"{100 * r.mean:+.2f}"
+        both = p_value(r.p_holds), p_value(r.p_fails)
+        told = r.trial.claim.name, r.trial.reading, place(r), str(r.epochs), str(r.seeds)
+        body.append([*told, difference, *both, f"**{r.verdict}**"])
+    points = "difference in points (95 % interval)"
+    header = ["claim", "settings", "where", "epochs", "seeds", points, "p, holds", "p, fails", "verdict"]
+    lines = [markdown(header, body, 3), ""] if body else []
+    lines += [f"- {line}" for line in departures(found)] if body else []
+    return "\n".join([*lines, *(f"- {line}" for line in tests_not_run(found))]).rstrip()
+
+
+def summary(found: Findings) -> list[list[str]]:
+    """A head and a line for each claim and reading, a column for each verdict: where the tests have that verdict."""
+    lines: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for r in found.verdicts:
+        lines[r.trial.claim.name, r.trial.reading][r.verdict.partition(" at ")[0]].append(_choices(r.trial.at))
+    kinds = ["holds", "fails", "undecided"]
+    kinds += ["not run"] if any("not run" in places for places in lines.values()) else []
+    # A claim without `each` has one test, and no place to name.
+    body = [
+        [*line, *(_together(places[kind]) or ("yes" if places[kind] else "") for kind in kinds)]
+        for line, places in lines.items()
+    ]
+    return [["claim", "settings", *kinds], *body]
+
+
+def readings(found: Findings) -> str:
+    """What each reading of a paper's settings is, as a sentence."""
+    assert found.claims is not None
+    told = (f"{name}: {_choices(labels)}" for name, labels in found.claims.readings.items())
+    return f"Settings {'; '.join(told)}."
+
+
+def lengths(found: Findings) -> str:
+    """How long the runs were trained that tests are of, and what they depart in, as sentences."""
+    counts = Counter(r.epochs for r in found.verdicts if r.epochs)
+    parts = [f"{count} of runs of {epochs} epochs" for epochs, count in sorted(counts.items(), reverse=True)]
+    return " ".join([*([f"Tests: {', '.join(parts)}."] if parts else []), *departures(found)])
+
+
+def verdict_summary(found: Findings) -> str:
+    """The same in Markdown, with what the settings are and how long runs were."""
+    head, *body = summary(found)
+    return f"{markdown(head, body, len(head))}\n\n{readings(found)} {lengths(found)}".rstrip()
+
+
+def tests_not_run(found: Findings) -> list[str]:
+    """The tests without runs, put together by reason, in sentences."""
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for r in found.verdicts:
+        if r.mean is None:
+            reasons[r.missing].append(f"{r.trial.claim.name} ({r.trial.reading}, {place(r)})")
+    return [f"Not tested, {why}: {'; '.join(tests)}." for why, tests in reasons.items()]
+
+
+def how(claims: Claims) -> str:
+    """How verdicts come about."""
+    return (
+        f"Tests are paired over seeds; alpha is {claims.alpha:g}, the margin {claims.margin:g} percentage points of "
+        "accuracy. The difference is that of the comparison hardest to show, its interval not adjusted, over all seeds "
+        "that its two sides share, which may be more than the tables show. The two p are those of the test for the "
+        "claim and of the one against it, each adjusted over all tests of the paper, run or not (Holm). "
+        "src/nobackprop/papers/claims.py defines the tests, papers/<paper>/claims.yaml fixes them; results/README.md "
+        "says what was changed since."
+    )
+
+
+def page(found: Findings, drawn: Iterable[str]) -> str:
+    """results/tables/<paper>.md, with the figures of these names."""
+    parts = [f"# {found.layout.title}", "Made by `make results` from `results/records`; not to be edited."]
+    parts += [" ".join(about(found))]
+    if found.claims:
+        claims = [f"- **{c.name}**: {c.text} ({c.source}); test `{c.test}`" for c in found.claims.claims]
+        parts += ["## Do we find what the paper claims?", "\n".join(claims), verdict_summary(found)]
+        parts += ["### Every test", how(found.claims), verdict_table(found)]
+    parts += ["## Tables"]
+    for table in found.layout.tables:
+        own = [name for name in drawn if name.rpartition("_")[0] == table.name]
+        parts += [accuracy_table(found, table), *(f"![{name}](../figures/{found.paper}/{name}.svg)" for name in own)]
+    return "\n\n".join(parts) + "\n"
+
+
+def readme_tables(found: Findings) -> str:
+    """What README.md shows of a paper's tables."""
+    shown = [table for table in found.layout.tables if sheet(found, table)]
+    if not shown:
+        return "No runs are recorded yet."
+    return "\n\n".join([" ".join(about(found)), *(accuracy_table(found, table, intervals=False) for table in shown)])
+
+
+def rows_of(found: Findings) -> pd.DataFrame:
+    """results/tables/<paper>.csv: one line per cell, those without runs too."""
+    lines: list[dict[str, Any]] = []
+    for table in found.layout.tables:
+        for row in found.tables[table.name]:
+            for rule, cell in row.cells.items():
+                low, high = cell.interval or (None, None)
+                line = {
+                    "table": table.name,
+                    **cell.labels,
+                    "rule": rule,
+                    "seeds": len(cell.records),
+                    "epochs": cell.epochs,
+                    "planned_epochs": cell.planned_epochs,
+                }
+                line |= {"mean": percent(cell.mean, 4), "standard_deviation": percent(cell.deviation, 4)}
+                line |= {"low_95": percent(low, 4), "high_95": percent(high, 4), "diverged": cell.diverged}
+                line["published"] = "; ".join(f"{f.accuracy:g}" for f in cell.figures)
+                line["published_spread"] = "; ".join("" if f.spread is None else f"{f.spread:g}" for f in cell.figures)
+                line["published_seeds"] = "; ".join(str(f.seeds or "") for f in cell.figures)
+                line["difference"] = "; ".join(difference(cell, f) for f in cell.figures)
+                line["departs"] = "; ".join(cell.marks)
+                line["not_run"] = "" if cell.records else cell.reason
+                line["signatures"] = " ".join(sorted({record.signature for record in cell.records}))
+                line["overrides"] = " ".join([*cell.overrides, *([f"max_epochs={cell.epochs}"] if cell.epochs else [])])
+                lines.append(line)
+    frame = pd.DataFrame(lines)
+    return frame.astype({"epochs": "Int64", "planned_epochs": "Int64"})
+
+
+def verdicts_of(found: Findings) -> pd.DataFrame:
+    """results/tables/<paper>_verdicts.csv: one line per test."""
+    return pd.DataFrame(
+        {
+            "claim": r.trial.claim.name,
+            "reading": r.trial.reading,
+            "where": place(r),
+            "test": r.trial.claim.test,
+            "epochs": r.epochs,
+            "seeds": r.seeds,
+            "difference": percent(r.mean, 4),
+            "low_95": percent(r.interval[0], 4) if r.interval else "",
+            "high_95": percent(r.interval[1], 4) if r.interval else "",
+            "p_holds": "" if r.p_holds is None else f"{r.p_holds:.6g}",
+            "p_fails": "" if r.p_fails is None else f"{r.p_fails:.6g}",
+            "verdict": r.verdict,
+            "not_run": r.missing,
+        }
+        for r in found.verdicts
+    ).astype({"epochs": "Int64"})
+
+
+def latex(found: Findings) -> str:
+    """results/tables/<paper>.tex: one tabular per table, for the package booktabs."""
+    parts = ["% Made by `make results`; not to be edited. Needs \\usepackage{booktabs}."]
+    for table in found.layout.tables:
+        shown = sheet(found, table)
+        if shown is None:
+            continue
+        lines = [f"\\begin{{tabular}}{{{'l' * shown.left}{'r' * (len(shown.head) - shown.left)}}}", "\\toprule"]
+        lines += [" & ".join(name.translate(TEX) for name in shown.head) + r" \\", "\\midrule"]
+        rows = ([text(cell, shown.signs, intervals=True).translate(TEX) for cell in line] for line in shown.lines)
+        lines += [" & ".join(row) + r" \\" for row in rows]
+        lines += ["\\bottomrule", "\\end{tabular}"]
+        below = [f"\\par{{\\footnotesize {note.translate(TEX)}}}" for note in notes(found, table, shown)]
+        parts.append("\n".join([f"% {table.title}", *lines, *below]))
+    return "\n\n".join(parts) + "\n"
+
+
+def every_paper(results: Path) -> list[Findings]:
+    """The findings of all papers. Raises Mistake where a file that they are made from is not valid."""
+    records = read_records(results)
+    return [findings(paper, records, results) for paper in papers()]
+
+
+def generated(every: Sequence[Findings], results: Path, readme: Path) -> dict[Path, bytes]:
+    """The content of every table and figure that shows these findings, by path."""
+    files: dict[Path, bytes] = {}
+    for found in every:
+        tables = results / "tables"
+        drawn = figures(found)
+        files[tables / f"{found.paper}.md"] = page(found, drawn).encode()
+        files[tables / f"{found.paper}.tex"] = latex(found).encode()
+        files[tables / f"{found.paper}.csv"] = rows_of(found).to_csv(index=False, lineterminator="\n").encode()
+        if found.claims:
+            verdicts = verdicts_of(found).to_csv(index=False, lineterminator="\n")
+            files[tables / f"{found.paper}_verdicts.csv"] = verdicts.encode()
+        for name, svg in drawn.items():
+            files[results / "figures" / found.paper / f"{name}.svg"] = svg
+    sections = {f"tables: {found.paper}": readme_tables(found) for found in every}
+    sections |= {f"verdicts: {found.paper}": verdict_summary(found) for found in every if found.claims}
+    for text in (readme, results / "README.md"):
+        files[text] = with_sections(text.read_text(), sections).encode()
+    return files
+
+
+def with_sections(text: str, sections: Mapping[str, str]) -> str:
+    """A text with what stands between a place such as `<!-- tables: lra_e -->` and `<!-- end -->` replaced."""
+
+    def section(match: re.Match[str]) -> str:
+        if match[1] not in sections:
+            raise Mistake(f"<!-- {match[1]} --> names nothing that is made here; choose from {', '.join(sections)}")
+        return f"<!-- {match[1]} -->\n{sections[match[1]]}\n<!-- end -->"
+
+    return re.sub(r"<!-- (\w+: \S+) -->\n.*?<!-- end -->", section, text, flags=re.DOTALL)
+
+
+def replace_with(files: Mapping[Path, bytes], results: Path) -> None:
+    """Writes what has changed, and removes a paper's figures that are made no more."""
+    for paper in papers():
+        for path in sorted((results / "figures" / paper).glob("*.svg")):
+            if path not in files:
+                path.unlink()
+                print(f"{path} is made no more, and removed")
+    for path, content in files.items():
+        if not path.exists() or path.read_bytes() != content:
+            write_atomically(path, content)
+            print(path)
+
+
+def command(description: str | None, make: Callable[[Path, Path], Mapping[Path, bytes]]) -> None:
+    """A command that writes the files which `make` gives for a results folder and a README."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--readme", type=Path, default=RESULTS.with_name("README.md"))
+    options = parser.parse_args()
+    with answering(parser.prog):
+        replace_with(make(options.results, options.readme), options.results)
+
+
+def main() -> None:
+    command(__doc__, lambda results, readme: generated(every_paper(results), results, readme))

@@ -1,0 +1,180 @@
+"""scripts/tune.py: the same trials each time, chosen by validation alone, written as settings that a cell then uses."""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CONF, PAPERS
+from omegaconf import OmegaConf
+from recorded import RECORD, made
+
+from nobackprop.papers import grid, tune
+from nobackprop.records.record import Record
+from nobackprop.sweeps.local import Basic
+from nobackprop.training.config import Settings
+
+SEARCHES = sorted(path.parent.name for path in PAPERS.glob("*/search.yaml"))
+SEARCH: dict[str, Any] = {"trials": 8, "epochs": 1, "seed": 1000, "space": {"optimizer.lr": {"low": 1e-4, "high": 1.0}}}
+QUICK = ["dataset=digits", "dataset.validation=100", "arch.hidden=[6]"]
+
+
+def record(accuracy: float, **fields: Any) -> Record:
+    first = RECORD["epochs"][0] | {"val/accuracy": accuracy}
+    epochs = [first, first | {"epoch": 2, "step": 20}]
+    return made(epochs=epochs[: fields.get("diverged_epoch", 1)], **fields)
+
+
+def cells(name: str) -> list[grid.Cell]:
+    return [cell for cell in grid.cells(name) if cell.tuned is not None]
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_every_trial_of_a_search_is_a_valid_config(name: str) -> None:
+    search = tune.Search.read(name)
+    assert search.trials >= 20
+    every = cells(name)
+    assert len({cell.tuned for cell in every}) == len(every) > 0
+    for cell in every:
+        points = search.points(cell)
+        assert len({str(point) for point in points}) == search.trials
+        assert all("optimizer.lr" in point for point in points)
+        trial = Settings.of(grid.composed(search.overrides(cell, points[0], [])))
+        assert trial.optimizer["lr"] == points[0]["optimizer.lr"]
+        assert (trial.seeds, trial.max_epochs) == ([search.seed], search.epochs)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_no_experiment_uses_the_seed_of_the_trials(name: str) -> None:
+    seed = tune.Search.read(name).seed
+    for experiment in {cell.overrides[0] for cell in grid.cells(name)}:
+        assert seed not in Settings.of(grid.composed([experiment])).seeds
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_settings_that_are_compared_were_searched_with_one_budget(name: str) -> None:
+    files = sorted((CONF / "tuned" / name).glob("*.yaml"))
+    assert set(files) <= {cell.tuned for cell in cells(name)}
+    budgets = {path.read_text().split(" --trials ")[1].split(" --only ")[0] for path in files}
+    assert len(budgets) <= 1
+
+
+def test_points_are_the_same_each_time_for_every_rule_and_go_on() -> None:
+    space = {"rule.beta": {"low": 0.01, "high": 1.0, "when": {"rule": ["lra_e"]}}} | SEARCH["space"]
+    few, more = (tune.Search.of(SEARCH | {"space": space, "trials": n}, "test") for n in (8, 20))
+    bp, lra_e = (grid.Cell({"rule": rule}, []) for rule in ("bp", "lra_e"))
+    assert few.points(lra_e) == few.points(lra_e) == more.points(lra_e)[:8]
+    assert [{"optimizer.lr": point["optimizer.lr"]} for point in few.points(lra_e)] == few.points(bp)
+    assert all(0.01 <= float(point["rule.beta"]) <= 1 for point in more.points(lra_e))
+    rates = [float(point["optimizer.lr"]) for point in more.points(bp)]
+    per_decade = [sum(10.0**e <= rate < 10.0 ** (e + 1) for rate in rates) for e in range(-4, 0)]
+    assert sum(per_decade) == 20
+    assert min(per_decade) >= 4
+
+
+def test_a_choice_takes_every_value() -> None:
+    search = tune.Search.of(SEARCH | {"space": {"update": {"values": ["mean", "sum", "unit_norm"]}}}, "test")
+    assert {point["update"] for point in search.points(grid.Cell({}, []))} == {"mean", "sum", "unit_norm"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trials": 0}, "test: trials: Input should be greater than 0"),
+        ({"budget": 3}, "test: budget: Extra inputs are not permitted"),
+        ({"space": {}}, "test: space: Dictionary should have at least 1 item"),
+        ({"space": {"optimizer.lr": {"low": 0.1, "high": 0.01}}}, "test: optimizer.lr goes from 0.1 to 0.01: low must"),
+        (
+            {"space": {"optimizer.lr": {"low": 0.0, "high": 0.01}}},
+            r"optimizer\.lr\.Range\.low: Input should be greater",
+        ),
+        ({"space": {"update": {"values": ["mean"]}}}, r"values: List should have at least 2 items.*two or more\)"),
+    ],
+)
+def test_a_search_that_cannot_work_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tune.Search.of(SEARCH | change, "test")
+
+
+def test_a_key_that_is_there_twice_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = (PAPERS / "compare" / "search.yaml").read_text() + "  rule.scale: {low: 0.1, high: 1}\n"
+    (tmp_path / "compare").mkdir()
+    (tmp_path / "compare" / "search.yaml").write_text(text)
+    monkeypatch.setattr(tune, "PAPERS", tmp_path)
+    with pytest.raises(ValueError, match=r"^\S*search\.yaml, line \d+: found duplicate key rule\.scale$"):
+        tune.Search.read("compare")
+
+
+def test_a_search_or_a_choice_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no search 'mdfa': choose one of compare, lra_e"):
+        tune.Search.read("mdfa")
+    with pytest.raises(ValueError, match=r"no search 'lrae': .*\. Did you mean lra_e\?"):
+        tune.Search.read("lrae")
+    space = SEARCH["space"] | {"rule.beta": {"low": 0.1, "high": 1.0, "when": {"rule": ["lra_e", "lra"]}}}
+    (tmp_path / "lra_e").mkdir()
+    OmegaConf.save(SEARCH | {"space": space}, tmp_path / "lra_e" / "search.yaml")
+    monkeypatch.setattr(tune, "PAPERS", tmp_path)
+    with pytest.raises(ValueError, match=r"rule\.beta: no cell of the grid has rule=lra$"):
+        tune.Search.read("lra_e")
+
+
+def test_validation_decides_and_a_trial_that_diverged_counts_as_zero() -> None:
+    trials = [
+        record(0.6, test={"accuracy": 0.9}),
+        record(0.8),
+        record(0.9, diverged_epoch=2),
+        record(0.0, test=None, diverged_epoch=1),
+        record(0.8, test={"accuracy": 1.0}),
+    ]
+    assert [trial.validation for trial in trials] == [0.6, 0.8, 0.0, 0.0, 0.8]
+    found = tune.Searched(grid.Cell({}, []), [({"optimizer.lr": i}, trial) for i, trial in enumerate(trials)])
+    assert found.best == ({"optimizer.lr": 1}, trials[1])
+    assert found.accuracy == 0.8
+
+
+def test_what_is_found_is_written_and_used_and_nothing_runs_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF, conf)
+    shutil.rmtree(conf / "tuned" / "lra_e", ignore_errors=True)
+    monkeypatch.setattr(grid, "CONF", conf)
+    only = ["setting=tuned", "dataset=mnist", "hidden_layers=3", "rule=bp"]
+    (cell,) = grid.select(list(grid.cells("lra_e")), only)
+    with pytest.raises(FileNotFoundError, match=r"mnist_3_bp\.yaml is not there yet: scripts/tune.py makes it"):
+        cell.config()
+    runs = tmp_path / "runs"
+    command = ["lra_e", "--only", *only, "--trials", "3", "--epochs", "1", "--jobs", "1", "--set", *QUICK]
+    monkeypatch.setattr(sys, "argv", ["tune.py", *command, "--runs", str(runs)])
+    with pytest.raises(SystemExit, match="0"):
+        tune.main()
+    trials = {path: Record.read(path) for path in runs.glob("*/seed1000/record.json")}
+    assert len(trials) == 3
+    times = {path: path.stat().st_mtime_ns for path in trials}
+    best = max(trials.values(), key=lambda trial: trial.validation)
+    shown = capsys.readouterr().out
+    assert f"{best.validation:.2%}" in shown
+    text = (conf / "tuned" / "lra_e" / "mnist_3_bp.yaml").read_text()
+    assert f"{best.validation:.2%}, of 3 trials: seed 1000" in text
+    assert "--trials 3 --epochs 1 --only setting=tuned dataset=mnist hidden_layers=3 rule=bp --set dataset=" in text
+    settings = Settings.of(cell.config([*QUICK, "max_epochs=1"]))
+    assert settings.identity() == best.config
+    assert settings.init.backward == settings.init.forward
+
+    monkeypatch.setattr(sys, "argv", ["tune.py", *command, "batch_size=20", "--runs", str(runs)])
+    with pytest.raises(
+        SystemExit, match=r"^tune\.py: .*bp\.yaml was found by `python scripts/tune\.py lra_e --trials 3"
+    ):
+        tune.main()
+    assert len([*runs.glob("*/seed1000/record.json")]) == 3
+
+    monkeypatch.setattr(sys, "argv", ["tune.py", *command, "--runs", str(runs)])
+    for path, trial in trials.items():  # the figures of the test images play no part
+        trial.model_copy(update={"test": {"accuracy": 1 - trial.validation}}).write(path)
+        times[path] = path.stat().st_mtime_ns
+    monkeypatch.setattr(tune, "Joblib", lambda jobs: Basic())  # starts sooner
+    with pytest.raises(SystemExit, match="0"):
+        tune.main()
+    assert (conf / "tuned" / "lra_e" / "mnist_3_bp.yaml").read_text() == text
+    assert {path: path.stat().st_mtime_ns for path in runs.glob("*/seed1000/record.json")} == times
