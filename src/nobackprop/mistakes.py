@@ -8,8 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-
-from omegaconf import DictConfig
+from typing import Any
 
 
 class Mistake(ValueError):
@@ -81,7 +80,7 @@ KEPT = {"runs": "records, weights and checkpoints", "data": "images"}
 
 
 @contextmanager
-def about_files(cfg: DictConfig) -> Iterator[None]:
+def about_files(cfg: Any) -> Iterator[None]:
     """Within, an error of the system about a file under a config's paths.runs or paths.data becomes a Mistake."""
     try:
         yield

@@ -147,7 +147,8 @@ def test_a_record_that_is_not_valid_is_told_and_the_others_are_compared(write: W
 
 def test_ten_runs_are_compared_without_waiting_for_torch_or_pandas(write: Write, tmp_path: Path) -> None:
     write(0)
-    code = "import sys; from nobackprop.papers import compare; compare.main(); print({'torch', 'pandas', 'hydra', 'scipy.stats'} & set(sys.modules))"
+    code = "import sys; from nobackprop.papers import compare; compare.main()\n"
+    code += "print({'torch', 'pandas', 'hydra', 'scipy.stats'} & set(sys.modules))"
     command = [sys.executable, "-c", code, str(tmp_path), "--against", "bp"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.endswith("set()\n")
 

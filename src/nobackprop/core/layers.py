@@ -14,6 +14,7 @@ in. Rules live by small differences, such as LRA-E's h - f(z - beta d), which ar
 
 from dataclasses import dataclass
 from math import prod
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ Shape = tuple[int, ...]
 class Dense:
     """A fully connected layer; W is (units, inputs). An input of more than one axis a sample is flattened."""
 
+    spatial: ClassVar[bool] = False
     units: int
 
     def __post_init__(self) -> None:
@@ -55,6 +57,7 @@ class Dense:
 class Conv:
     """A 2-d convolution; W is (channels, input channels, kernel, kernel), images are (N, C, H, W)."""
 
+    spatial: ClassVar[bool] = True  # its kernel passes over positions
     channels: int
     kernel: int
     stride: int = 1

@@ -85,6 +85,18 @@ class Rule(ABC):
         """What there is to know of how this rule works on a batch, by name: numbers for the diagnostics."""
         return {}
 
+    def stand_ins(self, net: Network, w: Weights, batch: Batch) -> dict[int, tuple[Tensor, Tensor]]:
+        """By layer, what of the rule's own stands in for a forward weight, and that weight: for the diagnostics.
+
+        Weights of one letter (`E2`, `E3`, ...) stand in for W where all of them have its shapes.
+        """
+        found = {}
+        for letter in sorted({name.rstrip("0123456789") for name in w} - {"W", "b"}):
+            own = {l: w[f"{letter}{l}"] for l in range(1, net.L + 1) if f"{letter}{l}" in w}
+            if all(t.shape == net.weight_shape(l) for l, t in own.items()):
+                found |= {l: (t, w[f"W{l}"]) for l, t in own.items()}
+        return found
+
     def feedback(self, net: Network, draw: Draw) -> dict[str, Tensor]:
         """The weights this rule needs besides W and b; `draw(name, shape)` gives one from `init.backward`."""
         return {}

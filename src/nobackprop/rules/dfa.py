@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from nobackprop.core.network import Network, Weights
@@ -39,6 +40,16 @@ class DFA(Rule):
             d = net.direct(w[f"B{l}"], e, like=z) * net.df(z, h)  # (N, *shape of layer l)
             g |= net.hebbian(l, below, d)
         return g, h
+
+    def stand_ins(self, net: Network, w: Weights, batch: Batch) -> dict[int, tuple[Tensor, Tensor]]:
+        """B[l] stands in for the product of the weights above layer l, where those layers are dense."""
+        found, above = {}, torch.eye(net.units(net.L)).to(w["W1"])  # (units, outputs)
+        for l in range(net.L - 1, 0, -1):
+            if net.layers[l].spatial:
+                break
+            above = w[f"W{l + 1}"].mT @ above
+            found[l] = w[f"B{l}"], above
+        return found
 
     def feedback(self, net: Network, draw: Draw) -> dict[str, Tensor]:
         return {f"B{l}": draw(f"B{l}", (net.units(l), net.units(net.L))) for l in range(1, net.L)}

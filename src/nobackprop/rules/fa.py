@@ -23,5 +23,8 @@ class FA(BP):
     def down(self, l: int, w: Weights, batch: Batch) -> Tensor:
         return w[f"B{l}"]
 
+    def stand_ins(self, net: Network, w: Weights, batch: Batch) -> dict[int, tuple[Tensor, Tensor]]:
+        return {l: (self.down(l, w, batch), w[f"W{l}"]) for l in range(2, net.L + 1)}
+
     def feedback(self, net: Network, draw: Draw) -> dict[str, Tensor]:
         return {f"B{l}": draw(f"B{l}", net.weight_shape(l)) for l in range(2, net.L + 1)}

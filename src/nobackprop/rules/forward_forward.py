@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nobackprop.core.layers import Conv, Dense, Shape
+from nobackprop.core.layers import Dense, Shape
 from nobackprop.core.network import Network, Weights
 from nobackprop.core.rule import Batch, Draw, Grads, Rule
 from nobackprop.mistakes import Mistake
@@ -103,6 +103,9 @@ class ForwardForward(Rule):
     def other_logits(self, net: Network, w: Weights, x: Tensor) -> dict[str, Tensor]:
         return {"goodness": self._of_goodness(net, w, x)} if self.readout == "linear" else {}
 
+    def stand_ins(self, net: Network, w: Weights, batch: Batch) -> dict[int, tuple[Tensor, Tensor]]:
+        return {}  # R stands in for no W
+
     def _layers(self, net: Network, w: Weights, x: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
         """Of each layer its number, its input, z, h, and h as it is handed on."""
         below = _normalized(x) if self.normalize_input else x
@@ -167,7 +170,7 @@ def _neutral(net: Network, x: Tensor) -> Tensor:
 
 def _labelled(net: Network, x: Tensor, label: Tensor) -> Tensor:
     """Images x (N, *in_shape) with one-hot labels (N, classes) in their first pixels, or as waves over all of them."""
-    if isinstance(net.layers[0], Conv):
+    if net.layers[0].spatial:
         waves = label @ _waves(label.shape[1], x).flatten(1)  # (N, H W)
         return (1 - WAVE) * x + WAVE * waves.view(-1, 1, *x.shape[2:])
     return torch.cat([label, x.flatten(1)[:, label.shape[1] :]], 1).view_as(x)

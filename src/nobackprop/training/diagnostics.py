@@ -16,8 +16,6 @@ from nobackprop.core.random import normal
 from nobackprop.core.rule import Batch, Rule
 from nobackprop.mistakes import Mistake
 from nobackprop.rules.bp import BP
-from nobackprop.rules.dfa import DFA
-from nobackprop.rules.fa import FA
 from nobackprop.training.learner import Learner
 
 SATURATED = 0.05  # a unit is saturated where its activation's derivative is smaller
@@ -92,7 +90,9 @@ def diagnose(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, fl
         return {}
     found = {f"norm/W{l}": w[f"W{l}"].norm() for l in range(1, net.L + 1)}
     found |= {f"norm/update_{name}": g.norm() for name, g in update.items() if name.startswith("W")}
-    found |= _feedback_angles(net, rule, w, batch) | rule.measured(net, w, batch)
+    stand_ins = rule.stand_ins(net, w, batch)
+    found |= {f"angle/feedback_W{l}": angle(own, W) for l, (own, W) in stand_ins.items()}
+    found |= rule.measured(net, w, batch)
     if net.activation.derivative is not None:
         gradient = _gradient(net, rule, w, batch)
         found |= {f"angle/update_{name}": angle(g, gradient[name]) for name, g in update.items() if name[0] == "W"}
@@ -119,25 +119,6 @@ def _gradient(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, T
         return batch.loss.value(rule.logits(net, {**w, **own}, batch.x), batch.y).mean()
 
     return torch.func.grad(loss)({name: t for name, t in w.items() if name[0] in "Wb"})
-
-
-def _feedback_angles(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, Tensor]:
-    if isinstance(rule, FA):
-        return {f"angle/feedback_W{l}": angle(rule.down(l, w, batch), w[f"W{l}"]) for l in range(2, net.L + 1)}
-    found = {}
-    if isinstance(rule, DFA):
-        above = torch.eye(net.units(net.L)).to(w["W1"])  # the product of the weights above, (units, outputs)
-        for l in range(net.L - 1, 0, -1):
-            if w[f"W{l + 1}"].ndim > 2:
-                break  # a convolution
-            above = w[f"W{l + 1}"].mT @ above
-            found[f"angle/feedback_W{l}"] = angle(w[f"B{l}"], above)
-        return found
-    for letter in sorted({name.rstrip("0123456789") for name in w} - {"W", "b", "R"}):  # R reads out
-        own = {l: w[f"{letter}{l}"] for l in range(1, net.L + 1) if f"{letter}{l}" in w}
-        if all(t.shape == net.weight_shape(l) for l, t in own.items()):
-            found |= {f"angle/feedback_W{l}": angle(t, w[f"W{l}"]) for l, t in own.items()}
-    return found
 
 
 def _opposed(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, Tensor]:

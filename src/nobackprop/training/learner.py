@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from nobackprop.core.layers import Conv
 from nobackprop.core.losses import Loss
 from nobackprop.core.network import Network
 from nobackprop.core.random import normal
@@ -112,7 +111,7 @@ class Learner(LightningModule):
     def inputs(self, pixels: Tensor) -> Tensor:
         """The net's input for uint8 pixels (S, N, C, H, W)."""
         x = self.pixels(pixels, self.w["W1"].dtype)
-        if x.device.type == "cpu" and isinstance(self.net.layers[0], Conv):
+        if x.device.type == "cpu" and self.net.layers[0].spatial:
             # Convolutions on a CPU are up to five times as fast with the channels last in memory.
             x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, x.shape[:2])
         return x

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nobackprop.core.initializers import initial_weights
-from nobackprop.core.layers import Conv
 from nobackprop.data.batches import EvalBatches, Task, TrainBatches, batches_per_epoch, task
 from nobackprop.data.pixels import Pixels
 from nobackprop.data.sources import Dataset
@@ -389,7 +388,7 @@ def _write(run: Run, tasks: Sequence[Task], learner: Learner, finished: Sequence
 
 def _repaid(run: Run, steps: int) -> bool:
     """Whether compiling, half a minute once, makes a training of so many mini-batches shorter."""
-    convolutional = any(isinstance(layer, Conv) for layer in run.net.layers)
+    convolutional = any(layer.spatial for layer in run.net.layers)
     return steps >= COMPILE_FROM[convolutional]
 
 
