@@ -74,7 +74,7 @@ def test_ctrl_c_ends_the_command_with_130_and_the_same_command_goes_on(tmp_path:
 
 
 def test_a_wrong_key_of_a_launcher_is_told_before_anything_runs(tmp_path: Path) -> None:
-    ended = nobackprop("--multirun", "launcher=joblib", "launcher.workers=two", "logger=none", cwd=tmp_path)
+    ended = nobackprop("--multirun", "launcher=processes", "launcher.workers=two", "logger=none", cwd=tmp_path)
     assert ended.returncode == 1
     assert ended.stderr == "nobackprop: launcher.workers: Input should be a valid integer, got 'two'\n"
     assert not ended.stdout

@@ -173,7 +173,7 @@ def test_what_is_found_is_written_and_used_and_nothing_runs_twice(
     for path, trial in trials.items():  # the figures of the test images play no part
         trial.model_copy(update={"test": {"accuracy": 1 - trial.validation}}).write(path)
         times[path] = path.stat().st_mtime_ns
-    monkeypatch.setattr(tune, "Joblib", lambda jobs: Basic())  # starts sooner
+    monkeypatch.setattr(tune, "Processes", lambda jobs: Basic())  # starts sooner
     with pytest.raises(SystemExit, match="0"):
         tune.main()
     assert (conf / "tuned" / "lra_e" / "mnist_3_bp.yaml").read_text() == text

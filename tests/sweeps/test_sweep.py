@@ -36,7 +36,7 @@ from nobackprop.places import PACKAGE
 from nobackprop.records import provenance
 from nobackprop.sweeps import jobs, local, slurm, sweep
 from nobackprop.sweeps.jobs import Job, Outcome
-from nobackprop.sweeps.local import Basic, Joblib
+from nobackprop.sweeps.local import Basic, Processes
 from nobackprop.sweeps.slurm import Cluster, Submitted
 from nobackprop.training.run import Busy, train
 from nobackprop.training.stopping import Stopped
@@ -323,7 +323,7 @@ def test_processes_train_the_same_and_one_that_is_killed_harms_no_other(
 
     thread = threading.Thread(target=kill)
     thread.start()
-    outcomes = sweep.run([Job("endless", endless), *jobs], Joblib(), console)
+    outcomes = sweep.run([Job("endless", endless), *jobs], Processes(), console)
     thread.join()
     assert [o.state for o in outcomes] == ["failed", "finished", "finished", "finished"]
     assert outcomes[0].reason == "its process was killed by SIGKILL (out of memory?)"
@@ -345,7 +345,7 @@ def test_one_process_that_is_stopped_is_one_job_that_failed(
     thread = threading.Thread(target=stop)
     thread.start()
     monkeypatch.setattr("nobackprop.sweeps.local.cores", lambda: 1)
-    outcomes = sweep.run([Job("stopped", stopped), Job("other", other)], Joblib(), console)
+    outcomes = sweep.run([Job("stopped", stopped), Job("other", other)], Processes(), console)
     thread.join()
     assert [o.state for o in outcomes] == ["failed", "finished"]
     assert outcomes[0].reason == "its process was stopped by SIGTERM"
@@ -364,7 +364,7 @@ def test_ctrl_c_ends_the_processes_too_after_a_checkpoint(config: Config, tmp_pa
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(Stopped):
-        sweep.run([Job("endless", cfg)], Joblib(), console)
+        sweep.run([Job("endless", cfg)], Processes(), console)
     thread.join()
     assert not holders(folder(cfg) / "seed0" / ".lock")
     assert len(list(folder(cfg).glob("checkpoints/*/*.ckpt"))) == 1
@@ -373,10 +373,10 @@ def test_ctrl_c_ends_the_processes_too_after_a_checkpoint(config: Config, tmp_pa
 def test_no_more_processes_than_cores(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nobackprop.sweeps.local.cores", lambda: 4)
     jobs = [Job("", config())] * 9
-    assert [Joblib(workers).at_once(jobs) for workers in (None, 2, 64)] == [4, 2, 4]
-    assert Joblib().at_once([Job("", config("threads=2"))] * 9) == 2
-    assert Joblib().at_once(jobs[:1]) == 1
-    for launcher in (Joblib(), Cluster("local")):
+    assert [Processes(workers).at_once(jobs) for workers in (None, 2, 64)] == [4, 2, 4]
+    assert Processes().at_once([Job("", config("threads=2"))] * 9) == 2
+    assert Processes().at_once(jobs[:1]) == 1
+    for launcher in (Processes(), Cluster("local")):
         several = [[Job("", config(f"threads={t}", f"workers={w}"))] * 9 for t, w in ((4, "null"), (1, 4), (2, 2))]
         assert [launcher.at_once(jobs) for jobs in several] == [1, 1, 1]
 
@@ -474,7 +474,7 @@ def test_a_cluster_that_does_not_answer_for_a_while_has_not_lost_its_jobs(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["launcher=joblib", "launcher.workers=0"], "launcher.workers: Input should be greater than 0, got 0"),
+        (["launcher=processes", "launcher.workers=0"], "launcher.workers: Input should be greater than 0, got 0"),
         (["launcher=slurm", "+launcher.time=3"], "launcher: unknown key time; choose from: executor"),
         (["launcher=slurm", "launcher.options=a100"], "launcher.options: Input should be an object, got 'a100'"),
         (["launcher=slurm", "launcher.hours=long"], "launcher.hours: Input should be a valid number"),
@@ -510,5 +510,5 @@ def test_a_copy_of_the_source_knows_its_commit(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(("given", "expected"), [("null", 1), ("2", 2)])
 def test_a_job_beside_others_keeps_its_seeds_in_one_process(given: str, expected: int) -> None:
     job = jobs.Job("", run_config(f"workers={given}"))
-    assert local._beside_others(job).config.workers == expected
+    assert local.beside_others(job).config.workers == expected
     assert job.config.workers == (None if given == "null" else 2)

@@ -21,7 +21,7 @@ import nobackprop.training.run
 from nobackprop import cli
 from nobackprop.records.machine import cores
 from nobackprop.records.record import Record
-from nobackprop.training.processes import side_by_side, workers
+from nobackprop.training.processes import Processes, side_by_side, workers
 from nobackprop.training.run import train
 from nobackprop.training.screens import Screen
 
@@ -43,7 +43,7 @@ def test_seeds_are_the_same_to_the_bit_side_by_side_and_in_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records = train(small(tmp_path / "beside", "seeds=3", "max_epochs=1"))
-    monkeypatch.setattr(nobackprop.training.processes, "_fork", lambda *_: pytest.fail("workers=1 has no workers"))
+    monkeypatch.setattr(Processes, "_start", lambda *_: pytest.fail("workers=1 has no workers"))
     train(small(tmp_path / "alone", "seeds=3", "max_epochs=1", "workers=1"))
     assert [r.seed for r in records] == [0, 1, 2]
     assert [r.machine.threads for r in records] == [1, 1, 1]

@@ -54,7 +54,7 @@ def main() -> None:
     further = [home(text) for text in options.set]
     further += [] if options.seeds is None else [f"seeds={options.seeds}"]
     further += [] if options.epochs is None else [f"max_epochs={options.epochs}"]
-    further += [] if options.jobs is None else ["launcher=joblib", f"launcher.workers={options.jobs}"]
+    further += [] if options.jobs is None else ["launcher=processes", f"launcher.workers={options.jobs}"]
     with answering(parser.prog):
         check(further)
         chosen = select(list(cells(options.paper)), options.only)

@@ -31,7 +31,7 @@ from nobackprop.places import PAPERS
 from nobackprop.records import files, machine
 from nobackprop.records.record import Record
 from nobackprop.sweeps.jobs import Job
-from nobackprop.sweeps.local import Joblib
+from nobackprop.sweeps.local import Processes
 from nobackprop.training.build import prepare
 
 Setting = bool | int | float | str
@@ -194,7 +194,7 @@ def tune(
             prepare(ready[i].config)
     ended: dict[int, Record] = {}
     title = f"{name}: {len(chosen)} cells, {search.trials} trials each"
-    outcomes = Joblib(jobs).run(ready, lambda i, text: None, console, wait_for_others=True)
+    outcomes = Processes(jobs).run(ready, lambda i, text: None, console, wait_for_others=True)
     for i, outcome in track(outcomes, title, len(trials), console=console):
         if outcome.state == "failed":
             raise Mistake(f"{ready[i].label}: {outcome.details}")

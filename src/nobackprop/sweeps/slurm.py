@@ -24,7 +24,7 @@ from nobackprop.places import PACKAGE
 from nobackprop.records.files import write_atomically
 from nobackprop.records.provenance import source_state
 from nobackprop.sweeps.jobs import Job, Outcome, Say, attempt, note
-from nobackprop.sweeps.local import _beside_others, _room
+from nobackprop.sweeps.local import beside_others, room
 from nobackprop.training.config import Settings
 
 
@@ -50,7 +50,7 @@ class Cluster:
     options: dict[str, Any] | None = None  # any others of sbatch's
 
     def at_once(self, jobs: Sequence[Job]) -> int:
-        most = self.parallel if self.executor == "slurm" else min(self.parallel, _room(jobs))
+        most = self.parallel if self.executor == "slurm" else min(self.parallel, room(jobs))
         return max(1, min(most, len(jobs)))
 
     def run(
@@ -70,7 +70,7 @@ class Cluster:
         while waiting or running:
             if batch := [waiting.popleft() for _ in range(min(most - len(running), len(waiting)))]:
                 assert executor is not None
-                ready = [_beside_others(jobs[i]) if self.executor == "local" else jobs[i] for i in batch]
+                ready = [beside_others(jobs[i]) if self.executor == "local" else jobs[i] for i in batch]
                 try:
                     handles = executor.map_array(ClusterTask(sys.argv), ready)
                 except RuntimeError as e:  # what sbatch says
@@ -192,7 +192,7 @@ def _queued_jobs() -> set[str]:
     try:
         shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     except FileNotFoundError:
-        raise Mistake("launcher=slurm: there is no SLURM here, no command squeue; try launcher=joblib") from None
+        raise Mistake("launcher=slurm: there is no SLURM here, no command squeue; try launcher=processes") from None
     except subprocess.SubprocessError as e:
         told = (getattr(e, "stderr", None) or str(e)).strip()
         raise Mistake(f"launcher=slurm: squeue does not answer ({told}): try again later") from None

@@ -1,7 +1,11 @@
-"""Seeds side by side on a CPU: trained in processes that are forked when the data is loaded.
+"""Jobs side by side in processes of their own: seeds of a run, or the runs of a sweep.
 
-A fork has all imports and shares the images with its parent; a fresh process would spend seconds on the first and need
-memory for the second. torch's threads do not survive a fork, so seeds with several threads are trained in turn.
+Seeds are trained on a CPU in processes that are forked when the data is loaded: a fork has all imports and shares the
+images with its parent; a fresh process would spend seconds on the first and need memory for the second. torch's threads
+do not survive a fork, so seeds with several threads are trained in turn.
+
+A pool of the standard library or joblib would not do: there one process that dies takes all others with it, or its job
+is waited for for ever; none lets the others write their checkpoints.
 """
 
 import multiprocessing
@@ -11,24 +15,25 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkProcess
-from typing import Any, TypeVar, cast
+from threading import Thread
+from typing import Any, Generic, TypeVar, cast
 
 from nobackprop.records.machine import cores
 from nobackprop.training.ddp import portable
 from nobackprop.training.screens import Screen
 from nobackprop.training.stopping import StopSignals, how_it_ended
 
-PATIENCE_S = 60.0  # for a checkpoint, when workers are asked to end
+PATIENCE_S = 60.0  # for a checkpoint, when processes are asked to end
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
 def workers(jobs: int, threads: int, most: int | None = None) -> int:
-    """How many processes to train in: at the most one a core, and `most` if that is given; 1: in this process.
+    """How many processes to train seeds in: at the most one a core, and `most` if that is given; 1: in this process.
 
     It is 1 where seeds have several threads, where the system can't fork safely (macOS, Windows), and in a process that
     may have no children.
@@ -41,7 +46,7 @@ def workers(jobs: int, threads: int, most: int | None = None) -> int:
 def side_by_side(
     work: Callable[[Job, Screen], Result], jobs: Sequence[Job], count: int, screen: Screen
 ) -> Iterator[tuple[Job, Result]]:
-    """Gives each job with `work(job, screen)` as they end, done by up to `count` processes at once; 1: by this one.
+    """Gives each job with `work(job, screen)` as they end, done by up to `count` forks at once; 1: by this process.
 
     The first error is raised at once; the other processes are asked to end, as they are by Ctrl-C, and write a
     checkpoint. Raises ChildProcessError, with the name that a job has as text, where its process was killed or stopped.
@@ -50,73 +55,155 @@ def side_by_side(
         for job in jobs:
             yield job, work(job, screen)
         return
-    waiting = deque(range(len(jobs)))
-    running: dict[Connection, ForkProcess] = {}
-    working: dict[Connection, Job] = {}
 
-    def give(connection: Connection) -> None:
-        """A process its next job, or word that there is none left."""
-        index = waiting.popleft() if waiting else None
-        if index is not None:
-            working[connection] = jobs[index]
-        with suppress(BrokenPipeError):  # it was killed, as will be noticed
-            connection.send(index)
+    def died(job: Job | None, status: int) -> Result:
+        told = "a process" if job is None else f"the process that trained {job}"
+        less = " (with fewer `workers` in less memory)" if status == -signal.SIGKILL else ""
+        how = f"{how_it_ended(status)}; the same command goes on from the last checkpoints{less}"
+        raise ChildProcessError(f"{told} {how}")
 
-    with StopSignals() as signals:
-        try:
-            for _ in range(count):
-                connection, process = _fork(work, jobs, [*running], signals)
-                running[connection] = process
-                give(connection)
-            while running:
-                for connection, kind, content in _messages(running):
-                    if kind == "show":
-                        _show(screen, content)
-                    elif kind == "end":
-                        status = running.pop(connection).exitcode or 0
-                        if status or connection in working:
-                            raise ChildProcessError(_how(working.get(connection), status))
-                    elif kind == "error":
-                        raise content
-                    else:
-                        job = working.pop(connection)
-                        give(connection)
-                        yield job, content
-                signals.check()
-        finally:
-            _end(running, screen)
+    pool = Processes(work, multiprocessing.get_context("fork"), died, screen)
+    for number, result in pool.run(jobs, count):
+        yield jobs[number], result
 
 
-def _fork(
-    work: Callable[..., Any], jobs: Sequence[Any], others: list[Connection], signals: StopSignals
-) -> tuple[Connection, ForkProcess]:
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_worker, args=(work, jobs, theirs, [*others, ours], signals), daemon=True)
-    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
-        process.start()  # Python 3.12 warns where there are threads, even those of a library that minds forks
-    theirs.close()
-    return ours, process
+@dataclass
+class Processes(Generic[Job, Result]):
+    """Processes that do `work(job, screen)`; what they have to show comes to the `screen` of this one.
+
+    With `fresh` each job has a process of its own, else a process does job after job. What came of a job whose process
+    ended before it is `died(job, exit status)`, which may raise; of one that ended between jobs, the job is None.
+    """
+
+    work: Callable[[Job, Screen], Result]
+    context: Any  # of multiprocessing
+    died: Callable[[Job | None, int], Result]
+    screen: Screen
+    fresh: bool = False
+    running: dict[Connection, Any] = field(default_factory=dict)  # the process behind each
+
+    def run(
+        self, jobs: Sequence[Job], count: int, starting: Callable[[int], None] = lambda _: None
+    ) -> Iterator[tuple[int, Result]]:
+        """Gives the number of each job with its result as they end, up to `count` at once; `starting(number)` is told.
+
+        An error of `work` is raised. Whatever ends this, the processes that still run are asked to end, and waited for.
+        """
+        waiting = deque(range(len(jobs)))
+        working: dict[Connection, int] = {}
+
+        def give(connection: Connection) -> None:
+            """A process its next job, or word that there is none left."""
+            number = waiting.popleft() if waiting else None
+            if number is not None:
+                working[connection] = number
+                starting(number)
+            with suppress(BrokenPipeError):  # it was killed, as will be noticed
+                connection.send(None if number is None else number if self.forks else jobs[number])
+
+        with StopSignals() as signals:
+            try:
+                while waiting or self.running:
+                    while waiting and len(self.running) < count:
+                        give(self._start(jobs, signals))
+                    for connection, kind, content in self._messages():
+                        if kind == "end":
+                            status = self.running.pop(connection).exitcode or 0
+                            if connection in working:
+                                number = working.pop(connection)
+                                yield number, self.died(jobs[number], status)
+                            elif status:
+                                self.died(None, status)
+                        elif kind == "error":
+                            raise content
+                        else:
+                            number = working.pop(connection)
+                            if self.fresh:
+                                connection.send(None)
+                            else:
+                                give(connection)
+                            yield number, content
+                    signals.check()
+            finally:
+                self._end()
+
+    @property
+    def forks(self) -> bool:
+        """Whether processes have the jobs already, and are told their numbers."""
+        return self.context.get_start_method() == "fork"
+
+    def _start(self, jobs: Sequence[Job], signals: StopSignals) -> Connection:
+        ours, theirs = self.context.Pipe()
+        inherited = (jobs, [*self.running, ours], signals.before) if self.forks else (None, (), {})
+        # A fork may have no processes of its own: it would inherit what is its parent's.
+        process = self.context.Process(target=_worker, args=(self.work, theirs, *inherited), daemon=self.forks)
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+            process.start()  # Python 3.12 warns where there are threads, even those of a library that minds forks
+        theirs.close()
+        self.running[ours] = process
+        return ours
+
+    def _messages(self) -> Iterator[tuple[Connection, str, Any]]:
+        """What has come from processes within half a second, but for what is shown; "end" from one that is no more."""
+        for connection in wait([*self.running], timeout=0.5):
+            assert isinstance(connection, Connection)
+            content: Any = None
+            try:
+                kind, content = connection.recv()
+            except (EOFError, ConnectionResetError):
+                self.running[connection].join()
+                kind = "end"
+            if kind == "show":
+                name, args, kwargs = content
+                getattr(self.screen, name)(*args, **kwargs)
+            else:
+                yield connection, kind, content
+
+    def _end(self) -> None:
+        """Asks processes to end and waits until they have, showing what they still have to say."""
+        for process in self.running.values():
+            with suppress(ProcessLookupError):
+                os.kill(process.pid or 0, signal.SIGUSR2)
+        deadline = time.monotonic() + PATIENCE_S
+        while self.running and time.monotonic() < deadline:
+            for connection, kind, _ in self._messages():
+                if kind == "end":
+                    del self.running[connection]
+        for process in self.running.values():
+            process.kill()
+            process.join()
 
 
 def _worker(
     work: Callable[..., Any],
-    jobs: Sequence[Any],
     connection: Connection,
-    inherited: list[Connection],
-    signals: StopSignals,
+    jobs: Sequence[Any] | None,
+    inherited: Sequence[Connection],
+    handlers: dict[int, Any],
 ) -> None:
-    """In a new process: does the jobs whose numbers come, sends what is to be shown and what came of them."""
+    """In a new process: does the jobs that come, or whose numbers do, sends what is to be shown and what came of them.
+
+    It ends, after a checkpoint, when it is asked to, or when the process that started it is no more.
+    """
     for other in inherited:  # so that this process learns when its parent is no more
         other.close()
-    for signum, handler in signals.before.items():
+    for signum, handler in handlers.items():
         signal.signal(signum, handler)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which asks by SIGUSR2
     signal.signal(signal.SIGUSR2, lambda *_: sys.exit())  # between jobs; within, StopSignals listens
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    Thread(target=follow, daemon=True).start()
     with suppress(EOFError, BrokenPipeError):
         try:
-            while (index := connection.recv()) is not None:
-                connection.send(("result", work(jobs[index], cast(Screen, _Remote(connection)))))
+            while (job := connection.recv()) is not None:
+                each = job if jobs is None else jobs[job]
+                connection.send(("result", work(each, cast(Screen, _Remote(connection)))))
         except Exception as error:
             connection.send(("error", portable(error)))
 
@@ -129,43 +216,3 @@ class _Remote:
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: self.connection.send(("show", (name, args, kwargs)))
-
-
-def _show(screen: Screen, content: tuple[str, Any, Any]) -> None:
-    name, args, kwargs = content
-    getattr(screen, name)(*args, **kwargs)
-
-
-def _messages(running: Mapping[Connection, ForkProcess]) -> Iterator[tuple[Connection, str, Any]]:
-    """What has come from processes within half a second; "end" from one that is no more."""
-    for connection in wait([*running], timeout=0.5):
-        assert isinstance(connection, Connection)
-        try:
-            kind, content = connection.recv()
-        except (EOFError, ConnectionResetError):
-            running[connection].join()
-            kind, content = "end", None
-        yield connection, kind, content
-
-
-def _end(running: dict[Connection, ForkProcess], screen: Screen) -> None:
-    """Asks processes to end and waits until they have, showing what they still have to say."""
-    for process in running.values():
-        with suppress(ProcessLookupError):
-            os.kill(process.pid or 0, signal.SIGUSR2)
-    deadline = time.monotonic() + PATIENCE_S
-    while running and time.monotonic() < deadline:
-        for connection, kind, content in _messages(running):
-            if kind == "show":
-                _show(screen, content)
-            elif kind == "end":
-                del running[connection]
-    for process in running.values():
-        process.kill()
-        process.join()
-
-
-def _how(job: object, status: int) -> str:
-    told = "a process" if job is None else f"the process that trained {job}"
-    less = " (with fewer `workers` in less memory)" if status == -signal.SIGKILL else ""
-    return f"{told} {how_it_ended(status)}; the same command goes on from the last checkpoints{less}"
