@@ -29,7 +29,7 @@ UNFINISHED = re.compile(r"\..+\.\d+")  # what write_atomically names a file afte
 OURS = re.compile(
     r"about\.json|\.lock|\.holder|(error|job)_[0-9a-f]{12}\.txt|learning_curves\.png|(multirun|optimization_results)\.yaml"
 )
-OTHERS = {"wandb", ".submitit"}  # folders that others keep in ours
+OTHERS = {"wandb", "tensorboard", "csv", ".submitit"}  # folders that others keep in ours
 
 
 @dataclass
