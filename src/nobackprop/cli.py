@@ -15,6 +15,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from nobackprop import usage
 from nobackprop.composing import COMPOSING, check, composing, home, leaves
 from nobackprop.mistakes import Mistake, about_files, answering, check_writable, close
 from nobackprop.places import CONF
@@ -152,23 +153,30 @@ def main() -> None:
         print(_version())
         return
     args, sys.argv[1:] = _in_order(texts)
+    folders = [Path(args.config_dir).absolute(), CONF] if args.config_dir else [CONF]
     if FULL_ERROR:
-        run()
+        _do(args, folders)
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra leaves errors to the lines below
     with answering("nobackprop"):
         try:
             if not args.shell_completion:
                 check(args.overrides)
-            run()
+            _do(args, folders)
         except Mistake:
             raise
         except COMPOSING as e:
-            folders = [Path(args.config_dir).absolute(), CONF] if args.config_dir else [CONF]
             raise Mistake(composing(e, args.overrides, folders)) from e
     launcher: Any = sys.modules.get("hydra_plugins.nobackprop_launcher")  # where a multirun has counted
     if launcher and launcher.SweepLauncher.failed:
         sys.exit(1)
+
+
+def _do(args: Namespace, folders: Sequence[Path]) -> None:
+    if args.help:
+        print(usage.text(args.overrides, folders), end="")
+    else:
+        run()
 
 
 def _in_order(texts: Sequence[str]) -> tuple[Namespace, list[str]]:
