@@ -166,7 +166,7 @@ def main() -> None:
         except Mistake:
             raise
         except COMPOSING as e:
-            raise Mistake(composing(e, args.overrides, folders)) from e
+            raise Mistake(composing(e, args.overrides, folders, args.config_name or "train")) from e
     launcher: Any = sys.modules.get("hydra_plugins.nobackprop_launcher")  # where a multirun has counted
     if launcher and launcher.SweepLauncher.failed:
         sys.exit(1)

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
 
-import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from nobackprop.composing import first, options
+from nobackprop.composing import composed, first, options
 from nobackprop.places import CONF
 
 WIDTH, COLUMN = 100, 23
@@ -91,9 +90,7 @@ def _short(names: Sequence[str]) -> Iterator[str]:
 
 def _choices(overrides: Sequence[str], folders: Sequence[Path], chosen: Mapping[str, object]) -> Iterator[str]:
     """For each chosen file what its first comment says, and the keys that it sets."""
-    own = [f"hydra.searchpath=[{','.join(repr(f'file://{f}') for f in folders if f != CONF)}]"]
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = hydra.compose("train", [*overrides, *own])
+    cfg = composed(overrides, folders)
     for group, choice in chosen.items():
         (path, *_) = [path for f in folders if (path := f / group / f"{choice}.yaml").exists()]
         comments = [line for line in path.read_text().splitlines() if re.match("#(?! @package)", line)]

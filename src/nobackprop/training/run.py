@@ -24,7 +24,7 @@ from nobackprop.mistakes import Mistake
 from nobackprop.records import files, machine, provenance
 from nobackprop.records.literal import literal
 from nobackprop.records.record import Data, Record, code, mean_and_deviation, tested
-from nobackprop.training import checkpoints, hardware, locks
+from nobackprop.training import checkpoints, hardware, kept, locks
 from nobackprop.training.build import Run, check, configure, trainer
 from nobackprop.training.checkpoints import About, ResumePoint
 from nobackprop.training.config import Settings
@@ -114,6 +114,8 @@ def train(run: Run, console: Console | None = None, wait_for_others: bool = True
         together = [tasks]
         if not to_start(run.strategy):
             together = divide(tasks, s.batch_size, stack, left_off(run, missing, dataset.fingerprint))
+        if run.rank == 0:
+            kept.write(s)
         groups = _groups(run, together)
         count = workers(len(groups), s.threads, s.workers) if run.device.type == "cpu" and not parallel else 1
 
