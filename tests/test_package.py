@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONF, ROOT, nobackprop, options, run_config, until
+from conftest import CONF, ROOT, SMALL, interrupt, nobackprop, options, run_config, small, until
 
 from nobackprop.core.rule import Rule
 
@@ -78,6 +78,24 @@ def test_a_wrong_key_of_a_launcher_is_told_before_anything_runs(tmp_path: Path) 
     assert ended.returncode == 1
     assert ended.stderr == "nobackprop: launcher.workers: Input should be a valid integer, got 'two'\n"
     assert not ended.stdout
+
+
+def test_a_sweep_in_batches_of_no_jobs_is_refused(tmp_path: Path) -> None:
+    ended = nobackprop("-m", "rule=bp,fa", "hydra.sweeper.max_batch_size=0", "logger=none", cwd=tmp_path)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("nobackprop: hydra.sweeper.max_batch_size is 0: write how many jobs at a time")
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_a_warning_for_the_user_is_a_sentence_without_a_place_in_the_code(tmp_path: Path) -> None:
+    cfg = small(tmp_path / "runs", "rule=bp")
+    last = interrupt(cfg)[-1]
+    last.write_bytes(last.read_bytes()[:1000])
+    ended = nobackprop("rule=bp", *SMALL, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("nobackprop: checkpoint runs/bp_mlp_digits-")
+    assert line.endswith("until these seeds are recorded")
 
 
 def test_paths_are_those_of_the_folder_where_the_command_was_typed(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
@@ -17,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nobackprop import usage
 from nobackprop.composing import COMPOSING, check, composing, home, leaves
-from nobackprop.mistakes import Mistake, about_files, answering, check_writable, close
+from nobackprop.mistakes import Mistake, Notice, about_files, answering, check_writable, close
 from nobackprop.places import CONF
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ def main() -> None:
     The exit status is 0 if all went well, 1 for a mistake or a job that failed, 2 for an option that is none, 130 for
     Ctrl-C and 143 for SIGTERM.
     """
+    warnings.formatwarning = _told
     texts = [home("dry_run=true" if text == "--dry-run" else text) for text in sys.argv[1:]]
     if "--version" in texts:
         print(_version())
@@ -170,6 +172,11 @@ def main() -> None:
     launcher: Any = sys.modules.get("hydra_plugins.nobackprop_launcher")  # where a multirun has counted
     if launcher and launcher.SweepLauncher.failed:
         sys.exit(1)
+
+
+def _told(message: Warning | str, category: type[Warning], *place: Any, formatted: Any = warnings.formatwarning) -> str:
+    """A warning as it is shown: what is for the user without the place in the code."""
+    return f"nobackprop: {message}\n" if issubclass(category, Notice) else formatted(message, category, *place)
 
 
 def _do(args: Namespace, folders: Sequence[Path]) -> None:
