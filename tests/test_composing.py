@@ -356,6 +356,12 @@ def test_a_folder_that_cannot_be_made_is_told(
     assert raised.value.filename == str(tmp_path)
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux")
+def test_a_folder_in_a_file_system_of_the_kernels_is_told() -> None:
+    with pytest.raises(OSError, match="Read-only file system"):
+        mistakes.check_writable(Path("/proc/runs"))
+
+
 def test_scripts_tell_a_mistake_and_keep_other_tracebacks(capsys: pytest.CaptureFixture[str]) -> None:
     for error, told in ((Mistake("so"), "x.py: so"), (FileNotFoundError(2, "not there", "f"), "x.py: f: not there")):
         with pytest.raises(SystemExit) as ended, mistakes.answering("x.py"):

@@ -22,7 +22,8 @@ ARROWS = {
     "sweeps": ["mistakes", "places", "records", "training"],
     "papers": ["mistakes", "places", "records", "composing", "training", "sweeps"],
     "quick_start": [],
-    "cli": ["mistakes", "places", "records", "composing", "training", "sweeps", "quick_start"],
+    "usage": ["places", "composing"],
+    "cli": ["mistakes", "places", "records", "composing", "training", "sweeps", "quick_start", "usage"],
     "__main__": ["cli"],
     "__init__": ["training"],
 }

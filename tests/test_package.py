@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONF, ROOT, nobackprop, options, until
+from conftest import CONF, ROOT, SMALL, interrupt, nobackprop, options, run_config, small, until
 
 from nobackprop.core.rule import Rule
 
@@ -80,6 +80,24 @@ def test_a_wrong_key_of_a_launcher_is_told_before_anything_runs(tmp_path: Path) 
     assert not ended.stdout
 
 
+def test_a_sweep_in_batches_of_no_jobs_is_refused(tmp_path: Path) -> None:
+    ended = nobackprop("-m", "rule=bp,fa", "hydra.sweeper.max_batch_size=0", "logger=none", cwd=tmp_path)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("nobackprop: hydra.sweeper.max_batch_size is 0: write how many jobs at a time")
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_a_warning_for_the_user_is_a_sentence_without_a_place_in_the_code(tmp_path: Path) -> None:
+    cfg = small(tmp_path / "runs", "rule=bp")
+    last = interrupt(cfg)[-1]
+    last.write_bytes(last.read_bytes()[:1000])
+    ended = nobackprop("rule=bp", *SMALL, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("nobackprop: checkpoint runs/bp_mlp_digits-")
+    assert line.endswith("until these seeds are recorded")
+
+
 def test_paths_are_those_of_the_folder_where_the_command_was_typed(tmp_path: Path) -> None:
     runs = "x [red] a=b, c"
     small = ["rule=bp", "max_steps=1", "logger=none", f"paths.runs='{runs}'"]
@@ -129,6 +147,37 @@ def test_the_version_names_the_commit_of_a_checkout(tmp_path: Path) -> None:
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     shown = nobackprop("--version", cwd=tmp_path).stdout
     assert re.fullmatch(rf"nobackprop \d+\.\d+\.\d+, commit {head[:7]}( with edits)?\n", shown)
+
+
+def test_the_help_fits_two_screens_and_has_every_group_and_key_with_its_comment(tmp_path: Path) -> None:
+    lines = nobackprop("--help", cwd=tmp_path).stdout.splitlines()
+    assert len(lines) <= 48
+    assert max(map(len, lines)) <= 100
+    told = re.sub(r"\s+", " ", " ".join(lines))
+    yaml = (CONF / "train.yaml").read_text()
+    cfg = run_config()
+    for key in [*(key for key in cfg if key != "paths"), "paths.data", "paths.runs", "tuned"]:
+        name = str(key).rpartition(".")[2]
+        (comment,) = re.findall(rf"^ *(?:- |- optional )?{name}:(?!$).*? # (.*)", yaml, re.MULTILINE)
+        assert re.search(rf" {re.escape(str(key))}=\S+ {re.escape(comment)}", told), key
+        if (CONF / name).is_dir() and name != "tuned":
+            choices = told.partition(f"{comment}: ")[2]
+            assert choices.startswith(", ".join(options(name)))
+    for setting in ("debug", "mlp_mnist", "tf2_fashion", "+sweep=", "--hydra-help", "README.md"):
+        assert setting in told
+    (tmp_path / "own" / "rule").mkdir(parents=True)
+    (tmp_path / "own" / "rule" / "zebra.yaml").write_text("# Stripes.\n_target_: mine.Zebra\nstripes: 3\n")
+    assert "zebra" in nobackprop("--config-dir", "own", "--help", cwd=tmp_path).stdout
+    ended = nobackprop("--config-dir=own", "rule=zebra", "--help", cwd=tmp_path)
+    assert ended.stdout == "rule=zebra\n# Stripes.\n  stripes: 3\n"
+    assert "there is no rule=zebr; choose one of" in nobackprop("rule=zebr", "--help", cwd=tmp_path).stderr
+
+
+def test_the_help_answers_without_torch(tmp_path: Path) -> None:
+    code = "import sys; from nobackprop.cli import main; sys.argv = ['nobackprop', '--help']; main(); "
+    code += "print({'torch', 'pydantic', 'pytorch_lightning', 'wandb'} & set(sys.modules))"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert ended.stdout.endswith("set()\n")
 
 
 def test_bash_completes_keys_and_choices(tmp_path: Path) -> None:

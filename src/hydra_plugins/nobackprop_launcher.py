@@ -54,10 +54,14 @@ class SweepLauncher(Launcher):
 
     @answered
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Raises Mistake where the folder of the runs can't be written to, in which Hydra leaves a file."""
+        """Raises Mistake where the folder of the runs, in which Hydra leaves a file, can't be written to, and for empty
+        batches.
+        """
         if not isinstance(hydra_context.config_loader, JobConfigs):
             hydra_context.config_loader = JobConfigs(hydra_context.config_loader)  # pyright: ignore - for its sweeper, too
         self.context, self.config = hydra_context, config
+        if (most := OmegaConf.select(config, "hydra.sweeper.max_batch_size")) is not None and most < 1:
+            raise Mistake(f"hydra.sweeper.max_batch_size is {most}: write how many jobs at a time, 1 or more, or null")
         if isinstance(runs := OmegaConf.select(config, "paths.runs"), str):
             folder = Path(runs).expanduser()
             with about_files(config):

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
@@ -15,8 +16,9 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from nobackprop import usage
 from nobackprop.composing import COMPOSING, check, composing, home, leaves
-from nobackprop.mistakes import Mistake, about_files, answering, check_writable, close
+from nobackprop.mistakes import Mistake, Notice, about_files, answering, check_writable, close
 from nobackprop.places import CONF
 
 if TYPE_CHECKING:
@@ -147,28 +149,41 @@ def main() -> None:
     The exit status is 0 if all went well, 1 for a mistake or a job that failed, 2 for an option that is none, 130 for
     Ctrl-C and 143 for SIGTERM.
     """
+    warnings.formatwarning = _told
     texts = [home("dry_run=true" if text == "--dry-run" else text) for text in sys.argv[1:]]
     if "--version" in texts:
         print(_version())
         return
     args, sys.argv[1:] = _in_order(texts)
+    folders = [Path(args.config_dir).absolute(), CONF] if args.config_dir else [CONF]
     if FULL_ERROR:
-        run()
+        _do(args, folders)
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra leaves errors to the lines below
     with answering("nobackprop"):
         try:
             if not args.shell_completion:
                 check(args.overrides)
-            run()
+            _do(args, folders)
         except Mistake:
             raise
         except COMPOSING as e:
-            folders = [Path(args.config_dir).absolute(), CONF] if args.config_dir else [CONF]
-            raise Mistake(composing(e, args.overrides, folders)) from e
+            raise Mistake(composing(e, args.overrides, folders, args.config_name or "train")) from e
     launcher: Any = sys.modules.get("hydra_plugins.nobackprop_launcher")  # where a multirun has counted
     if launcher and launcher.SweepLauncher.failed:
         sys.exit(1)
+
+
+def _told(message: Warning | str, category: type[Warning], *place: Any, formatted: Any = warnings.formatwarning) -> str:
+    """A warning as it is shown: what is for the user without the place in the code."""
+    return f"nobackprop: {message}\n" if issubclass(category, Notice) else formatted(message, category, *place)
+
+
+def _do(args: Namespace, folders: Sequence[Path]) -> None:
+    if args.help:
+        print(usage.text(args.overrides, folders), end="")
+    else:
+        run()
 
 
 def _in_order(texts: Sequence[str]) -> tuple[Namespace, list[str]]:

@@ -10,7 +10,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from nobackprop.mistakes import Mistake, close
@@ -86,7 +86,7 @@ def first(override: Override) -> str:
 # Composing
 
 
-def composing(error: Any, overrides: Sequence[str], folders: Sequence[Path]) -> str:
+def composing(error: Any, overrides: Sequence[str], folders: Sequence[Path], config: str = "train") -> str:
     """The sentence on one of `COMPOSING`; `folders` are those of the configs, the user's own first."""
     message = str(error)
     if told := _of_a_file(error.__cause__ or error, message, overrides, folders):
@@ -110,7 +110,7 @@ def composing(error: Any, overrides: Sequence[str], folders: Sequence[Path]) -> 
     if there := re.search(r"An item is already at '(.*?)'", message):
         return f"{there[1]} is there already: write {there[1]}=..., without +"
     if missing := re.search(r"Could not override '(?:\w+@)?([\w./]+)'", message):
-        return _no_such_key(missing[1], overrides, folders) or message
+        return _no_such_key(missing[1], overrides, folders, config) or message
     if within := re.match(r"In '(.*)': \w+ raised while composing config:\n(.*)", message):
         return f"{within[1]}.yaml: {within[2]}; it must hold keys with values, as in seeds: 3"
     if isinstance(error, OSError) and error.filename:
@@ -143,15 +143,13 @@ def _of_a_file(error: Any, message: str, overrides: Sequence[str], folders: Sequ
     return ""
 
 
-def _no_such_key(path: str, overrides: Iterable[str], folders: Sequence[Path]) -> str:
+def _no_such_key(path: str, overrides: Iterable[str], folders: Sequence[Path], config: str) -> str:
     """The sentence on a key that is not there, as `rule.bta`; empty where another mistake comes first."""
     *parents, key = path.split(".")
     others = [text for text in overrides if not re.match(rf"[~+]*{re.escape(path)}=", text)]
     try:
         others = [first(override) for override in OverridesParser.create().parse_overrides(others)]
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            own = [f"hydra.searchpath=[{','.join(repr(f'file://{f}') for f in folders if f != CONF)}]"]
-            cfg = hydra.compose("train", [*others, *own])
+        cfg = composed(others, folders, config)
     except COMPOSING:
         return ""
     node = OmegaConf.select(cfg, ".".join(parents)) if parents else cfg
@@ -168,6 +166,14 @@ def _no_such_key(path: str, overrides: Iterable[str], folders: Sequence[Path]) -
     if having := [f"{'.'.join(parents)}={path.stem}" for path in files if key in OmegaConf.load(path)]:
         return f"{text}. It is a key of {', '.join(having)}"
     return text + close(key, names)
+
+
+def composed(overrides: Iterable[str], folders: Sequence[Path] = (CONF,), config: str = "train") -> DictConfig:
+    """What Hydra makes of overrides, with the configs in these folders. Raises one of `COMPOSING`."""
+    main = next((f for f in folders if (f / f"{config}.yaml").exists()), CONF)
+    others = ",".join(repr(f"file://{f}") for f in folders if f != main)
+    with hydra.initialize_config_dir(str(main), version_base="1.3"):
+        return hydra.compose(config, [*overrides, f"hydra.searchpath=[{others}]"])
 
 
 def leaves(tree: Any, *parents: str) -> Iterator[tuple[str, Any]]:

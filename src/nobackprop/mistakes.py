@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 
@@ -17,6 +18,10 @@ class Mistake(ValueError):
 
 class Missing(Mistake, FileNotFoundError):
     """A file or folder that is needed is not there. The message says which, and how to get it."""
+
+
+class Notice(UserWarning):
+    """What goes another way than the user may think, and does not end the work. The message is a sentence for them."""
 
 
 def close(name: str, names: Iterable[str]) -> str:
@@ -96,5 +101,10 @@ def check_writable(folder: Path) -> None:
     number = 0 if nearest.is_dir() else errno.ENOTDIR
     if not number and not os.access(nearest, os.W_OK | os.X_OK):
         number = errno.EROFS if os.statvfs(nearest).f_flag & os.ST_RDONLY else errno.EACCES
+    if not number and not folder.is_dir():
+        try:
+            TemporaryFile(dir=nearest).close()
+        except FileNotFoundError:  # in a file system of the kernel's, such as /proc
+            number = errno.EROFS
     if number:
         raise OSError(number, os.strerror(number), str(nearest))

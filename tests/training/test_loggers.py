@@ -1,9 +1,11 @@
-"""What Weights & Biases gets, as far as it can be seen offline: one run a seed, whole after an interruption."""
+"""What the logs get: one a seed, whole after an interruption, with the same numbers. W&B as far as it shows offline."""
 
+import csv
 import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -16,10 +18,12 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from nobackprop.cli import announce_mode
+from nobackprop.mistakes import Mistake
+from nobackprop.training import loggers
 from nobackprop.training.build import prepare
 from nobackprop.training.checkpoints import ResumePoint
 from nobackprop.training.config import Settings
-from nobackprop.training.loggers import wandb_logger
+from nobackprop.training.weights_and_biases import WeightsAndBiases
 
 
 @pytest.fixture
@@ -40,17 +44,22 @@ def offline_run(seed_folder: Path) -> dict[str, list[Any]]:
     return entries
 
 
-@pytest.mark.parametrize("interrupted", [20, 40])
-def test_an_interrupted_run_is_one_run(config: Config, monkeypatch: pytest.MonkeyPatch, interrupted: int) -> None:
-    """After the first epoch, and when all is trained but nothing recorded."""
+def save_and_fail_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has a run fail just after it has written the checkpoint of that step."""
     save = ResumePoint.save
 
     def save_and_fail(self: ResumePoint, trainer: Any) -> None:
         save(self, trainer)
-        if trainer.lightning_module.steps == interrupted:
+        if trainer.lightning_module.steps == step:
             raise OSError("No space left on device")
 
     monkeypatch.setattr(ResumePoint, "save", save_and_fail)
+
+
+@pytest.mark.parametrize("interrupted", [20, 40])
+def test_an_interrupted_run_is_one_run(config: Config, monkeypatch: pytest.MonkeyPatch, interrupted: int) -> None:
+    """After the first epoch, and when all is trained but nothing recorded."""
+    save_and_fail_at(interrupted, monkeypatch)
     cfg = config("checkpoint_minutes=0")
     run = prepare(cfg)
     with pytest.raises(OSError, match="No space"):
@@ -87,15 +96,94 @@ def test_each_seed_is_a_run_with_its_config_and_scores_that_is_finished(config: 
         assert summary["trainer/global_step"] == record.steps
 
 
+Entries = list[tuple[int, dict[str, float]]]  # of a log: the mini-batch and the numbers of each
+
+
+def in_csv(seed_folder: Path) -> Entries:
+    with (seed_folder / "csv" / "metrics.csv").open(newline="") as file:
+        rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    return [(int(row["step"]), row) for row in rows]
+
+
+def in_tensorboard(seed_folder: Path) -> Entries:
+    """Its scalars, kept as float32; those of one step are one entry, as the last epoch and the final figures are."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (_,) = (seed_folder / "tensorboard").glob("events.out.tfevents.*")
+    events = EventAccumulator(str(seed_folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    entries: dict[int, dict[str, float]] = {}
+    for name in events.Tags()["scalars"]:
+        for event in events.Scalars(name):
+            assert name not in entries.setdefault(event.step, {})  # else twice in the log
+            entries[event.step][name] = event.value
+    return sorted(entries.items())
+
+
+@pytest.mark.parametrize("interrupted", [None, 20, 40])
+@pytest.mark.parametrize(("logger", "entries"), [("csv", in_csv), ("tensorboard", in_tensorboard)])
+def test_logs_in_files_have_each_epoch_once_and_the_final_figures(
+    config: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    logger: str,
+    entries: Callable[[Path], Entries],
+    interrupted: int | None,
+) -> None:
+    cfg = config(f"logger={logger}", "checkpoint_minutes=0", "seeds=2", "workers=1", "max_epochs=3", "optimizer.lr=0.1")
+    if interrupted:
+        save_and_fail_at(interrupted, monkeypatch)
+        with pytest.raises(OSError, match="No space"):
+            train(cfg)
+        monkeypatch.undo()
+        assert [step for step, _ in entries(prepare(cfg).seed_folder(0))] == [20, 40][: interrupted // 20]
+    records = train(cfg)
+    assert records[0].epochs != records[1].epochs
+    for record in records:
+        assert record.test is not None
+        final = {f"test/{key}": value for key, value in record.test.items()} | {"val/best_accuracy": record.validation}
+        expected: Any = [(e["step"], {**e, "trainer/global_step": e["step"]}) for e in record.epochs]
+        if logger == "tensorboard":
+            expected[-1][1].update(final)
+        else:
+            expected.append((record.steps, {**final, "step": record.steps}))
+        found = entries(prepare(cfg).seed_folder(record.seed))
+        assert [step for step, _ in found] == [step for step, _ in expected]
+        for (_, given), (_, right) in zip(found, expected, strict=True):
+            assert given == pytest.approx(right, rel=1e-6)
+
+
+@pytest.mark.parametrize("logger", ["csv", "tensorboard"])
+def test_logs_in_files_have_the_config_as_hyper_parameters_without_the_machines_paths(
+    config: Config, tmp_path: Path, logger: str
+) -> None:
+    cfg = config(f"logger={logger}", f"paths.data={tmp_path}/data", "max_epochs=1", "seeds=[3]")
+    train(cfg)
+    log = prepare(cfg).seed_folder(3) / logger
+    kept: Any = OmegaConf.to_container(OmegaConf.load(log / "hparams.yaml"))
+    assert (kept["seed"], kept["arch"]["hidden"]) == (3, [12])
+    everything = b"".join(path.read_bytes() for path in log.rglob("*") if path.is_file())
+    assert str(tmp_path).encode() not in everything
+    if logger == "tensorboard":  # its table of hyper-parameters
+        assert b"_hparams_/session_start_info" in everything
+        assert b"rule/beta" in everything
+
+
+def test_without_tensorboard_a_sentence_says_what_to_install(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
+    cfg = config("logger=tensorboard")
+    with pytest.raises(Mistake, match=r"logger=tensorboard needs a package .*: pip install tensorboard"):
+        train(cfg)
+    assert not Settings.of(cfg).folder.exists()
+
+
 @pytest.mark.parametrize("machine", [False, True])
 def test_wandb_learns_where_it_was_trained_only_when_asked(config: Config, tmp_path: Path, machine: bool) -> None:
     s = Settings.of(config("launcher=slurm", "launcher.account=mine", f"paths.data={tmp_path}/data"))
     content = s.model_dump()
     content["dataset"]["source"] |= {"root": f"{tmp_path}/images", "split": "a"}
     given: Any = {key: value for key, value in s.logger.items() if not key.startswith("_")} | {"machine": machine}
-    run = wandb_logger(s.folder, 0, content, **given).experiment
-    run.log({"val/accuracy": 0.5})
-    run.finish()
+    log = WeightsAndBiases(**given).open(s.folder, 0, content)
+    log.log_metrics({"val/accuracy": 0.5}, 1)
+    log.close(failed=False)
     kept = offline_run(s.folder / "seed0")
     here = (gethostname(), str(tmp_path), str(Path.cwd()), sys.executable, sys.argv[0])
     found = {text for text in here if f'"{text}' in json.dumps(kept)}

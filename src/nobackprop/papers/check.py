@@ -27,9 +27,9 @@ Kind = Literal["damaged", "orphaned", "unchecked", "foreign"]
 RUN, SEED = re.compile(r".+-[0-9a-f]{12}"), re.compile(r"seed(\d+)")
 UNFINISHED = re.compile(r"\..+\.\d+")  # what write_atomically names a file after: its process
 OURS = re.compile(
-    r"about\.json|\.lock|\.holder|(error|job)_[0-9a-f]{12}\.txt|learning_curves\.png|(multirun|optimization_results)\.yaml"
+    r"about\.json|\.lock|\.holder|(error|job)_[0-9a-f]{12}\.txt|learning_curves\.png|(config|multirun|optimization_results)\.yaml"
 )
-OTHERS = {"wandb", ".submitit"}  # folders that others keep in ours
+OTHERS = {"wandb", "tensorboard", "csv", ".submitit"}  # folders that others keep in ours
 
 
 @dataclass

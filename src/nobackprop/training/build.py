@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from pytorch_lightning import Callback, Trainer
     from pytorch_lightning.strategies import Strategy
 
+    from nobackprop.training.loggers import Logging
+
 # Warnings of Lightning's own that are no news to a user: under recent torch, and on a cluster's machine.
 warnings.filterwarnings("ignore", message=".*LeafSpec.*")
 warnings.filterwarnings("ignore", message="The `srun` command is available")
@@ -61,8 +63,12 @@ class Run:
     source: Source
 
     @cached_property
-    def logger(self) -> Callable[..., Any] | None:
-        return build(self.settings.logger, "logger") if self.settings.logger else None
+    def logger(self) -> "Logging | None":
+        if not self.settings.logger:
+            return None
+        from nobackprop.training.loggers import Logging
+
+        return _made(Logging, self.settings.logger, "logger")
 
     @cached_property
     def diagnostics(self) -> "list[Callback]":

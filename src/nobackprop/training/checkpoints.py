@@ -14,7 +14,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from nobackprop.mistakes import Mistake
+from nobackprop.mistakes import Mistake, Notice
 from nobackprop.records.identity import digest
 from nobackprop.training import sealed
 from nobackprop.training.stopping import StopSignals
@@ -61,6 +61,7 @@ class CheckpointFolder(TorchCheckpointIO):
             warnings.warn(
                 f"checkpoint {file} could not be written ({e.strerror or e}): training goes on; if it is interrupted, "
                 "the same command goes on from the checkpoint before this one",
+                Notice,
                 stacklevel=2,
             )
 
@@ -117,7 +118,9 @@ def put_aside(path: Path, what: str) -> None:
     with suppress(OSError):
         path.replace(aside)
     warnings.warn(
-        f"checkpoint {what}: it is not used, but kept as {aside.name} until these seeds are recorded", stacklevel=3
+        f"checkpoint {what}: it is not used, but kept as {aside.name} until these seeds are recorded",
+        Notice,
+        stacklevel=3,
     )
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from inspect import signature
+from inspect import formatannotation, signature
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -262,9 +262,8 @@ def build(node: Component, key: str, *args: Any, **kwargs: Any) -> Any:
     for name, value in given.items():
         if name not in known:
             raise Mistake(f"{key}: unknown key {name}; choose from: {', '.join(known) or 'none'}{close(name, known)}")
-        annotation = known[name].annotation  # others', but for flags, promise less than they take
-        if target.__module__.startswith("nobackprop.") or annotation in (bool, bool | None):
-            _check_type(f"{key}.{name}", value, annotation)
+        ours = target.__module__.startswith("nobackprop.")
+        _check_type(f"{key}.{name}", value, known[name].annotation if ours else _least(known[name].annotation))
     if not node.get("_partial_"):
         try:
             takes.bind(*args, **given, **kwargs)
@@ -280,6 +279,20 @@ def build(node: Component, key: str, *args: Any, **kwargs: Any) -> Any:
         if cause is None or isinstance(cause, Mistake) or of_torch:
             raise Mistake(f"{key}: {cause or e}") from e
         raise
+
+
+def _least(annotation: Any) -> Any:
+    """What a value must be for others' code, whose annotations promise less than it takes: flag, number, list, or any.
+
+    torch's schedules have them as text.
+    """
+    text = annotation if isinstance(annotation, str) else formatannotation(annotation)
+    text = re.sub(r"\w+\.", "", text)  # without modules
+    if text in {"int", "float", "Union[float, Tensor]", "float | Tensor"}:
+        return float
+    if text.startswith("Iterable["):
+        return list
+    return annotation if annotation in (bool, bool | None) else Any
 
 
 def _target(name: str, key: str) -> Any:

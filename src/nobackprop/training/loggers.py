@@ -1,79 +1,49 @@
-"""Weights & Biases; a module of its own, so that only runs that log there import it, and before they fork."""
+"""Logs of a run for people to look at, one a seed in its folder: W&B, TensorBoard, CSV. The records are the truth.
 
-import logging
-import os
+All get the same numbers under the same names: each epoch as in the record, then the final figures; and the config as
+hyper-parameters. Weights & Biases has a module of its own, so that only runs that log there import it.
+"""
+
 import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import wandb
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.loggers import WandbLogger
-from wandb.errors import Error
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from nobackprop.mistakes import Mistake
 from nobackprop.training.learner import Learner
 
 
-def wandb_logger(
-    folder: Path,
-    seed: int,
-    config: dict[str, Any],
-    *,
-    project: str,
-    mode: Literal["online", "offline", "disabled"],
-    entity: str | None,
-    group: str | None,
-    tags: list[str],
-    machine: bool,
-) -> WandbLogger:
-    """A Weights & Biases run of its own for one seed of the run in `folder`; finish it with `experiment.finish()`.
+class SeedLog(Logger):
+    """The log of one seed: a Lightning logger that also takes the final figures, and is closed by who opened it."""
 
-    Its id is the run's signature and the seed, so that an interrupted run goes on as the same one: online W&B resumes
-    it, offline the new files replace those of before. Only with `machine` does W&B learn where it was trained: the name
-    of the machine, folders, the command, the git state. A W&B sweep gives ids itself, one a command; raises
-    Mistake where a command of a sweep has several seeds.
-    """
-    if "WANDB_SWEEP_ID" in os.environ and len(config["seeds"]) > 1:
-        raise Mistake(f"seeds: a run of a W&B sweep is one seed, such as seeds=[0]; got {config['seeds']}")
-    private = {}
-    if not machine:
-        private = {"host": "", "x_disable_meta": True, "disable_git": True, "save_code": False}
-        config = {key: value for key, value in config.items() if key not in ("paths", "launcher")}
-        source = {key: value for key, value in config["dataset"]["source"].items() if key not in ("root", "cache")}
-        config["dataset"] = config["dataset"] | {"source": source}
-    logging.getLogger("wandb").setLevel(logging.ERROR)
-    seed_folder = folder / f"seed{seed}"
-    seed_folder.mkdir(parents=True, exist_ok=True)
-    run_id = f"{folder.name.rpartition('-')[2]}-{seed}"
-    for replaced in seed_folder.glob(f"wandb/offline-run-*-{run_id}"):
-        shutil.rmtree(replaced)
-    try:
-        run = wandb.init(
-            project=project,
-            entity=entity,
-            mode=mode,
-            id=run_id,
-            resume="allow" if mode == "online" else None,
-            group=group or folder.name,
-            tags=tags,
-            name=f"{folder.name} seed {seed}",
-            dir=seed_folder,
-            config={**config, "seed": seed},
-            settings=wandb.Settings(reinit="create_new", silent=True, console="off", **private),
-        )
-    except Error as e:
-        raise Mistake(f"logger: {e} (logger.mode=offline needs no account)") from e
-    run.define_metric("trainer/global_step")
-    run.define_metric("*", step_metric="trainer/global_step")
-    return WandbLogger(experiment=run)
+    @abstractmethod
+    def result(self, figures: Mapping[str, float], step: int) -> None:
+        """Takes the final figures, reached after so many mini-batches."""
+
+    @abstractmethod
+    def close(self, failed: bool) -> None:
+        """Writes what is left. Lightning says after the epochs that all is over; but the final figures come later."""
+
+
+class Logging(ABC):
+    """conf/logger: how the seeds of a run are logged."""
+
+    @abstractmethod
+    def open(self, folder: Path, seed: int, config: dict[str, Any]) -> SeedLog:
+        """The log of a seed of the run in `folder`; `config` is all of the run's settings, and is not changed."""
 
 
 class EpochLog(Callback):
-    """Gives each seed's W&B run that seed's epochs, one entry an epoch; mini-batches are W&B's steps.
+    """Gives each seed's log that seed's epochs, one entry an epoch; mini-batches are the log's steps.
 
-    A resumed run gives the epochs before the interruption again: an offline run has nothing of them, an online one
-    ignores what it has.
+    A resumed run gives the epochs before the interruption again: a log in files has been made anew, and an online run
+    of W&B ignores what it has.
     """
 
     def __init__(self) -> None:
@@ -81,10 +51,77 @@ class EpochLog(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Learner)
-        for i, (logger, p) in enumerate(zip(trainer.loggers, pl_module.progress, strict=bool(trainer.loggers))):
-            assert isinstance(logger, WandbLogger)
+        for i, (log, p) in enumerate(zip(trainer.loggers, pl_module.progress, strict=bool(trainer.loggers))):
             for epoch in p.epochs[self.given.get(i, 0) :]:
-                logger.experiment.log({**epoch, "trainer/global_step": epoch["step"]}, step=int(epoch["step"]))
+                log.log_metrics({**epoch, "trainer/global_step": epoch["step"]}, step=int(epoch["step"]))
             self.given[i] = len(p.epochs)
 
     on_train_epoch_end = on_fit_end = on_train_start  # the last, where nothing was left to train
+
+
+def without_machine(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's settings without what says where things are on this machine."""
+    source = {key: value for key, value in config["dataset"]["source"].items() if key not in ("root", "cache")}
+    kept = {key: value for key, value in config.items() if key not in ("paths", "launcher")}
+    return kept | {"dataset": config["dataset"] | {"source": source}}
+
+
+def _emptied(folder: Path, seed: int, name: str) -> dict[str, Any]:
+    """Where a log in files is written, in Lightning's words: `seed<k>/name`, without what was there."""
+    seed_folder = folder / f"seed{seed}"
+    if (old := seed_folder / name).exists():
+        shutil.rmtree(old)
+    return {"save_dir": seed_folder, "name": "", "version": name}
+
+
+@dataclass(frozen=True)
+class CSV(Logging):
+    """Each seed's `csv/metrics.csv`, a line an epoch and a last one for the final figures, and `csv/hparams.yaml`.
+
+    Lightning's CSVLogger writes them. A resumed run writes them anew, from the first epoch on.
+    """
+
+    def open(self, folder: Path, seed: int, config: dict[str, Any]) -> SeedLog:
+        log = _CSVLog(**_emptied(folder, seed, "csv"), flush_logs_every_n_steps=1)
+        log.log_hyperparams({**without_machine(config), "seed": seed})
+        return log
+
+
+class _CSVLog(CSVLogger, SeedLog):
+    def result(self, figures: Mapping[str, float], step: int) -> None:
+        self.log_metrics(dict(figures), step)
+
+    def close(self, failed: bool) -> None:
+        self.save()
+
+
+@dataclass(frozen=True)
+class TensorBoard(Logging):
+    """Each seed's `tensorboard/`, to be seen with `tensorboard --logdir runs`.
+
+    Lightning's TensorBoardLogger writes it. A resumed run writes it anew, from the first epoch on, so the epochs before
+    the interruption have the time of day when it was resumed. TensorBoard's table of hyper-parameters has a seed when
+    it has final figures; until then its config is in `tensorboard/hparams.yaml`. Raises Mistake without tensorboard.
+    """
+
+    def __post_init__(self) -> None:
+        if find_spec("tensorboard") is None:
+            raise Mistake("logger=tensorboard needs a package that is not here: pip install tensorboard; or logger=csv")
+
+    def open(self, folder: Path, seed: int, config: dict[str, Any]) -> SeedLog:
+        log = _TensorBoardLog(**_emptied(folder, seed, "tensorboard"), default_hp_metric=False)
+        log.log_hyperparams({**without_machine(config), "seed": seed})
+        _ = log.experiment  # makes the folder, where save() leaves the config
+        log.save()
+        return log
+
+
+class _TensorBoardLog(TensorBoardLogger, SeedLog):
+    def result(self, figures: Mapping[str, float], step: int) -> None:
+        self.log_hyperparams(self.hparams, dict(figures), step)
+
+    def finalize(self, status: str) -> None:
+        self.save()  # Lightning's closes the file, and the final figures would begin another
+
+    def close(self, failed: bool) -> None:
+        self.experiment.close()

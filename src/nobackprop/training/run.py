@@ -24,13 +24,13 @@ from nobackprop.mistakes import Mistake
 from nobackprop.records import files, machine, provenance
 from nobackprop.records.literal import literal
 from nobackprop.records.record import Data, Record, code, mean_and_deviation, tested
-from nobackprop.training import checkpoints, hardware, locks
+from nobackprop.training import checkpoints, hardware, kept, locks
 from nobackprop.training.build import Run, check, configure, trainer
 from nobackprop.training.checkpoints import About, ResumePoint
 from nobackprop.training.config import Settings
 from nobackprop.training.ddp import DataParallel, SameWeights, connect, start, to_start
 from nobackprop.training.learner import Learner
-from nobackprop.training.loggers import EpochLog
+from nobackprop.training.loggers import EpochLog, SeedLog
 from nobackprop.training.processes import side_by_side, workers
 from nobackprop.training.saved import save
 from nobackprop.training.screens import ProgressBar, Screen
@@ -114,6 +114,8 @@ def train(run: Run, console: Console | None = None, wait_for_others: bool = True
         together = [tasks]
         if not to_start(run.strategy):
             together = divide(tasks, s.batch_size, stack, left_off(run, missing, dataset.fingerprint))
+        if run.rank == 0:
+            kept.write(s)
         groups = _groups(run, together)
         count = workers(len(groups), s.threads, s.workers) if run.device.type == "cpu" and not parallel else 1
 
@@ -300,7 +302,7 @@ def _fit(run: Run, dataset: Dataset, group: Group, screen: Screen) -> list[Recor
     now = code(*provenance.source_state())
     about = About(run=run.folder.name, seeds=seeds, fingerprint=dataset.fingerprint, commits=[now])
     folder = about.folder(run.folder)
-    loggers = []
+    loggers: list[SeedLog] = []
     with StopSignals() as signals:
         try:
             learner, checkpoint, before = _resumed(make, folder, about) if run.rank == 0 else (make(), None, [])
@@ -309,7 +311,7 @@ def _fit(run: Run, dataset: Dataset, group: Group, screen: Screen) -> list[Recor
                 both = before if before[-1:] == about.commits else before + about.commits
                 about = about.model_copy(update={"commits": both})
             if run.logger is not None and run.rank == 0:
-                loggers += [run.logger(run.folder, seed, s.model_dump()) for seed in seeds]
+                loggers += [run.logger.open(run.folder, seed, s.model_dump()) for seed in seeds]
             fitting = trainer(
                 s,
                 max_epochs=-(-steps // per_epoch),
@@ -328,7 +330,7 @@ def _fit(run: Run, dataset: Dataset, group: Group, screen: Screen) -> list[Recor
             finished = [_record(run, dataset, t, learner, i, wall, about) for i, t in enumerate(tasks)]
             for logger, record in zip(loggers, finished, strict=bool(loggers)):
                 reached = {f"test/{name}": value for name, value in (record.test or {}).items()}
-                logger.experiment.summary.update(reached | {"val/best_accuracy": record.validation})
+                logger.result(reached | {"val/best_accuracy": record.validation}, record.steps)
         except Stopped:
             written = checkpoints.files(folder)
             there = f"goes on from step {checkpoints.step(written[-1])}" if written else "starts it again"
@@ -336,7 +338,7 @@ def _fit(run: Run, dataset: Dataset, group: Group, screen: Screen) -> list[Recor
             raise
         finally:
             for logger in loggers:
-                logger.experiment.finish(exit_code=int(sys.exc_info()[0] is not None))
+                logger.close(failed=sys.exc_info()[0] is not None)
         if run.rank == 0:
             _write(run, tasks, learner, finished)
             checkpoints.remove(folder)

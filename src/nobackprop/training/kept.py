@@ -1,0 +1,55 @@
+"""`config.yaml` in a run's folder: its settings, from which one command makes the same run again."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from nobackprop.records import provenance
+from nobackprop.records.files import write_atomically
+from nobackprop.training.config import Settings
+
+ELSEWHERE = {"paths", "launcher", "logger", "dry_run"}  # they say where, not what; those of the new command hold
+
+HEAD = """\
+# What was run here, but for paths, logger and launcher. This makes the same run again, with any other key=value:
+#   nobackprop --config-dir THIS_FOLDER --config-name config
+# It was: {command}
+"""
+
+
+def write(settings: Settings) -> None:
+    """Writes the settings of a run into its folder, in place of those from before.
+
+    Folders below paths.data are told so; other places on this machine, and what may be a secret, are `???`, which Hydra
+    asks for.
+    """
+    content = settings.model_dump(exclude=ELSEWHERE)
+    source = content["dataset"]["source"]
+    source |= {key: _place(str(source[key]), settings.paths.data) for key in ("root", "cache") if key in source}
+    groups = [key for key, value in content.items() if isinstance(value, dict)]
+    defaults = ["train", "_self_", *({f"override {group}": None} for group in groups), {"override tuned": "none"}]
+    told = HEAD.format(command=provenance.command()) + OmegaConf.to_yaml({"defaults": defaults} | _public(content))
+    with suppress(OSError):  # a full disk; the record holds what identifies the run, too
+        write_atomically(settings.folder / "config.yaml", told.encode())
+
+
+def _place(path: str, data: str) -> str:
+    """A folder by its place below paths.data."""
+    if not Path(path).is_relative_to(data):
+        return "???"
+    return "/".join(["${paths.data}", *Path(path).relative_to(data).parts])
+
+
+def _public(tree: dict[str, Any]) -> dict[str, Any]:
+    """The same without texts that say where things are on this machine, or may hold a secret."""
+
+    def public(key: Any, value: Any) -> Any:
+        if isinstance(value, dict):
+            return _public(value)
+        if isinstance(value, list):
+            return [public(key, element) for element in value]
+        return "???" if isinstance(value, str) and provenance.HIDDEN.search(f"{key}={value}") else value
+
+    return {key: public(key, value) for key, value in tree.items()}

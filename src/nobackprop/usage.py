@@ -1,0 +1,99 @@
+"""What `nobackprop --help` shows: two screens, made from the comments of conf/train.yaml and the files beside it."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from textwrap import wrap
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from nobackprop.composing import composed, first, options
+from nobackprop.places import CONF
+
+WIDTH, COLUMN = 100, 23
+MOST = 8  # choices of a folder that are named; of more only their number is
+
+HEAD = """\
+nobackprop trains deep nets without backpropagation: nobackprop [group=choice] [key=value] [option]
+Groups, each with its choice if you say nothing:"""
+TAIL = """\
+Options: --dry-run, --multirun, --cfg job (the whole config), --version, --hydra-help (all others)
+  nobackprop rule=dfa dataset=mnist seeds=3 max_epochs=20
+  nobackprop --multirun rule=bp,fa,dfa update=mean,unit_norm --dry-run
+  nobackprop rule=dtp optimizer=sgd --help    # the keys of these choices, as optimizer.momentum
+Read on: README.md (every choice, sweeps, results), CONTRIBUTING.md (a rule of your own)
+"""
+
+
+def text(overrides: Sequence[str], folders: Sequence[Path] = (CONF,)) -> str:
+    """The help; with choices of groups among the overrides, that on their keys. `folders` are those of the configs.
+
+    Raises what Hydra raises for overrides that can't be composed.
+    """
+    overrides = [first(override) for override in OverridesParser.create().parse_overrides(list(overrides))]
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    if chosen := {o.key_or_group: o.value() for o in parsed if (CONF / o.key_or_group).is_dir()}:
+        return "\n".join(_choices(overrides, folders, chosen))
+    groups, keys = _commented((CONF / "train.yaml").read_text())
+    lines = [HEAD]
+    for group, (choice, comment) in groups.items():
+        names = ", ".join(_short(options(group.lstrip("+"), folders)))
+        lines += _row(f"{group}={choice}", f"{comment}: {names}")
+    lines.append("Keys:")
+    for key, (value, comment) in keys.items():
+        lines += _row(f"{key}={value}", comment)
+    return "\n".join(lines) + "\n" + TAIL
+
+
+Commented = dict[str, tuple[str, str]]  # by a group or key: its value, and what the comment behind it says
+
+
+def _commented(yaml: str) -> tuple[Commented, Commented]:
+    """The groups and keys of conf/train.yaml in its order, but for what is Hydra's own."""
+    groups, keys, within = {}, {}, ""
+    for line in yaml.partition("\nhydra:")[0].splitlines():
+        if group := re.fullmatch(r"  (?:- (?:optional )?|# )(\+?\w+): (.*?)  +# (.*)", line):
+            groups[group[1]] = ("..." if "$" in group[2] else group[2], group[3])
+        elif key := re.fullmatch(r"( *)(\w+):(?: +(.*?))?(?: +# (.*))?", line):
+            if not key[1]:
+                within = f"{key[2]}."
+            if key[3]:
+                keys[within * bool(key[1]) + key[2]] = (_default(key[3]), key[4] or "")
+    return groups, keys
+
+
+def _default(value: str) -> str:
+    """What a value is if nothing is said, without what the environment may say instead."""
+    return re.sub(r"\$\{oc\.env:\w+,(.*)\}", r"\1", value)
+
+
+def _row(left: str, right: str) -> list[str]:
+    first, *others = wrap(right, WIDTH - COLUMN, break_long_words=False, break_on_hyphens=False) or [""]
+    gap = " " * COLUMN
+    start = [f"  {left}"] if len(left) > COLUMN - 3 else []
+    return [*start, (gap if start else f"  {left}".ljust(COLUMN)) + first, *(gap + other for other in others)]
+
+
+def _short(names: Sequence[str]) -> Iterator[str]:
+    """Names, those in one folder together, as mdfa/{allconv,base}."""
+    within = defaultdict(list)
+    for name in names:
+        folder, _, own = name.rpartition("/")
+        within[folder].append(own)
+    yield from within.pop("", [])
+    for folder, own in within.items():
+        some = f"({len(own)})" if len(own) > MOST else f"{{{','.join(own)}}}" if len(own) > 1 else own[0]
+        yield f"{folder}/{some}"
+
+
+def _choices(overrides: Sequence[str], folders: Sequence[Path], chosen: Mapping[str, object]) -> Iterator[str]:
+    """For each chosen file what its first comment says, and the keys that it sets."""
+    cfg = composed(overrides, folders)
+    for group, choice in chosen.items():
+        (path, *_) = [path for f in folders if (path := f / group / f"{choice}.yaml").exists()]
+        comments = [line for line in path.read_text().splitlines() if re.match("#(?! @package)", line)]
+        node = OmegaConf.to_yaml(cfg[group]) if group in cfg else path.read_text()
+        keys = [f"  {line}" for line in node.splitlines() if not line.startswith(("#", "_"))]
+        yield "\n".join([f"{group}={choice}", *comments, *keys, ""])
