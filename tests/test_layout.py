@@ -24,7 +24,8 @@ ARROWS = {
     "quick_start": [],
     "cli": ["mistakes", "places", "records", "composing", "training", "sweeps", "quick_start"],
     "__main__": ["cli"],
-    "__init__": ["training"],
+    "interface": ["mistakes", "places", "records", "data", "training", "composing", "papers", "cli"],
+    "__init__": ["mistakes", "core", "rules", "records", "data", "training", "interface"],
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

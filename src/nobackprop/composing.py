@@ -10,7 +10,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from nobackprop.mistakes import Mistake, close
@@ -84,6 +84,22 @@ def first(override: Override) -> str:
 
 
 # Composing
+
+
+def composed(overrides: Sequence[str]) -> tuple[DictConfig, Any]:
+    """The config of these overrides, and what Hydra knows of how it came about (`hydra.runtime`).
+
+    Raises Mistake where they make none.
+    """
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = hydra.compose("train", list(overrides), return_hydra_config=True)
+    except COMPOSING as e:
+        raise Mistake(composing(e, overrides, [CONF])) from e
+    runtime = cfg.hydra.runtime
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg, runtime
 
 
 def composing(error: Any, overrides: Sequence[str], folders: Sequence[Path]) -> str:

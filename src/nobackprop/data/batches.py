@@ -1,8 +1,8 @@
 """What one seed trains on, and the mini-batches of several seeds at once.
 
 A `Task` says which images of a dataset one seed trains, validates and tests on; `TrainBatches` and `EvalBatches` gather
-them as they are, with a leading axis of seeds, on the device. There are no worker processes: images that fit are kept on
-the device, and of those that don't, or are in a file, a thread reads the next chunks while the last one is used.
+them as they are, with a leading axis of seeds, on the device. There are no worker processes: images that fit are kept
+on the device, and of those that don't, or are in a file, a thread reads the next chunks while the last one is used.
 """
 
 from collections import deque

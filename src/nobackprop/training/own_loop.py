@@ -1,6 +1,6 @@
 """A learning rule in a training loop of one's own: it fills `.grad` of a torch module's parameters."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class Gradients(nn.Module):
         net: Network,
         rule: Rule,
         loss: Loss,
-        layers: list[nn.Module],
+        layers: Sequence[nn.Module],
         feedback: Initializer,
         seed: int,
         update: str,
@@ -160,9 +160,10 @@ def gradients(
     Raises Mistake for a module with anything else in it, and says where; and for a loss of another number of outputs.
     """
     layers, name, places = _layers(module)
-    if in_shape is None and not isinstance(places[0], nn.Linear):
-        raise Mistake("the module begins with a convolution: say what it will see, as in in_shape=(3, 32, 32)")
-    in_shape = (places[0].in_features,) if in_shape is None else tuple(in_shape)
+    if in_shape is None:
+        if isinstance(places[0], nn.Conv2d):
+            raise Mistake("the module begins with a convolution: say what it will see, as in in_shape=(3, 32, 32)")
+        in_shape = (places[0].in_features,)
     biases = [place.bias is not None for place in places]
     if len({*biases}) > 1:
         raise Mistake(
@@ -170,7 +171,7 @@ def gradients(
         )
     if update not in UPDATES:
         raise Mistake(f"unknown update {update!r}: choose one of {', '.join(UPDATES)}{close(update, UPDATES)}")
-    net = Network(in_shape, tuple(layers), activation(name), bias=biases[0])
+    net = Network(tuple(in_shape), tuple(layers), activation(name), bias=biases[0])
     for l, place in enumerate(places, 1):
         if tuple(place.weight.shape) != (fits := net.weight_shape(l)):
             raise Mistake(
