@@ -388,7 +388,7 @@ def whole_run(folder: Path, *overrides: str) -> float:
     """Seconds that a run of LRA-E on MNIST takes, all included."""
     fixed = ["rule=lra_e", "dataset=mnist", "arch.hidden=[256,256,256,256]", "batch_size=50"]
     cfg = composed([*fixed, f"paths.runs={folder}/{time.monotonic_ns()}", *overrides])
-    return seconds(partial(train, cfg, Console(quiet=True)), 1)
+    return seconds(partial(train, prepare(cfg), Console(quiet=True)), 1)
 
 
 def run_overhead(rounds: int) -> list[dict[str, Any]]:

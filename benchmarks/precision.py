@@ -12,6 +12,7 @@ was not asked for stay. One line of the CSV is a layer:
 | --- | --- |
 | `gradient` | the largest entry of the gradient of W, in float64 |
 | `error` | the largest error of float32's, in units of that entry: 1 is nothing but noise |
+| `angle` | degrees from float32's gradient to that of the loss of what the rule predicts, in float64 |
 | `unit_norm`, `unit_norm_relative` | the norm of the update that these make of it: 1, or less where it is too small |
 | `adamw` | the largest entry of AdamW's first step, over its rate: 1, or less where its epsilon swallows the gradient |
 """
@@ -38,6 +39,7 @@ from nobackprop.papers.grid import composed
 from nobackprop.records import files
 from nobackprop.training import hardware
 from nobackprop.training.build import Run, prepare
+from nobackprop.training.diagnostics import angle, loss_gradient
 from nobackprop.training.learner import Learner
 
 # The forms of a rule that are measured beside its default one, and the settings of what each is measured against.
@@ -92,10 +94,12 @@ def layers(
     found, _ = rule.all_grads(run.net, w, Batch(x, y, run.loss))
     longer = {name: t.double() for name, t in w.items()}
     exact, _ = reference.all_grads(run.net, longer, Batch(x.double(), y.double(), run.loss))
+    descent = loss_gradient(run.net, reference, longer, Batch(x.double(), y.double(), run.loss))
     for l in range(1, run.net.L + 1):
         g, expected = found[f"W{l}"], exact[f"W{l}"]
         size = float(expected.abs().max())
         line: dict[str, Any] = {"layer": l, "gradient": size, "error": float((g - expected).abs().max()) / size}
+        line["angle"] = float(angle(g.double(), descent[f"W{l}"]))
         for update in ("unit_norm", "unit_norm_relative"):
             line[update] = float(UPDATES[update](g[None], len(x)).norm())
         p = torch.nn.Parameter(torch.zeros_like(g), requires_grad=False)

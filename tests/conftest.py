@@ -52,6 +52,14 @@ def nobackprop(*overrides: str, cwd: Path, path: Path | None = None) -> subproce
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
+def train(cfg: DictConfig, console: Console | None = None, wait_for_others: bool = True) -> list[Record]:
+    """The records of a composed config, trained."""
+    from nobackprop.training.build import prepare  # here, since Lightning takes a second to import
+    from nobackprop.training.run import train
+
+    return train(prepare(cfg), console, wait_for_others)
+
+
 def options(group: str) -> list[str]:
     """The names of the config files of a group."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
@@ -106,8 +114,6 @@ def at_save(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[], A
 
 def interrupt(cfg: DictConfig) -> list[Path]:
     """Trains a small run of one group of seeds, killed at step 261; gives its checkpoints, of steps 161 and 261."""
-    from nobackprop.training.run import train
-
     cfg = cfg.copy()
     cfg.checkpoint_minutes = 0.0
     with pytest.MonkeyPatch.context() as patched:
@@ -328,8 +334,8 @@ def learner() -> "Callable[..., Learner]":
 
 
 @pytest.fixture
-def train(learner: Callable[..., Any]) -> Callable[[Problem, Rule], tuple[float, float]]:
-    """A hundred steps of Adam on a problem's one batch, from small weights: the loss at the start and at the end."""
+def hundred_steps(learner: Callable[..., Any]) -> Callable[[Problem, Rule], tuple[float, float]]:
+    """A hundred steps of Adam on a problem's one batch, from small weights: the loss at the start and the end."""
 
     def run(problem: Problem, rule: Rule) -> tuple[float, float]:
         net, batch = problem.net, problem.batch

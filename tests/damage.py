@@ -8,6 +8,7 @@ it reads something else and says nothing. *unclear*: it says something, but not 
 """
 
 import argparse
+import io
 import random
 import tempfile
 import warnings
@@ -16,9 +17,23 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+from pyarrow import parquet
+
+from nobackprop.core.initializers import Uniform, initial_weights
+from nobackprop.core.losses import SoftmaxCrossEntropy
+from nobackprop.core.network import mlp
+from nobackprop.data import sources
+from nobackprop.data.pixels import Pixels
 from nobackprop.mistakes import Mistake
 from nobackprop.records.gathering import add_checksums, collect, gather
 from nobackprop.records.record import Record
+from nobackprop.rules.bp import BP
+from nobackprop.training import sealed
+from nobackprop.training.saved import load, save
 
 SECTOR = 512
 RECORDED = Path(__file__).parents[1] / "results" / "records" / "compare.jsonl"
@@ -141,12 +156,58 @@ def _gathered(folder: Path) -> Any:
     return found.results
 
 
+def _weights(folder: Path) -> list[Path]:
+    net = mlp((1, 8, 8), 4, hidden=[16], activation="tanh")
+    w = initial_weights(net, BP(), Uniform(1.0), Uniform(1.0), seed=0)
+    save(folder / "best.pt", net, BP(), w, SoftmaxCrossEntropy(4), Pixels(), (0, 1, 2, 3))
+    return [folder / "best.pt"]
+
+
+def _read_weights(folder: Path) -> Any:
+    net = load(folder / "best.pt")
+    return {name: t.tolist() for name, t in net.weights.items()}, net.net, net.rule, net.loss, net.classes
+
+
+def _checkpoint(folder: Path) -> list[Path]:
+    path = folder / "000000100.ckpt"
+    sealed.write(path, {"steps": 100, "state_dict": {"W1": torch.arange(1000.0)}})
+    return [path]
+
+
+def _read_checkpoint(folder: Path) -> Any:
+    content = sealed.read(folder / "000000100.ckpt")
+    return content["steps"], content["state_dict"]["W1"].tolist()
+
+
+def _images(folder: Path) -> list[Path]:
+    """In Parquet files, read once: the checksums of that reading lie beside them."""
+    chance = np.random.default_rng(0)
+    for part, n in (("train", 12), ("test", 4)):
+        rows = []
+        for i in range(n):
+            file = io.BytesIO()
+            Image.fromarray(chance.integers(256, size=(8, 8, 3), dtype=np.uint8)).save(file, "PNG")
+            rows.append({"img": {"bytes": file.getvalue()}, "label": i % 4})
+        parquet.write_table(pa.Table.from_pylist(rows), folder / f"{part}-0.parquet")
+    _read_images(folder)
+    return [folder / "train-0.parquet"]
+
+
+def _read_images(folder: Path) -> Any:
+    sources._load.cache_clear()
+    data = sources.Parquet(folder, "images", (3, 8, 8), 4, "train-*.parquet", "test-*.parquet").load()
+    return data.fingerprint, data.train.pixels.tolist(), data.train.labels.tolist()
+
+
 KINDS = {
     "record.json": Kind(_record, lambda folder: Record.read(folder / "record.json")),
     "lines": Kind(_new_lines, lambda folder: collect([folder]).records),
     "lines_gathered_into": Kind(_new_lines, _gathered),
     "old_lines": Kind(_old_lines, lambda folder: collect([folder]).records),
     "old_lines_gathered_into": Kind(_old_lines, _gathered),
+    "weights": Kind(_weights, _read_weights),
+    "checkpoint": Kind(_checkpoint, _read_checkpoint),
+    "images": Kind(_images, _read_images),
 }
 # Files of before there were checksums, some of whose damage nobody can tell.
 UNPROTECTED = {"record.json_of_format_1": Kind(_old_record, KINDS["record.json"].read)}

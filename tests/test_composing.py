@@ -217,11 +217,11 @@ class Picky:
 @pytest.mark.parametrize(
     ("node", "told"),
     [
-        ({"_target_": "test_sentences.Picky", "size": -1}, "rule: size must be 0 or more"),
-        ({"_target_": "test_sentences.Picky"}, "rule.size must be given: add rule.size=..."),
+        ({"_target_": "test_composing.Picky", "size": -1}, "rule: size must be 0 or more"),
+        ({"_target_": "test_composing.Picky"}, "rule.size must be given: add rule.size=..."),
         ({"_target_": "nobackprop.core.losses.SoftmaxCrossEntropy"}, "rule.classes must be given"),
         (
-            {"_target_": "test_sentences.Picky", "siz": 1},
+            {"_target_": "test_composing.Picky", "siz": 1},
             "rule: unknown key siz; choose from: size. Did you mean size?",
         ),
         ({"_target_": "torch.nn.Softmax", "dim": 0, "x": 1}, "rule: unknown key x; choose from: dim"),
@@ -247,7 +247,7 @@ def test_a_target_that_takes_less_than_it_is_given_is_told() -> None:
 
 def test_a_slip_in_ones_own_code_keeps_its_traceback(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="a slip") as raised:
-        build({"_target_": "test_sentences.Picky", "size": 1}, "rule")
+        build({"_target_": "test_composing.Picky", "size": 1}, "rule")
     assert not isinstance(raised.value, Mistake)
     assert isinstance(raised.value.__cause__, ValueError)
     (tmp_path / "own" / "rule").mkdir(parents=True)

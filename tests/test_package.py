@@ -199,3 +199,10 @@ def test_the_readmes_step_is_that_of_every_rule(rule: Rule) -> None:
     assert {"W1", "W2", "W3"} <= moved
     assert all((w[name] >= 0).all() for name in rule.nonnegative(here["net"]))
     assert here["predicted"].shape == here["labels"].shape
+
+
+def test_a_run_shows_nothing_of_lightnings_own(tmp_path: Path) -> None:
+    ended = nobackprop("rule=dfa", "max_epochs=1", "logger=none", "arch.hidden=[8]", cwd=tmp_path)
+    assert ended.returncode == 0
+    shown = ended.stdout + ended.stderr
+    assert not [text for text in ("GPU available", "Tip:", "Trainer.fit") if text in shown]

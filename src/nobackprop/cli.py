@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -18,6 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 from nobackprop.composing import COMPOSING, check, composing, home, leaves
 from nobackprop.mistakes import Mistake, about_files, answering, check_writable, close
 from nobackprop.places import CONF
+
+if TYPE_CHECKING:
+    from nobackprop.training.config import Settings
 
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
@@ -57,11 +60,10 @@ def run(cfg: DictConfig) -> None:
         raise Mistake("hydra.job.chdir: paths are those of the folder where the command was typed; use paths.runs=...")
     tuned = tuned_files(runtime)
     with about_files(cfg):
-        _check_settings(cfg, runtime)
-        _train(cfg, tuned)
+        _train(_settings(cfg, runtime), cfg, tuned)
 
 
-def _check_settings(cfg: DictConfig, runtime: Any) -> None:
+def _settings(cfg: DictConfig, runtime: Any) -> "Settings":
     """Raises Mistake for what needs no torch to be found; of a file that can't be a choice it names the file."""
     from nobackprop.training.config import Settings
 
@@ -72,15 +74,16 @@ def _check_settings(cfg: DictConfig, runtime: Any) -> None:
         file = _files(runtime, group).get(runtime.choices.get(group))
         raise Mistake(f"{file}: {e}" if file else e) from None
     check_writable(Path(settings.paths.runs))
+    return settings
 
 
-def _train(cfg: DictConfig, tuned: Mapping[str, Path]) -> None:
+def _train(settings: "Settings", cfg: DictConfig, tuned: Mapping[str, Path]) -> None:
     from nobackprop import quick_start
 
     quick_start.start()  # before all that imports Lightning
     from nobackprop.training.build import configure
 
-    run = configure(cfg)  # tells the other mistakes before Lightning is imported
+    run = configure(settings)  # tells the other mistakes before Lightning is imported
     from pytorch_lightning.utilities import rank_zero_only
     from rich.console import Console
 
@@ -96,7 +99,7 @@ def _train(cfg: DictConfig, tuned: Mapping[str, Path]) -> None:
         if outcome.state == "failed":
             sys.exit(1)
         return
-    console.print(summary(train(cfg, console)))
+    console.print(summary(train(run, console)))
     console.print(f"records and weights: {run.folder}", markup=False, highlight=False, soft_wrap=True)
 
 

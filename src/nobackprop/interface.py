@@ -138,21 +138,20 @@ def train(*overrides: str, data: Any = None, test: Any = None, **settings: Any) 
         if fingerprint is not None:
             texts = [*_own_data(texts), "dataset=given", f"dataset.source.fingerprint='{fingerprint}'"]
         jobs = [(each, _config(each, console)) for each in _jobs(texts)]
-        records, folders = {}, {}
+        prepared, records = [], {}
         for _, cfg in jobs:  # all, before any is trained
             with about_files(cfg):
-                run = prepare(cfg)
+                prepared.append(run := prepare(cfg))
                 check_writable(Path(run.settings.paths.runs))
-                folders[run.folder.name] = run.folder
-                if fingerprint is not None and run.parallel:
-                    raise Mistake("trainer=ddp starts processes of their own, which can't see data=...: leave one out")
+            if fingerprint is not None and run.parallel:
+                raise Mistake("trainer=ddp starts processes of their own, which can't see data=...: leave one out")
         try:
-            for each, cfg in jobs:
+            for (each, cfg), run in zip(jobs, prepared, strict=True):
                 with about_files(cfg), _as_command(each):
-                    records |= {(r.signature, r.seed): r for r in train_one(cfg, console)}
+                    records |= {(r.signature, r.seed): r for r in train_one(run, console)}
         except Stopped as e:
             raise KeyboardInterrupt from e
-    return Runs([*records.values()], folders)
+    return Runs([*records.values()], {run.folder.name: run.folder for run in prepared})
 
 
 def runs(folder: str | Path = "runs") -> "pd.DataFrame":

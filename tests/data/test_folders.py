@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same_images, run_config, until
+from conftest import assert_same_images, run_config, train, until
 from filelock import FileLock
 from PIL import Image
 
@@ -27,7 +27,6 @@ from nobackprop.data.checksums import some
 from nobackprop.data.folders import ImageNet
 from nobackprop.data.sources import Dataset, Images
 from nobackprop.mistakes import Mistake
-from nobackprop.training.run import train
 
 CLASSES = [f"n{i:02}" for i in range(6)]
 MODES = {"RGB": "JPEG", "L": "JPEG", "CMYK": "JPEG", "P": "png", "RGBA": "PNG", "LA": "png"}

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pytest
 import torch
 import torchvision.datasets
-from conftest import assert_same_images, random_images, run_config, until
+from conftest import assert_same_images, random_images, run_config, train, until
 from filelock import FileLock
 from PIL import Image, ImageFile
 from pyarrow import parquet
@@ -32,7 +32,6 @@ from nobackprop.data import checksums, sources
 from nobackprop.data.decoding import open_image, quiet_decoding
 from nobackprop.data.sources import Dataset, Digits, Images, Parquet, Source, Torchvision, check
 from nobackprop.mistakes import Mistake
-from nobackprop.training.run import train
 
 FOLDERS = {"MNIST": "MNIST/raw", "FashionMNIST": "FashionMNIST/raw", "KMNIST": "KMNIST/raw"}
 

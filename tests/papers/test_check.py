@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import small
+from conftest import small, train
 from recorded import format_1, made
 
 from nobackprop.papers import check as script
@@ -17,7 +17,6 @@ from nobackprop.records.gathering import add_checksums, checksums_of, gather
 from nobackprop.rules.bp import BP
 from nobackprop.training import saved
 from nobackprop.training.checkpoints import ResumePoint
-from nobackprop.training.run import train
 
 
 class Mine(BP):
@@ -191,7 +190,7 @@ def test_a_net_of_a_rule_that_is_not_here_is_not_called_damaged(folder: Path) ->
     saved.save(path, net.net, Mine(), net.weights, net.loss, net.pixels, net.classes)
     Mine.__qualname__ = "Mine"
     ((kind, text),) = check([folder]).problems
-    assert (kind, text.startswith(f"{path} was trained with test_checking.Gone, which is not")) == ("unchecked", True)
+    assert (kind, text.startswith(f"{path} was trained with test_check.Gone, which is not")) == ("unchecked", True)
 
 
 def test_the_command_tells_by_its_exit_status_and_adds_checksums(

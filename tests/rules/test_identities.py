@@ -169,11 +169,11 @@ def test_lra_e_needs_no_derivative(problem: Problem) -> None:
 
 
 def test_lra_e_trains_nets_of_sign_activations(
-    problem: Problem, train: Callable[[Problem, Rule], tuple[float, float]]
+    problem: Problem, hundred_steps: Callable[[Problem, Rule], tuple[float, float]]
 ) -> None:
     outputs = problem.net.units(problem.net.L)
     net = mlp(problem.net.in_shape, outputs, hidden=[32, 32], activation="sign")  # wide, since a step flips units
-    first, last = train(replace(problem, net=net), LRAE(beta=1.0))
+    first, last = hundred_steps(replace(problem, net=net), LRAE(beta=1.0))
     assert last < 0.8 * first
 
 

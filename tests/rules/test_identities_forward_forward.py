@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Config, Problem
+from conftest import Config, Problem, train
 from torch import Tensor
 
 from nobackprop.core.layers import Conv
 from nobackprop.core.network import Network, mlp
 from nobackprop.rules.forward_forward import ForwardForward, _other
-from nobackprop.training.run import train
 
 GOODNESS = ForwardForward(readout="goodness")
 

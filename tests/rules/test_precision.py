@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Config, Problem
+from conftest import Config, Problem, train
 from pytorch_lightning.plugins import DoublePrecision, MixedPrecision, Precision
 from torch import Tensor
 
 from nobackprop.core.layers import Conv, Dense, Layer, Shape
 from nobackprop.core.rule import Rule
-from nobackprop.training.run import train
 
 PRECISIONS = {"64-true": DoublePrecision(), "32-true": Precision(), "bf16-mixed": MixedPrecision("bf16-mixed", "cpu")}
 TYPES = {"64-true": torch.float64, "32-true": torch.float32, "bf16-mixed": torch.float32}

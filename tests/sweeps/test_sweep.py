@@ -27,6 +27,7 @@ from conftest import (
     same_results,
     shown,
     small,
+    train,
     until,
 )
 from omegaconf import DictConfig
@@ -38,7 +39,7 @@ from nobackprop.sweeps import jobs, local, slurm, sweep
 from nobackprop.sweeps.jobs import Job, Outcome
 from nobackprop.sweeps.local import Basic, Processes
 from nobackprop.sweeps.slurm import Cluster, Submitted
-from nobackprop.training.run import Busy, train
+from nobackprop.training.run import Busy
 from nobackprop.training.stopping import Stopped
 
 

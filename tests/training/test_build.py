@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from conftest import ROOT, Config
+from conftest import ROOT, Config, train
 from torch import Tensor
 
 from nobackprop.core.initializers import Initializer
@@ -21,7 +21,7 @@ from nobackprop.mistakes import Mistake
 from nobackprop.rules.bp import BP
 from nobackprop.training import build, hardware
 from nobackprop.training.build import configure, prepare
-from nobackprop.training.run import train
+from nobackprop.training.config import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -187,7 +187,7 @@ WATCHING = chosen("rule", f"{__name__}.Watching")
 def test_the_trial_step_computes_as_training_does(config: Config, precision: str, seen: tuple[Any, ...]) -> None:
     Watching.seen.clear()
     overrides = [*WATCHING, f"trainer.precision={precision}"]
-    configure(config(*overrides))
+    configure(Settings.of(config(*overrides)))
     assert Watching.seen == [seen]
     train(config(*overrides, "max_steps=2"))
     assert Watching.seen == [seen] * 3
@@ -251,7 +251,7 @@ def test_a_gpu_that_is_not_there_or_does_not_work_is_named(config: Config, monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(Mistake, match=r"trainer\.accelerator is gpu, and torch .* finds no GPU here: use cpu"):
         prepare(config("trainer.accelerator=gpu"))
-    assert configure(config()).device == torch.device("cpu")
+    assert configure(Settings.of(config())).device == torch.device("cpu")
 
     def no_kernel(*_: Any, **__: Any) -> Tensor:
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")

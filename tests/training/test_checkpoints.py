@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Config, Killed, at_save, folder, interrupt, same_results, shown, small
+from conftest import Config, Killed, at_save, folder, interrupt, same_results, shown, small, train
 from rich.console import Console
 
 from nobackprop.data.sources import Digits
@@ -23,7 +23,6 @@ from nobackprop.sweeps.jobs import Job
 from nobackprop.sweeps.local import Basic
 from nobackprop.training import checkpoints, sealed
 from nobackprop.training.checkpoints import ResumePoint
-from nobackprop.training.run import train
 from nobackprop.training.stopping import Stopped
 
 UNUSED = ": it is not used, but kept as .*unused until these seeds are recorded"

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, small, until
+from conftest import SMALL, small, train, until
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 from torch import Tensor
@@ -32,7 +32,6 @@ from nobackprop.training import checkpoints
 from nobackprop.training.build import prepare
 from nobackprop.training.checkpoints import ResumePoint
 from nobackprop.training.ddp import SameWeights, start
-from nobackprop.training.run import train
 
 OWN = ["batch_size=64", "optimizer=sgd", "optimizer.lr=0.05"]
 DDP = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, Config, same_results
+from conftest import SMALL, Config, same_results, train
 from rich.console import Console
 
 import nobackprop.training.run
@@ -19,7 +19,6 @@ from nobackprop.data.sources import Digits
 from nobackprop.mistakes import Mistake
 from nobackprop.records.record import Record
 from nobackprop.training import hardware
-from nobackprop.training.run import train
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc here")

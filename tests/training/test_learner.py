@@ -253,11 +253,12 @@ def test_a_rule_without_logits_at_hand_trains_without_training_metrics(fit: Fit)
     def broken(seed: int, w: dict[str, Tensor]) -> Mapping[str, Tensor]:
         return {name: t * torch.nan if seed == 2 else t for name, t in w.items()}
 
-    stack = fit(NET, ForwardForward(), [0, 1, 2], change=broken)
+    rule = ForwardForward(readout="goodness")
+    stack = fit(NET, rule, [0, 1, 2], change=broken)
     for p, seed in zip(stack.progress[:2], (0, 1), strict=True):
         assert [set(epoch) for epoch in p.epochs] == [{"epoch", "step", "val/loss", "val/accuracy"}] * 2
         assert p.best_epoch is not None
-        alone = fit(NET, ForwardForward(), [seed]).progress[0]
+        alone = fit(NET, rule, [seed]).progress[0]
         assert alone.epochs == [pytest.approx(epoch, rel=1e-4) for epoch in p.epochs]
     assert stack.progress[2].diverged_epoch == 1
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Config, folder, interrupt, shown
+from conftest import Config, folder, interrupt, shown, train
 from filelock import FileLock
 from omegaconf import DictConfig
 from rich.console import Console
@@ -22,7 +22,7 @@ from nobackprop.sweeps import sweep
 from nobackprop.sweeps.jobs import Job
 from nobackprop.sweeps.local import Basic
 from nobackprop.training import locks
-from nobackprop.training.run import Busy, train
+from nobackprop.training.run import Busy
 
 
 @contextmanager

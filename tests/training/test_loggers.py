@@ -11,7 +11,7 @@ from socket import gethostname
 from typing import Any
 
 import pytest
-from conftest import CONF, Config, small
+from conftest import CONF, Config, small, train
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -20,7 +20,6 @@ from nobackprop.training.build import prepare
 from nobackprop.training.checkpoints import ResumePoint
 from nobackprop.training.config import Settings
 from nobackprop.training.loggers import wandb_logger
-from nobackprop.training.run import train
 
 
 @pytest.fixture

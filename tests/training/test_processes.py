@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL, Config, folder, same_results, small, until
+from conftest import SMALL, Config, folder, same_results, small, train, until
 from rich.console import Console
 
 import nobackprop.training.processes
@@ -22,7 +22,6 @@ from nobackprop import cli
 from nobackprop.records.machine import cores
 from nobackprop.records.record import Record
 from nobackprop.training.processes import Processes, side_by_side, workers
-from nobackprop.training.run import train
 from nobackprop.training.screens import Screen
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks safely")

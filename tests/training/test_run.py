@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Config, folder, options, run_config, same_results
+from conftest import Config, folder, options, run_config, same_results, train
 from rich.console import Console
 
 from nobackprop.data.sources import Digits
@@ -18,7 +18,7 @@ from nobackprop.records.record import Record
 from nobackprop.training import checkpoints
 from nobackprop.training.build import prepare
 from nobackprop.training.checkpoints import ResumePoint
-from nobackprop.training.run import summary, train
+from nobackprop.training.run import summary
 
 GROUPS = (
     "rule",

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Config, folder, options
+from conftest import Config, folder, options, train
 
 import nobackprop
 from nobackprop.core.losses import SoftmaxCrossEntropy, SquaredError
@@ -15,7 +15,6 @@ from nobackprop.data.pixels import Pixels
 from nobackprop.data.sources import Digits
 from nobackprop.rules.bp import BP
 from nobackprop.training.build import prepare
-from nobackprop.training.run import train
 from nobackprop.training.saved import save
 
 

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Config, folder, interrupt
+from conftest import Config, folder, interrupt, train
 
 import nobackprop
 from nobackprop.mistakes import Mistake
 from nobackprop.training import checkpoints, sealed
-from nobackprop.training.run import train
 
 SECTOR = 512
 TRIALS = 300

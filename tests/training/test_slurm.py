@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, folder, holders, same_results, small, until
+from conftest import ROOT, folder, holders, same_results, small, train, until
 from rich.console import Console
 from test_ddp import assert_trained_as_alone, command
 
@@ -21,7 +21,6 @@ from nobackprop.records.record import Record
 from nobackprop.sweeps import sweep
 from nobackprop.sweeps.jobs import Job
 from nobackprop.sweeps.slurm import Cluster, Submitted
-from nobackprop.training.run import train
 
 SCRIPT = ROOT / "scripts" / "slurm_one_node.sh"
 pytestmark = pytest.mark.slurm

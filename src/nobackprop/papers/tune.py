@@ -32,7 +32,6 @@ from nobackprop.records import files, machine
 from nobackprop.records.record import Record
 from nobackprop.sweeps.jobs import Job
 from nobackprop.sweeps.local import Processes
-from nobackprop.training.build import prepare
 
 Setting = bool | int | float | str
 Point = dict[str, Setting]
@@ -191,7 +190,7 @@ def tune(
         label = " ".join([str(cell), *(f"{key}={value}" for key, value in point.items())])
         ready[i] = Job(label, composed(search.overrides(cell, point, further)))
         if i % search.trials == 0:
-            prepare(ready[i].config)
+            _ = ready[i].run  # a space that does not fit is refused before any trial
     ended: dict[int, Record] = {}
     title = f"{name}: {len(chosen)} cells, {search.trials} trials each"
     outcomes = Processes(jobs).run(ready, lambda i, text: None, console, wait_for_others=True)

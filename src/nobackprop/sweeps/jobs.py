@@ -4,6 +4,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal, Protocol, Self
@@ -15,6 +16,7 @@ from nobackprop.mistakes import Mistake, about_files
 from nobackprop.records.files import write_atomically
 from nobackprop.records.identity import digest
 from nobackprop.records.record import Record
+from nobackprop.training.build import Run, check, configure
 from nobackprop.training.config import Settings, build
 from nobackprop.training.run import Busy, train
 
@@ -28,8 +30,23 @@ class Job:
 
     def file(self, name: str) -> Path:
         """A file in the run's folder on these seeds alone: jobs of other seeds have the same folder."""
-        s = Settings.of(self.config)
+        s = self.settings
         return s.folder / f"{name}_{digest({'seeds': s.seeds})}.txt"
+
+    @cached_property
+    def settings(self) -> Settings:
+        """Raises Mistake where the config is not valid."""
+        return Settings.of(self.config)
+
+    @cached_property
+    def run(self) -> Run:
+        """What the config means in this process. Raises Mistake where that can't work."""
+        run = configure(self.settings)
+        check(run)
+        return run
+
+    def __reduce__(self) -> Any:  # another process makes its own of these
+        return Job, (self.label, self.config)
 
 
 @dataclass(frozen=True)
@@ -77,7 +94,7 @@ def attempt(job: Job, console: Console, wait_for_others: bool) -> Outcome:
     """Trains a job. Whatever goes wrong is an outcome, too."""
     try:
         with about_files(job.config):
-            records = train(job.config, console, wait_for_others)
+            records = train(job.run, console, wait_for_others)
     except Busy as e:
         return Outcome("busy", str(e))
     except Exception as e:

@@ -25,7 +25,6 @@ from nobackprop.records.files import write_atomically
 from nobackprop.records.provenance import source_state
 from nobackprop.sweeps.jobs import Job, Outcome, Say, attempt, note
 from nobackprop.sweeps.local import beside_others, room
-from nobackprop.training.config import Settings
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Cluster:
             if name in queued:
                 yield i, Outcome("queued", f"as job {name} of an earlier sweep")
         waiting, running = deque(i for i in jobs if submitted[i] not in queued), {}
-        runs = Path(Settings.of(next(iter(jobs.values())).config).paths.runs)
+        runs = Path(next(iter(jobs.values())).settings.paths.runs)
         executor = self._executor(runs) if waiting else None
         most = self.at_once(list(jobs.values())) if self.executor == "local" else len(jobs)
         while waiting or running:

@@ -24,7 +24,6 @@ from nobackprop.records.provenance import other_code
 from nobackprop.records.record import Record, mean_and_deviation, tested
 from nobackprop.sweeps.jobs import Job, Launcher, Outcome, note
 from nobackprop.training import locks
-from nobackprop.training.build import prepare
 from nobackprop.training.config import Settings
 from nobackprop.training.run import left_off, recorded
 from nobackprop.training.stopping import Stopped
@@ -42,7 +41,7 @@ class Earlier:
 
 def look(job: Job) -> Earlier:
     """Raises Mistake for a config that can't work and for damaged records, OSError for a folder it can't write to."""
-    run = prepare(job.config)
+    run = job.run
     check_writable(Path(run.settings.paths.runs))
     done = recorded(run)
     missing = [seed for seed in run.settings.seeds if seed not in done]

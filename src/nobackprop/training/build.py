@@ -4,7 +4,6 @@ Lightning takes a second to import, so it is imported after all that can be chec
 """
 
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -28,15 +27,13 @@ from nobackprop.data.sources import Source
 from nobackprop.mistakes import Mistake
 from nobackprop.records.identity import digest
 from nobackprop.training import hardware
-from nobackprop.training.config import Component, Settings, build
+from nobackprop.training.config import Component, Settings, build, told_once
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, Trainer
     from pytorch_lightning.strategies import Strategy
 
-# Lightning's lines about devices and products, and a warning of its own under recent torch, are no news to a user.
-for name in ("pytorch_lightning", "lightning_fabric"):
-    logging.getLogger(name).setLevel(logging.WARNING)
+# Warnings of Lightning's own that are no news to a user: under recent torch, and on a cluster's machine.
 warnings.filterwarnings("ignore", message=".*LeafSpec.*")
 warnings.filterwarnings("ignore", message="The `srun` command is available")
 
@@ -102,10 +99,9 @@ class Run:
         return self.folder / f"seed{seed}"
 
 
-def configure(cfg: DictConfig) -> Run:
-    """Makes a composed config into objects, without Lightning. Raises Mistake for whatever can't work, as `prepare`."""
-    with _told_once(cfg):
-        s = Settings.of(cfg)
+def configure(s: Settings) -> Run:
+    """Makes settings into objects, without Lightning. Raises Mistake, in a sentence, for whatever can't work."""
+    with told_once(s.trainer.strategy):
         source = _made(Source, s.dataset.source, "dataset.source")
         if s.dataset.classes is not None and not 2 <= s.dataset.classes <= source.num_classes:
             raise Mistake(
@@ -143,33 +139,26 @@ def configure(cfg: DictConfig) -> Run:
     return run
 
 
-def prepare(cfg: DictConfig) -> Run:
-    """Makes a composed config into objects. Raises Mistake, in a sentence for the user, for whatever can't work.
+def check(run: Run) -> None:
+    """Raises Mistake for what of a run only Lightning can tell can't work: its devices, processes, logger, diagnostics.
 
     Of the processes of a data-parallel run that all find the same mistake the first raises it; the others end.
     """
-    run = configure(cfg)
     if run.parallel:
-        with _told_once(cfg):
+        with told_once(run.settings.trainer.strategy):
             _check_processes(run)
     if run.device.type != "cpu":
         hardware.check_gpu(run.device)
         if not run.parallel:
             _try_step(run, run.device)
     _ = run.logger, run.diagnostics
+
+
+def prepare(cfg: DictConfig) -> Run:
+    """Makes a composed config into objects. Raises Mistake, in a sentence for the user, for whatever can't work."""
+    run = configure(Settings.of(cfg))
+    check(run)
     return run
-
-
-@contextmanager
-def _told_once(cfg: DictConfig) -> Iterator[None]:
-    """Lets the first of the processes of a data-parallel run alone raise a Mistake; the others end, with status 1."""
-    try:
-        yield
-    except Mistake:
-        rank = os.environ.get("RANK" if "TORCHELASTIC_RUN_ID" in os.environ else "SLURM_PROCID", "0")
-        if OmegaConf.select(cfg, "trainer.strategy") == "ddp" and rank != "0":
-            raise SystemExit(1) from None
-        raise
 
 
 def _made(kind: type[T], node: Component, key: str, *args: Any) -> T:
@@ -335,6 +324,8 @@ def trainer(settings: Settings, **options: Any) -> "Trainer":
     from nobackprop.training.checkpoints import CheckpointFolder
     from nobackprop.training.ddp import DataParallel, environment
 
+    for name in ("pytorch_lightning", "lightning_fabric"):  # their lines about devices and products are no news
+        logging.getLogger(name).setLevel(logging.WARNING)
     options |= {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     options |= settings.trainer.model_dump()
     options["accelerator"] = "cuda" if hardware.on_gpu(settings.trainer.accelerator) else "cpu"

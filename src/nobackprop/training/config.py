@@ -3,6 +3,8 @@
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from inspect import signature
 from math import isfinite
@@ -160,7 +162,15 @@ class Settings(_Strict):
 
     @classmethod
     def of(cls, cfg: DictConfig) -> "Settings":
-        """The settings in a composed config. Raises Mistake, naming every key at fault and what it may be."""
+        """The settings in a composed config. Raises Mistake, naming every key at fault and what it may be.
+
+        Of the processes of a data-parallel run the first raises it; the others end.
+        """
+        with told_once(OmegaConf.select(cfg, "trainer.strategy")):
+            return cls._of(cfg)
+
+    @classmethod
+    def _of(cls, cfg: DictConfig) -> "Settings":
         try:
             content = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
             _check_finite(content)
@@ -202,6 +212,18 @@ class Settings(_Strict):
     def signature(self) -> str:
         """A hash of `identity`: with the seed it is the key of a record."""
         return digest(self.identity())
+
+
+@contextmanager
+def told_once(strategy: str | None) -> Iterator[None]:
+    """Lets the first of the processes of a data-parallel run alone raise a Mistake; the others end, with status 1."""
+    try:
+        yield
+    except Mistake:
+        rank = os.environ.get("RANK" if "TORCHELASTIC_RUN_ID" in os.environ else "SLURM_PROCID", "0")
+        if strategy == "ddp" and rank != "0":
+            raise SystemExit(1) from None
+        raise
 
 
 def _check_finite(tree: Any, *path: Any) -> None:

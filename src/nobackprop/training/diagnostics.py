@@ -94,7 +94,7 @@ def diagnose(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, fl
     found |= {f"angle/feedback_W{l}": angle(own, W) for l, (own, W) in stand_ins.items()}
     found |= rule.measured(net, w, batch)
     if net.activation.derivative is not None:
-        gradient = _gradient(net, rule, w, batch)
+        gradient = loss_gradient(net, rule, w, batch)
         found |= {f"angle/update_{name}": angle(g, gradient[name]) for name, g in update.items() if name[0] == "W"}
         z, h = net.forward(w, batch.x)
         for l in range(1, net.L):
@@ -110,8 +110,8 @@ def angle(u: Tensor, v: Tensor) -> Tensor:
     return torch.rad2deg(2 * torch.atan2((u - v).norm(), (u + v).norm()))
 
 
-def _gradient(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, Tensor]:
-    """That of the mean loss of what the rule predicts, by W and b."""
+def loss_gradient(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, Tensor]:
+    """The gradient of the mean loss of what the rule predicts, by W and b; in the type of the weights."""
     if type(rule).logits is Rule.logits:
         return BP().grads(net, w, batch)[0]
 
@@ -128,7 +128,7 @@ def _opposed(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, Te
     def of_one_sample(x: Tensor, y: Tensor, noise: dict[str, Tensor]) -> dict[str, Tensor]:
         noise = {name: t if own[name] is None else t.unsqueeze(0) for name, t in noise.items()}
         single = Batch(x.unsqueeze(0), y.unsqueeze(0), batch.loss, noise)
-        update, gradient = rule.all_grads(net, w, single)[0], _gradient(net, rule, w, single)
+        update, gradient = rule.all_grads(net, w, single)[0], loss_gradient(net, rule, w, single)
         found = {}
         for l in range(1, net.L + 1):
             if names := [name for name in (f"W{l}", f"b{l}") if name in update]:

@@ -8,10 +8,9 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -25,8 +24,9 @@ from nobackprop.records import files, machine, provenance
 from nobackprop.records.literal import literal
 from nobackprop.records.record import Data, Record, code, mean_and_deviation, tested
 from nobackprop.training import checkpoints, hardware, locks
-from nobackprop.training.build import Run, prepare, trainer
+from nobackprop.training.build import Run, check, configure, trainer
 from nobackprop.training.checkpoints import About, ResumePoint
+from nobackprop.training.config import Settings
 from nobackprop.training.ddp import DataParallel, SameWeights, connect, start, to_start
 from nobackprop.training.learner import Learner
 from nobackprop.training.loggers import EpochLog
@@ -72,15 +72,15 @@ def keeps_seeds_apart(make_optimizer: Callable[..., Optimizer]) -> bool:
         return False
 
 
-def train(cfg: DictConfig, console: Console | None = None, wait_for_others: bool = True) -> list[Record]:
-    """Trains every seed of a composed config that has no record yet; gives the records of all its seeds.
+def train(run: Run, console: Console | None = None, wait_for_others: bool = True) -> list[Record]:
+    """Trains every seed of a run that has no record yet; gives the records of all its seeds.
 
     Seeds that another process is training are left to it: in the end their records are waited for, or, without
-    `wait_for_others`, Busy is raised. Raises Mistake for a config that can't work, before any data is loaded, and
-    Missing or Mistake for data that is missing or damaged.
+    `wait_for_others`, Busy is raised. Raises Mistake for a run that can't work, before any data is loaded, and Missing
+    or Mistake for data that is missing or damaged.
     """
     console = console or Console()
-    run = prepare(cfg)
+    check(run)
     s = run.settings
     _start_computing(run)
     done = run.strategy.broadcast(recorded(run))  # one view of the folder for all processes
@@ -146,9 +146,10 @@ def _start_computing(run: Run) -> None:
     connect(run.strategy)
 
 
-def _train_as_rank(settings: dict[str, Any], quiet: bool) -> None:
+def _train_as_rank(settings: Settings, quiet: bool) -> None:
     """What each process of a data-parallel run does; the one that started it has the seeds' locks."""
-    run = prepare(OmegaConf.create(settings))
+    run = configure(settings)
+    check(run)
     _start_computing(run)
     dataset = run.source.load()
     with Screen(Console(quiet=quiet or run.rank > 0)) as screen:
@@ -249,7 +250,7 @@ def _fit_unless_busy(run: Run, dataset: Dataset, group: Group, screen: Screen, w
         done = run.strategy.broadcast(recorded(run))
         left = [t for t in group.tasks if t.seed not in done]
         if left and (processes := to_start(run.strategy)):
-            settings = run.settings.model_dump() | {"seeds": [t.seed for t in left]}
+            settings = run.settings.model_copy(update={"seeds": [t.seed for t in left]})
             start(_train_as_rank, processes, settings, screen.bars.console.quiet)
             done = recorded(run)
         elif left:
