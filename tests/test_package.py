@@ -177,7 +177,11 @@ def test_python_314_gets_a_clear_message() -> None:
 def loops() -> tuple[str, str]:
     """README's loop for one rule, and the step for all."""
     text = (ROOT / "README.md").read_text()
-    loop, step = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "optimizer.step()" in block)
+    loop, step = (
+        block
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        if "phase" in block or "rule.grads" in block
+    )
     return loop, step
 
 
