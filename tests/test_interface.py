@@ -146,7 +146,7 @@ def test_ctrl_c_ends_with_a_checkpoint_and_the_same_call_goes_on(
         with pytest.raises(KeyboardInterrupt):
             nobackprop.train("rule=dfa", **settings)
     nobackprop.train("rule=dfa", **settings)
-    assert "goes on from step 261" in capsys.readouterr().out
+    assert re.search(r"1/1\): goes on from step \d+", capsys.readouterr().out)
 
 
 def test_torch_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +230,7 @@ def test_results_are_shown_in_one_call_each() -> None:
 
 
 def test_a_run_that_diverged_is_shown_too() -> None:
-    runs = nobackprop.train("rule=bp", optimizer="sgd", arch={"activation": "relu"}, **{"optimizer.lr": 1e30}, **TINY)
+    runs = nobackprop.train("rule=bp", "arch.activation=relu", "optimizer=sgd", "optimizer.lr=1e30", **TINY)
     assert runs[0].test is None
     assert "NaN" in repr(runs)
     assert runs.plot().axes
@@ -295,7 +295,10 @@ def test_dir_and_help_show_every_public_name(configured: Any) -> None:
 def test_all_that_a_public_class_has_of_its_own_is_documented(name: str) -> None:
     public = getattr(nobackprop, name)
     if inspect.isclass(public):
+        declared = {name for kind in public.__mro__ for name in vars(kind).get("__annotations__", ())}
         for own, member in vars(public).items():
+            if own in declared:  # by the class above, whose docstring says what it is
+                continue
             function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
             if inspect.isfunction(function) and not own.startswith("_"):
                 assert inspect.getdoc(getattr(public, own)), f"{name}.{own}"

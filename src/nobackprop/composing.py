@@ -115,7 +115,7 @@ def composing(error: Any, overrides: Sequence[str], folders: Sequence[Path]) -> 
         key, values = several.groups()
         instead = "" if (CONF / key).is_dir() else f"; a list is written {key}=[{values}]"
         return f"{key}={values}: several values are for a sweep, with --multirun{instead}"
-    if "does not support sweep type" in message:
+    if re.search(r"does not support sweep type|Can only enumerate", message):
         return "an interval is for a search, as in +sweep=rates; a sweep takes values, as in optimizer.lr=0.1,0.01"
     if absent := re.match(r"Could not delete from config. '(.*?)'", message):
         return f"~{absent[1]}: {absent[1]} is not there, or null already"
