@@ -133,8 +133,15 @@ def table(runs: Runs, against: str | None = None) -> Table:
     return result
 
 
+AS_THEY_ARE = {"text.parse_math": False}  # names
+
+
 class Curves(Figure):
     """A figure that a notebook shows, also without pyplot."""
+
+    def savefig(self, *args: Any, **kwargs: Any) -> None:
+        with mpl.rc_context(AS_THEY_ARE):  # for the numbers on the axes, which are made now
+            super().savefig(*args, **kwargs)
 
     def _repr_png_(self) -> bytes:
         content = BytesIO()
@@ -144,7 +151,7 @@ class Curves(Figure):
 
 def curves(runs: Runs) -> Curves:
     """Validation accuracy against epochs: the mean over seeds, and a band from the lowest seed to the highest."""
-    with mpl.rc_context({"text.parse_math": False}):  # names are shown as they are
+    with mpl.rc_context(AS_THEY_ARE):
         canvas = Curves(figsize=(7, 4.5), layout="constrained")
         ax = canvas.subplots()
         for run, name in labels(runs).items():

@@ -158,7 +158,7 @@ def load(run_folder: str | Path) -> Trained:
         raise Mistake(f"{e}: {redo}") from e
     try:
         net, weights, classes = Network.from_description(content["net"]), content["weights"], tuple(content["classes"])
-        pixels = Pixels(**content["pixels"])
+        pixels = Pixels(content["pixels"]["mean"], content["pixels"]["std"], content["pixels"].get("floats", False))
         rule, loss = ((content[name]["class"], dict(content[name]["fields"])) for name in ("rule", "loss"))
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise Mistake(f"{path} holds no trained net that this version knows ({type(e).__name__}): {redo}") from e
