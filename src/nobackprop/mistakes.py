@@ -54,11 +54,7 @@ def answering(name: str) -> Iterator[None]:
 
 # What to do about an error of the system, by its number; {key} is paths.runs or paths.data.
 ROOM, ELSEWHERE = "make room; the same command goes on from the last checkpoint", "use another folder, {key}=..."
-
-
 IN_THE_WAY = f"a file is where a folder should be: move it away, or {ELSEWHERE}"
-
-
 REMEDIES = {
     errno.ENOSPC: ROOM,
     errno.EDQUOT: ROOM,
@@ -72,10 +68,7 @@ REMEDIES = {
     errno.ENAMETOOLONG: ELSEWHERE,
 }
 
-
 UNNAMED = {errno.ENOSPC, errno.EDQUOT, errno.ENOLCK}  # come from a file that is open, so without its name
-
-
 KEPT = {"runs": "records, weights and checkpoints", "data": "images"}
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -12,10 +13,10 @@ from omegaconf import OmegaConf
 
 import nobackprop
 from nobackprop.core.losses import SoftmaxCrossEntropy
-from nobackprop.core.network import mlp
+from nobackprop.core.network import Network, mlp
 from nobackprop.data.pixels import Pixels
 from nobackprop.records.gathering import collect
-from nobackprop.records.identity import before, current_name
+from nobackprop.records.identity import RECORDED, before, current_name, recorded_name
 from nobackprop.rules.bp import BP
 from nobackprop.training.build import prepare
 from nobackprop.training.config import Settings
@@ -81,3 +82,25 @@ def test_every_recorded_run_has_the_signature_of_its_config(path: Any) -> None:
 
 def test_all_recorded_files_are_there() -> None:
     assert len(FILES) == 8
+
+
+@pytest.mark.parametrize(("current", "recorded"), RECORDED.items())
+def test_what_moved_keeps_its_recorded_name(current: str, recorded: str) -> None:
+    """The table is frozen: modules of today, each with the name that the first records have."""
+    assert import_module(current)
+    assert recorded_name(f"{current}.Some") == f"{recorded}.Some"
+    assert current_name(f"{recorded}.Some") == current_name(f"{current}.Some") == f"{current}.Some"
+
+
+def test_a_config_with_a_name_of_before_is_the_same_run(config: Config) -> None:
+    before, now = (prepare(config(f"arch._target_=nobackprop.{path}.mlp")) for path in ("network", "core.network"))
+    assert before.settings == now.settings
+    assert now.settings.identity()["arch"]["_target_"] == "nobackprop.network.mlp"
+    assert isinstance(before.net, Network)
+
+
+def test_weights_of_before_a_loss_moved_load(tmp_path: Any) -> None:
+    path, net = tmp_path / "best.pt", mlp((4,), 2, hidden=[3], activation="tanh")
+    save(path, net, BP(), {}, SoftmaxCrossEntropy(2), Pixels(), (0, 1))
+    assert torch.load(path, weights_only=True)["loss"]["class"] == "nobackprop.losses.SoftmaxCrossEntropy"
+    assert nobackprop.load(path).loss == SoftmaxCrossEntropy(2)

@@ -371,6 +371,10 @@ def test_ctrl_c_ends_the_processes_too_after_a_checkpoint(config: Config, tmp_pa
     assert len(list(folder(cfg).glob("checkpoints/*/*.ckpt"))) == 1
 
 
+def test_a_launcher_has_its_old_name_too(config: Config) -> None:
+    assert config("launcher=joblib").launcher == config("launcher=processes").launcher
+
+
 def test_no_more_processes_than_cores(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nobackprop.sweeps.local.cores", lambda: 4)
     jobs = [Job("", config())] * 9

@@ -1,4 +1,8 @@
-"""Files written whole or not at all, also by a process that is killed, and their checksums."""
+"""Files written whole or not at all, also by a process that is killed, and their checksums.
+
+No library at hand also puts the file's new name on the disk, without which a power cut may lose it, or tells by its
+name which process left an unfinished file behind.
+"""
 
 import os
 import platform
@@ -6,10 +10,6 @@ import time
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # it takes seconds to import, and who only reads records needs none of it
-    pass
 
 
 def checksum(content: bytes) -> str:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # it takes seconds to import, and who only reads records needs none of it
     import torch
-import torch
 
 from nobackprop.records.record import Machine
 

@@ -10,27 +10,21 @@ from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # it takes seconds to import, and who only reads records needs none of it
-    pass
 from nobackprop.places import PACKAGE
 from nobackprop.records.record import EDITS, Record, code
 
 # Options whose value, in the same argument or the next, says where things are on this machine.
 LOCAL_OPTIONS = ("--runs", "--config-dir", "--config-path", "-cd", "-cp")
 
-
 # Settings that change no result, and say where things are or whose they are. A choice, as in logger=none, may be told.
 PRIVATE = re.compile(r"[+~]*((paths|logger|launcher|hydra)(=\{|\.(?!sweeper\.))|(.*\.)?(root|cache)=)")
-
 
 # What gives a secret or a place away anywhere in an argument: an absolute path, an address, a key of W&B.
 HIDDEN = re.compile(
     r"(^|[=,:[({\s'\"])~?/|://|\b(root|cache):|(api_?key|token|secret|passw\w*|credential)\w*[=:]|\b[0-9a-f]{40}\b",
     re.IGNORECASE,
 )
-
 
 # What can change a result, besides this package.
 SOURCE = (":/src/hydra_plugins", ":/conf", ":/requirements.lock", ":/pyproject.toml")

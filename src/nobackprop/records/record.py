@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from math import isfinite, prod
 from pathlib import Path
 from statistics import mean, stdev
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 from pydantic import (
@@ -23,29 +23,16 @@ from pydantic import (
 from pydantic_core import from_json, to_json
 
 from nobackprop.mistakes import Mistake
+from nobackprop.records.files import checksum, write_atomically
 from nobackprop.records.identity import EXACT, digest, run_name
 from nobackprop.records.literal import plain
 
-if TYPE_CHECKING:  # it takes seconds to import, and who only reads records needs none of it
-    pass
-from nobackprop.records.files import checksum, write_atomically
-
 # How a record's line begins: in format 2 with the checksum of all that follows, in format 1 without one.
 SEALED = re.compile(rb'\{"format":2,"checksum":"([0-9a-f]{16})",')
-
-
 PLAIN = re.compile(rb'\{\s*"format"\s*:\s*1\s*,')
-
-
 EDITS = "+edits"  # after a commit whose source was edited
-
-
 Word = Annotated[str, Field(pattern=r"^\w+$")]
-
-
 Count = Annotated[int, Field(gt=0, lt=EXACT)]
-
-
 Number = Annotated[int, Field(gt=-EXACT, lt=EXACT)] | float | None  # None: not finite
 
 

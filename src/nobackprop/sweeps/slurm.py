@@ -1,4 +1,8 @@
-"""The launcher that submits a sweep's jobs to SLURM."""
+"""The launcher that submits a sweep's jobs to SLURM.
+
+Hydra's own plugin for submitit blocks until all is over, runs what is finished again after a crash, and writes no
+checkpoint on preemption; its jobs take the code as it is when they start, edited meanwhile. submitit does the rest.
+"""
 
 import json
 import os

@@ -10,7 +10,6 @@ from nobackprop.mistakes import Mistake
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
-
 # What torch.compile raises: its own, all of them RuntimeErrors, and those of a cache folder or a missing package.
 COMPILER_ERRORS = (RuntimeError, OSError, ImportError)
 
