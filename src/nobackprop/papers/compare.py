@@ -133,7 +133,7 @@ def table(runs: Runs, against: str | None = None) -> Table:
     return result
 
 
-AS_THEY_ARE = {"text.parse_math": False}  # names
+AS_THEY_ARE: Any = {"text.parse_math": False}  # names
 
 
 class Curves(Figure):
