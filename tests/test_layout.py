@@ -25,7 +25,8 @@ ARROWS = {
     "usage": ["places", "composing"],
     "cli": ["mistakes", "places", "records", "composing", "training", "sweeps", "quick_start", "usage"],
     "__main__": ["cli"],
-    "__init__": ["training"],
+    "interface": ["mistakes", "places", "records", "data", "training", "composing", "papers", "cli"],
+    "__init__": ["mistakes", "core", "rules", "records", "data", "training", "interface"],
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

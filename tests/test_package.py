@@ -226,7 +226,8 @@ def test_python_314_gets_a_clear_message() -> None:
 def loops() -> tuple[str, str]:
     """README's loop for one rule, and the step for all."""
     text = (ROOT / "README.md").read_text()
-    loop, step = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "optimizer.step()" in block)
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    loop, step = (block for block in blocks if "rule.grads(" in block or "rule.phases()" in block)
     return loop, step
 
 

@@ -1,20 +1,125 @@
-"""Train deep nets without backpropagation."""
+"""Train deep nets without backpropagation.
+
+    import nobackprop
+
+    runs = nobackprop.train("rule=lra_e,bp", "dataset=digits", seeds=3, max_epochs=20)
+    runs.plot()
+
+`train` does what the command `nobackprop` does, and gives a `Record` a seed; `runs` is a table of all that is recorded,
+`load` a trained net, `Trained`. `gradients` brings a learning rule into a training loop of your own. What runs are made
+of is here too: nets (`mlp`, `allconv`, or a `Network` of `Dense` and `Conv` layers), learning rules, losses,
+initializers and data sets. Mistakes of the user are a `Mistake`, which says what to do.
+"""
 
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if sys.version_info >= (3, 14):
     sys.exit("nobackprop runs on Python 3.11, 3.12 and 3.13; hydra-core does not start on 3.14 yet")
 
-if TYPE_CHECKING:
-    from nobackprop.training.saved import Trained, load
+if TYPE_CHECKING:  # for editors and type checkers: the same as below
+    from nobackprop.core.activations import Activation as Activation, activation as activation
+    from nobackprop.core.initializers import (
+        GlorotNormal as GlorotNormal,
+        GlorotUniform as GlorotUniform,
+        HeNormal as HeNormal,
+        HeUniform as HeUniform,
+        Initializer as Initializer,
+        LecunNormal as LecunNormal,
+        NonnegativeNormal as NonnegativeNormal,
+        NonnegativeUniform as NonnegativeUniform,
+        Normal as Normal,
+        Orthogonal as Orthogonal,
+        Uniform as Uniform,
+        Zeros as Zeros,
+        initial_weights as initial_weights,
+    )
+    from nobackprop.core.layers import Conv as Conv, Dense as Dense
+    from nobackprop.core.losses import (
+        Loss as Loss,
+        SigmoidCrossEntropy as SigmoidCrossEntropy,
+        SoftmaxCrossEntropy as SoftmaxCrossEntropy,
+        SquaredError as SquaredError,
+        cross_entropy as cross_entropy,
+    )
+    from nobackprop.core.network import Network as Network, allconv as allconv, mlp as mlp
+    from nobackprop.core.rule import Batch as Batch, Rule as Rule
+    from nobackprop.data.folders import ImageNet as ImageNet
+    from nobackprop.data.sources import (
+        Dataset as Dataset,
+        Digits as Digits,
+        Images as Images,
+        Parquet as Parquet,
+        Source as Source,
+        Torchvision as Torchvision,
+    )
+    from nobackprop.interface import Runs as Runs, runs as runs, train as train
+    from nobackprop.mistakes import Missing as Missing, Mistake as Mistake
+    from nobackprop.records.record import Record as Record
+    from nobackprop.rules.bp import BP as BP
+    from nobackprop.rules.brsf import BRSF as BRSF
+    from nobackprop.rules.dfa import DFA as DFA
+    from nobackprop.rules.dfa_two_pass import DFATwoPass as DFATwoPass
+    from nobackprop.rules.drtp import DRTP as DRTP
+    from nobackprop.rules.dtp import DTP as DTP
+    from nobackprop.rules.equilibrium_propagation import EquilibriumPropagation as EquilibriumPropagation
+    from nobackprop.rules.fa import FA as FA
+    from nobackprop.rules.forward_forward import ForwardForward as ForwardForward
+    from nobackprop.rules.frsf import FRSF as FRSF
+    from nobackprop.rules.kolen_pollack import KolenPollack as KolenPollack
+    from nobackprop.rules.lra_e import LRAE as LRAE
+    from nobackprop.rules.mdfa import MDFA as MDFA
+    from nobackprop.rules.pepita import PEPITA as PEPITA
+    from nobackprop.rules.predictive_coding import PredictiveCoding as PredictiveCoding
+    from nobackprop.rules.usf import USF as USF
+    from nobackprop.rules.weight_mirror import WeightMirror as WeightMirror
+    from nobackprop.training.own_loop import Gradients as Gradients, gradients as gradients
+    from nobackprop.training.saved import Trained as Trained, load as load
 
-__all__ = ["Trained", "load"]
+# Where each public name is. torch takes seconds to import, so only when one of them is asked for.
+_PUBLIC = {
+    "core.activations": "Activation activation",
+    "core.initializers": "GlorotNormal GlorotUniform HeNormal HeUniform Initializer LecunNormal NonnegativeNormal "
+    "NonnegativeUniform Normal Orthogonal Uniform Zeros initial_weights",
+    "core.layers": "Conv Dense",
+    "core.losses": "Loss SigmoidCrossEntropy SoftmaxCrossEntropy SquaredError cross_entropy",
+    "core.network": "Network allconv mlp",
+    "core.rule": "Batch Rule",
+    "data.folders": "ImageNet",
+    "data.sources": "Dataset Digits Images Parquet Source Torchvision",
+    "interface": "Runs runs train",
+    "mistakes": "Missing Mistake",
+    "records.record": "Record",
+    "rules.bp": "BP",
+    "rules.brsf": "BRSF",
+    "rules.dfa": "DFA",
+    "rules.dfa_two_pass": "DFATwoPass",
+    "rules.drtp": "DRTP",
+    "rules.dtp": "DTP",
+    "rules.equilibrium_propagation": "EquilibriumPropagation",
+    "rules.fa": "FA",
+    "rules.forward_forward": "ForwardForward",
+    "rules.frsf": "FRSF",
+    "rules.kolen_pollack": "KolenPollack",
+    "rules.lra_e": "LRAE",
+    "rules.mdfa": "MDFA",
+    "rules.pepita": "PEPITA",
+    "rules.predictive_coding": "PredictiveCoding",
+    "rules.usf": "USF",
+    "rules.weight_mirror": "WeightMirror",
+    "training.own_loop": "Gradients gradients",
+    "training.saved": "Trained load",
+}
+_MODULES = {name: module for module, names in _PUBLIC.items() for name in names.split()}
+__all__ = sorted(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-def __getattr__(name: str) -> Any:  # torch takes seconds to import, so only when it is asked for
-    if name in __all__:
-        from nobackprop.training import saved
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'nobackprop' has no attribute {name!r}")
+    return getattr(import_module(f"nobackprop.{_MODULES[name]}"), name)
 
-        return getattr(saved, name)
-    raise AttributeError(f"module 'nobackprop' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return __all__

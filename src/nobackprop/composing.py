@@ -10,7 +10,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from nobackprop.mistakes import Mistake, close
@@ -86,6 +86,31 @@ def first(override: Override) -> str:
 # Composing
 
 
+def composed(overrides: Sequence[str]) -> tuple[DictConfig, Any]:
+    """As `compose`. Raises Mistake where overrides make no config."""
+    try:
+        return compose(overrides)
+    except COMPOSING as e:
+        raise Mistake(composing(e, overrides, [CONF])) from e
+
+
+def compose(
+    overrides: Iterable[str], folders: Sequence[Path] = (CONF,), config: str = "train"
+) -> tuple[DictConfig, Any]:
+    """The config of overrides, with the configs in these folders, and what Hydra knows of it (`hydra.runtime`).
+
+    Raises one of `COMPOSING` where they make none.
+    """
+    main = next((f for f in folders if (f / f"{config}.yaml").exists()), CONF)
+    others = ",".join(repr(f"file://{f}") for f in folders if f != main)
+    with hydra.initialize_config_dir(str(main), version_base="1.3"):
+        cfg = hydra.compose(config, [*overrides, f"hydra.searchpath=[{others}]"], return_hydra_config=True)
+    runtime = cfg.hydra.runtime
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg, runtime
+
+
 def composing(error: Any, overrides: Sequence[str], folders: Sequence[Path], config: str = "train") -> str:
     """The sentence on one of `COMPOSING`; `folders` are those of the configs, the user's own first."""
     message = str(error)
@@ -99,7 +124,7 @@ def composing(error: Any, overrides: Sequence[str], folders: Sequence[Path], con
         key, values = several.groups()
         instead = "" if (CONF / key).is_dir() else f"; a list is written {key}=[{values}]"
         return f"{key}={values}: several values are for a sweep, with --multirun{instead}"
-    if "does not support sweep type" in message:
+    if re.search(r"does not support sweep type|Can only enumerate", message):
         return "an interval is for a search, as in +sweep=rates; a sweep takes values, as in optimizer.lr=0.1,0.01"
     if absent := re.match(r"Could not delete from config. '(.*?)'", message):
         return f"~{absent[1]}: {absent[1]} is not there, or null already"
@@ -149,7 +174,7 @@ def _no_such_key(path: str, overrides: Iterable[str], folders: Sequence[Path], c
     others = [text for text in overrides if not re.match(rf"[~+]*{re.escape(path)}=", text)]
     try:
         others = [first(override) for override in OverridesParser.create().parse_overrides(others)]
-        cfg = composed(others, folders, config)
+        cfg, _ = compose(others, folders, config)
     except COMPOSING:
         return ""
     node = OmegaConf.select(cfg, ".".join(parents)) if parents else cfg
@@ -166,14 +191,6 @@ def _no_such_key(path: str, overrides: Iterable[str], folders: Sequence[Path], c
     if having := [f"{'.'.join(parents)}={path.stem}" for path in files if key in OmegaConf.load(path)]:
         return f"{text}. It is a key of {', '.join(having)}"
     return text + close(key, names)
-
-
-def composed(overrides: Iterable[str], folders: Sequence[Path] = (CONF,), config: str = "train") -> DictConfig:
-    """What Hydra makes of overrides, with the configs in these folders. Raises one of `COMPOSING`."""
-    main = next((f for f in folders if (f / f"{config}.yaml").exists()), CONF)
-    others = ",".join(repr(f"file://{f}") for f in folders if f != main)
-    with hydra.initialize_config_dir(str(main), version_base="1.3"):
-        return hydra.compose(config, [*overrides, f"hydra.searchpath=[{others}]"])
 
 
 def leaves(tree: Any, *parents: str) -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,7 @@ from textwrap import wrap
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from nobackprop.composing import composed, first, options
+from nobackprop.composing import compose, first, options
 from nobackprop.places import CONF
 
 WIDTH, COLUMN = 100, 23
@@ -90,7 +90,7 @@ def _short(names: Sequence[str]) -> Iterator[str]:
 
 def _choices(overrides: Sequence[str], folders: Sequence[Path], chosen: Mapping[str, object]) -> Iterator[str]:
     """For each chosen file what its first comment says, and the keys that it sets."""
-    cfg = composed(overrides, folders)
+    cfg, _ = compose(overrides, folders)
     for group, choice in chosen.items():
         (path, *_) = [path for f in folders if (path := f / group / f"{choice}.yaml").exists()]
         comments = [line for line in path.read_text().splitlines() if re.match("#(?! @package)", line)]

@@ -21,8 +21,7 @@ from conftest import assert_same_images, run_config, train, until
 from filelock import FileLock
 from PIL import Image
 
-from nobackprop.data import checksums, sources
-from nobackprop.data import folders as module
+from nobackprop.data import checksums, folders as module, sources
 from nobackprop.data.batches import TrainBatches, task
 from nobackprop.data.checksums import some
 from nobackprop.data.folders import ImageNet

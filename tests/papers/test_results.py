@@ -15,8 +15,7 @@ from conftest import CONF, PAPERS, ROOT
 from hydra.utils import get_object
 from recorded import made
 
-from nobackprop.papers import figures, grid, report, tables
-from nobackprop.papers import results as module
+from nobackprop.papers import figures, grid, report, results as module, tables
 from nobackprop.papers.grid import Cell, cells
 from nobackprop.papers.results import Composer, Findings, Row, Table, findings
 from nobackprop.records.gathering import collect

@@ -13,8 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
-from recorded import CONFIG, RECORD, format_1
-from recorded import made as made_of
+from recorded import CONFIG, RECORD, format_1, made as made_of
 
 from nobackprop.mistakes import Mistake
 from nobackprop.papers import collect as script

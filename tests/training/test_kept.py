@@ -5,14 +5,15 @@ from pathlib import Path
 import pytest
 from conftest import CONF, Config, nobackprop, small, train
 
-from nobackprop.composing import composed
+from nobackprop.composing import compose
 from nobackprop.training import kept
 from nobackprop.training.config import Settings
 
 
 def again(folder: Path, *overrides: str) -> Settings:
     """The settings of `nobackprop --config-dir FOLDER --config-name config`."""
-    return Settings.of(composed(overrides, [folder, CONF], "config"))
+    cfg, _ = compose(overrides, [folder, CONF], "config")
+    return Settings.of(cfg)
 
 
 @pytest.mark.parametrize(

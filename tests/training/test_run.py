@@ -12,6 +12,7 @@ import torch
 from conftest import Config, folder, options, run_config, same_results, train
 from rich.console import Console
 
+from nobackprop.data.given import held
 from nobackprop.data.sources import Digits
 from nobackprop.records import provenance
 from nobackprop.records.record import Record
@@ -48,7 +49,11 @@ def test_every_config_composes(config: Config, tmp_path: Path, group: str, optio
             overrides.append("arch.filters=[[4,9,4],[4,3,2]]")
     if option == "sigmoid":
         overrides.append("dataset.classes=2")
-    prepare(config(*overrides))
+    images = torch.zeros(2, 4), torch.arange(2)
+    with held(images, images) as fingerprint:
+        if option == "given":
+            overrides.append(f"dataset.source.fingerprint='{fingerprint}'")
+        prepare(config(*overrides))
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,8 @@ class Initializer(ABC):
     nonnegative: ClassVar[bool] = False
 
     @abstractmethod
-    def draw(self, shape: Shape, generator: Generator) -> Tensor: ...
+    def draw(self, shape: Shape, generator: Generator) -> Tensor:
+        """A float32 tensor of that shape on the CPU, drawn from the generator."""
 
 
 @dataclass(frozen=True)

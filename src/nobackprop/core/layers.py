@@ -37,18 +37,23 @@ class Dense:
         _positive(self, "units")
 
     def weight_shape(self, in_shape: Shape) -> Shape:
+        """The shape of W for one sample's input."""
         return (self.units, prod(in_shape))
 
     def out_shape(self, in_shape: Shape) -> Shape:
+        """The shape of one sample's z."""
         return (self.units,)
 
     def forward(self, W: Tensor, b: Tensor | None, h: Tensor) -> Tensor:
+        """z from the input h (N, *in_shape)."""
         return like_type(F.linear(h.flatten(1), W, b), W)  # (N, units)
 
     def feedback(self, M: Tensor, e: Tensor, like: Tensor) -> Tensor:
+        """The error e at z, sent down through M, in the shape of W, to an input like `like`."""
         return like_type(e @ M, e).view_as(like)  # (N, *in_shape)
 
     def hebbian(self, h: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of W and b, means over samples, from the input h and the error d at z, per sample."""
         d = d / len(d)
         return like_type(d.mT @ h.flatten(1), d), d.sum(0)  # (units, inputs), (units,)
 
@@ -69,10 +74,14 @@ class Conv:
             raise Mistake(f"{self}: padding must be 0 or more")
 
     def weight_shape(self, in_shape: Shape) -> Shape:
+        """The shape of W for one sample's input."""
         return (self.channels, in_shape[0], self.kernel, self.kernel)
 
     def out_shape(self, in_shape: Shape) -> Shape:
-        """Raises Mistake where the kernel is larger than the padded image, or the input is no image."""
+        """The shape of one sample's z.
+
+        Raises Mistake where the kernel is larger than the padded image, or the input is no image.
+        """
         if len(in_shape) != 3:
             raise Mistake(f"{self} needs images (C, H, W), got shape {in_shape}: put it before the dense layers")
         height, width = ((n + 2 * self.padding - self.kernel) // self.stride + 1 for n in in_shape[1:])
@@ -84,13 +93,16 @@ class Conv:
         return (self.channels, height, width)
 
     def forward(self, W: Tensor, b: Tensor | None, h: Tensor) -> Tensor:
+        """z from the input h (N, *in_shape)."""
         return like_type(F.conv2d(h, W, b, self.stride, self.padding), W)  # (N, channels, H', W')
 
     def feedback(self, M: Tensor, e: Tensor, like: Tensor) -> Tensor:
+        """The error e at z, sent down through M, in the shape of W, to an input like `like`."""
         down = conv2d_input(like.shape, *_autocast(M, e), self.stride, self.padding)  # (N, C, H, W)
         return like_type(down, e)
 
     def hebbian(self, h: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of W and b, means over samples, from the input h and the error d at z, per sample."""
         short_h, short_d = _autocast(h, d)
         W = short_d.new_empty(1).expand(self.weight_shape(tuple(h.shape[1:])))  # for its shape alone
         stride, padding = [self.stride] * 2, [self.padding] * 2

@@ -1,8 +1,8 @@
 """What one seed trains on, and the mini-batches of several seeds at once.
 
 A `Task` says which images of a dataset one seed trains, validates and tests on; `TrainBatches` and `EvalBatches` gather
-them as uint8, with a leading axis of seeds, on the device. There are no worker processes: images that fit are kept on
-the device, and of those that don't, or are in a file, a thread reads the next chunks while the last one is used.
+them as they are, with a leading axis of seeds, on the device. There are no worker processes: images that fit are kept
+on the device, and of those that don't, or are in a file, a thread reads the next chunks while the last one is used.
 """
 
 from collections import deque
@@ -138,7 +138,7 @@ class _Store:
     def _read(self, index: Tensor) -> Tensor:
         """In memory; pinned for a GPU, so that nothing waits for the way there."""
         shape, file = self.images.pixels.shape[1:], self.images.file
-        out = torch.empty(index.numel(), *shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        out = torch.empty(index.numel(), *shape, dtype=self.images.pixels.dtype, pin_memory=self.device.type == "cuda")
         if file is None:
             torch.index_select(self.images.pixels, 0, index.flatten(), out=out)
         else:  # not by the map, which reads pages one by one: five times slower where the system has not kept them
@@ -174,7 +174,7 @@ def _augment(pixels: Tensor, flip: Tensor, shift: Tensor, crop: int) -> Tensor:
 class TrainBatches:
     """The rest of the current epoch of S tasks, in chunks of k mini-batches of N = batch_size images.
 
-    Iterating yields pixels (k, S, N, C, H, W) uint8 and labels (k, S, N) int64 on the device. `position()` is the
+    Iterating yields pixels (k, S, N, C, H, W) and labels (k, S, N) int64 on the device. `position()` is the
     number of mini-batches done before, over all epochs; it is asked once an iteration, so that a resumed run goes on
     in mid-epoch. The order of the images, and the augmentation by `flip` (half of the images) and `crop` (pixels of
     zero padding), depend on each task's seed and the epoch alone. An incomplete last mini-batch is left out, and
@@ -214,7 +214,7 @@ class TrainBatches:
         part = slice(self.rank * self.batch_size // self.ranks, (self.rank + 1) * self.batch_size // self.ranks)
         # with the seed first; chunks have the mini-batch first
         index, labels, flip, shift = (table[:, start:end, part].transpose(0, 1).contiguous() for table in tables)
-        bytes_a_step = index[0].numel() * images.pixels[0].numel()
+        bytes_a_step = index[0].numel() * images.pixels[0].nbytes
         size = max(1, min(CHUNK_STEPS, CHUNK_BYTES // bytes_a_step))
         others = (table.to(device).split(size) for table in (labels, flip, shift))
         with closing(store.chunks(index.to(store.index_device).split(size))) as chunks:
@@ -242,7 +242,7 @@ class TrainBatches:
 class EvalBatches:
     """Images to evaluate S seeds on, in the order of their index tables (one a seed, of any length).
 
-    Iterating yields pixels (S, M, C, H, W) uint8, labels (S, M) int64 by each seed's `relabels`, and a mask (S, M)
+    Iterating yields pixels (S, M, C, H, W), labels (S, M) int64 by each seed's `relabels`, and a mask (S, M)
     bool: False where a seed has no more images and its first one stands in. M is at most `batch_size`. Process `rank`
     of `ranks` gets every `ranks`-th image, equally many each. Raises Mistake for an empty table.
     """
@@ -267,7 +267,7 @@ class EvalBatches:
         self._store = _store(images, torch.device(device))
         self._index = index.to(self._store.index_device)
         self._labels, self._mask = labels.to(device), mask.to(device)
-        self._size = max(1, min(batch_size, CHUNK_BYTES // (len(tables) * images.pixels[0].numel())))
+        self._size = max(1, min(batch_size, CHUNK_BYTES // (len(tables) * images.pixels[0].nbytes)))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         index, labels, mask = (table.split(self._size, dim=1) for table in (self._index, self._labels, self._mask))

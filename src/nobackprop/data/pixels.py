@@ -1,4 +1,4 @@
-"""From uint8 pixels to a net's input."""
+"""From pixels to a net's input."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,14 +9,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pixels:
-    """Pixels as floats in 0..1, then, if a mean and a standard deviation are given (one a channel), normalised."""
+    """Pixels as floats, then, if a mean and a standard deviation are given (one a channel), normalised.
+
+    uint8 pixels are divided by 255; with `floats` they are floats already and taken as they are.
+    """
 
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    floats: bool = False
 
     @classmethod
     def normalized(cls, images: Tensor) -> "Pixels":
-        """With the mean and standard deviation of each channel over uint8 images (n, C, H, W)."""
+        """With the mean and standard deviation of each channel over images (n, C, H, W), uint8 or floats."""
+        if images.is_floating_point():
+            std, mean = torch.std_mean(images.double(), (0, 2, 3), correction=0)
+            return cls(tuple(mean.tolist()), tuple(std.clamp(min=1e-6).tolist()), floats=True)
         values = torch.arange(256, dtype=torch.float64) / 255
         counts = torch.zeros(images.shape[1], 256, dtype=torch.float64)
         for part in images.split(1000):  # images may be mapped from a file larger than memory
@@ -28,8 +35,8 @@ class Pixels:
         return cls(tuple(mean.tolist()), tuple(std.clamp(min=1e-6).tolist()))
 
     def __call__(self, pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The input for uint8 pixels (..., C, H, W), in the same shape."""
-        x = pixels.to(dtype) / 255
+        """The input for pixels (..., C, H, W), in the same shape."""
+        x = pixels.to(dtype) if self.floats else pixels.to(dtype) / 255
         if self.mean is None or self.std is None:
             return x
         return (x - _per_channel(self.mean, dtype, x.device)) / _per_channel(self.std, dtype, x.device)

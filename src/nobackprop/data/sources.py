@@ -1,4 +1,4 @@
-"""Images and where they come from: a `Source` reads a `Dataset` of uint8 pixels, in memory or mapped from a file."""
+"""Images and where they come from: a `Source` reads a `Dataset`, in memory or mapped from a file."""
 
 import glob
 import gzip
@@ -36,7 +36,10 @@ ImageShape = tuple[int, int, int]
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Pixels (n, C, H, W) uint8 and labels (n,) int64. Pixels may be mapped from a file of nothing else."""
+    """Pixels (n, C, H, W), uint8 or float32, and labels (n,) int64.
+
+    Pixels may be mapped from a file of nothing else.
+    """
 
     pixels: Tensor
     labels: Tensor
@@ -63,6 +66,11 @@ class Dataset:
         """The images that the validation images of a task are among."""
         return self.test if self.validate_on_test else self.train
 
+    @property
+    def plain(self) -> Pixels:
+        """Pixels as they are, uint8 ones in 0..1."""
+        return Pixels(floats=self.train.pixels.is_floating_point())
+
     @cached_property
     def normalized(self) -> Pixels:
         """Pixels at mean 0 and deviation 1 over all training images, those of other classes and of validation too."""
@@ -86,6 +94,7 @@ class Source(ABC):
     name: str
     shape: ImageShape
     num_classes: int
+    dtype: torch.dtype = torch.uint8  # of pixels; or torch.float32
     counts: tuple[int | None, int | None] = (None, None)  # training and test images; None: any number
     checksum: str | None = None  # the fingerprint of what was read; None: made from all bytes when asked for
     validate_on_test: bool = False  # select and report on the same images
@@ -154,7 +163,7 @@ def check(images: Images, source: Source, split: str, count: int | None = None) 
 
     pixels, labels = images.pixels, images.labels
     n, top = len(pixels), source.num_classes - 1
-    need(pixels.dtype == torch.uint8, f"pixels of {pixels.dtype}", "torch.uint8")
+    need(pixels.dtype == source.dtype, f"pixels of {pixels.dtype}", f"{source.dtype}")
     need(labels.dtype == torch.int64, f"labels of {labels.dtype}", "torch.int64")
     need(pixels.shape[1:] == source.shape, f"the shape {tuple(pixels.shape[1:])}", f"{source.shape}")
     need(labels.shape == (n,), f"labels of shape {tuple(labels.shape)} for {n} images", "one label an image")

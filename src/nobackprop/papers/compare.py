@@ -11,6 +11,7 @@ trained: all comes from the run records.
 import argparse
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -132,30 +133,48 @@ def table(runs: Runs, against: str | None = None) -> Table:
     return result
 
 
-def figure(runs: Runs, path: Path) -> None:
-    """Validation accuracy against epochs: the mean over seeds, and a band from the lowest seed to the highest.
+AS_THEY_ARE: Any = {"text.parse_math": False}  # names
 
-    Raises Mistake where the path's ending names no format of a figure.
-    """
-    formats = FigureCanvasAgg.get_supported_filetypes()
-    if path.suffix.lstrip(".").lower() not in formats:
-        raise Mistake(f"{path}: a figure is written as one of {', '.join(f'.{name}' for name in formats)}")
-    with mpl.rc_context({"text.parse_math": False}):  # names are shown as they are
-        canvas = Figure(figsize=(7, 4.5), layout="constrained")
+
+class Curves(Figure):
+    """A figure that a notebook shows, also without pyplot."""
+
+    def savefig(self, *args: Any, **kwargs: Any) -> None:
+        with mpl.rc_context(AS_THEY_ARE):  # for the numbers on the axes, which are made now
+            super().savefig(*args, **kwargs)
+
+    def _repr_png_(self) -> bytes:
+        content = BytesIO()
+        self.savefig(content, format="png", dpi=100)
+        return content.getvalue()
+
+
+def curves(runs: Runs) -> Curves:
+    """Validation accuracy against epochs: the mean over seeds, and a band from the lowest seed to the highest."""
+    with mpl.rc_context(AS_THEY_ARE):
+        canvas = Curves(figsize=(7, 4.5), layout="constrained")
         ax = canvas.subplots()
         for run, name in labels(runs).items():
-            curves = learning_curves(runs[run])
-            epochs = np.arange(1, len(curves) + 1)
+            values = learning_curves(runs[run])
+            epochs = np.arange(1, len(values) + 1)
             # A label that begins with an underscore would not be shown.
-            (line,) = ax.plot(epochs, curves.mean(axis=1), label=plain(f" {name}" if name.startswith("_") else name))
-            band = curves.min(axis=1), curves.max(axis=1)
+            (line,) = ax.plot(epochs, values.mean(axis=1), label=plain(f" {name}" if name.startswith("_") else name))
+            band = values.min(axis=1), values.max(axis=1)
             ax.fill_between(epochs, *band, color=line.get_color(), alpha=0.15, linewidth=0)
         ax.set(xlabel="epoch", ylabel="validation accuracy", title="mean over seeds; band: lowest to highest seed")
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         ax.grid(alpha=0.3)
         ax.legend().set_in_layout(False)  # long names would leave no room for the curves
-        path.parent.mkdir(parents=True, exist_ok=True)
-        canvas.savefig(path, dpi=150)
+    return canvas
+
+
+def figure(runs: Runs, path: Path) -> None:
+    """Writes the `curves`. Raises Mistake where the path's ending names no format of a figure."""
+    formats = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in formats:
+        raise Mistake(f"{path}: a figure is written as one of {', '.join(f'.{name}' for name in formats)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    curves(runs).savefig(path, dpi=150)
 
 
 def main() -> None:

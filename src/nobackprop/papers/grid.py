@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from nobackprop.composing import COMPOSING, composing, load
+from nobackprop import composing
+from nobackprop.composing import load
 from nobackprop.mistakes import Missing, Mistake, close
 from nobackprop.places import CONF, PAPERS
 
@@ -43,12 +43,7 @@ class Cell:
 
 def composed(overrides: Iterable[str]) -> DictConfig:
     """The config of these overrides. Raises Mistake where they make none."""
-    given = list(by_key(overrides).values())
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return compose("train", given)
-    except COMPOSING as e:
-        raise Mistake(composing(e, given, [CONF])) from e
+    return composing.composed(list(by_key(overrides).values()))[0]
 
 
 def by_key(overrides: Iterable[str]) -> dict[str, str]:

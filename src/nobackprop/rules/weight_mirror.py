@@ -40,6 +40,7 @@ class WeightMirror(FA):
             raise Mistake(f"rule.decay is {self.decay}: it keeps B from growing, so 0 or more")
 
     def mirror(self, net: Network, w: Weights, batch: Batch) -> Grads:
+        """The gradients of B from the layers' answers to noise; no logits."""
         g = {}
         for l in range(2, net.L + 1):
             below = self.sigma * batch.noise[f"h{l - 1}"]

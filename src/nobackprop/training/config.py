@@ -25,10 +25,10 @@ from pydantic import (
     NonNegativeInt,
     PositiveInt,
     TypeAdapter,
+    ValidationError as PydanticError,
     ValidationInfo,
     field_validator,
 )
-from pydantic import ValidationError as PydanticError
 
 from nobackprop.mistakes import Mistake, close
 from nobackprop.records.identity import before, current_name, digest, recorded_name, run_name

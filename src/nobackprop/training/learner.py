@@ -109,7 +109,7 @@ class Learner(LightningModule):
         return self.test(device=self.device, rank=self.rank, ranks=self.ranks)
 
     def inputs(self, pixels: Tensor) -> Tensor:
-        """The net's input for uint8 pixels (S, N, C, H, W)."""
+        """The net's input for pixels (S, N, C, H, W)."""
         x = self.pixels(pixels, self.w["W1"].dtype)
         if x.device.type == "cpu" and self.net.layers[0].spatial:
             # Convolutions on a CPU are up to five times as fast with the channels last in memory.

@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 
 from nobackprop.core.initializers import initial_weights
 from nobackprop.data.batches import EvalBatches, Task, TrainBatches, batches_per_epoch, task
-from nobackprop.data.pixels import Pixels
 from nobackprop.data.sources import Dataset
 from nobackprop.mistakes import Mistake
 from nobackprop.records import files, machine, provenance
@@ -280,7 +279,7 @@ def _learner(
         ),
         validation=partial(EvalBatches, dataset.validation, [t.validation for t in tasks], relabels),
         test=partial(EvalBatches, dataset.test, [t.test for t in tasks], relabels),
-        pixels=dataset.normalized if s.dataset.normalize else Pixels(),
+        pixels=dataset.normalized if s.dataset.normalize else dataset.plain,
         optimizer=run.optimizer,
         schedule=run.schedule,
         update=s.update,

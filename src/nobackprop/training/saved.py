@@ -28,7 +28,10 @@ class Unknown(Mistake):
 
 @dataclass(frozen=True)
 class Trained:
-    """A net with its best weights. Images are uint8 (N, C, H, W); labels are the dataset's own class numbers."""
+    """A net with its best weights, as `nobackprop.load` gives it. Labels are the data set's own class numbers.
+
+    Images are (N, C, H, W) of what it was trained on: uint8, or with `pixels.floats` float32.
+    """
 
     net: Network
     rule: Rule
@@ -71,10 +74,11 @@ class Trained:
         return {name: value.item() for name, value in scores.compute().items()}
 
     def _inputs(self, images: Tensor) -> Tensor:
-        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.net.in_shape:
+        dtype = torch.float32 if self.pixels.floats else torch.uint8
+        if images.dtype != dtype or tuple(images.shape[1:]) != self.net.in_shape:
             raise Mistake(
                 f"got images of type {images.dtype} and shape {tuple(images.shape)}: "
-                f"this net takes torch.uint8 of shape (N, {', '.join(map(str, self.net.in_shape))})"
+                f"this net takes {dtype} of shape (N, {', '.join(map(str, self.net.in_shape))})"
             )
         return self.pixels(images, self.weights["W1"].dtype)
 
@@ -94,7 +98,7 @@ def save(
         "rule": _described(rule),
         "weights": {name: t.clone() for name, t in weights.items()},
         "loss": _described(loss),
-        "pixels": {"mean": pixels.mean, "std": pixels.std},
+        "pixels": asdict(pixels),
         "classes": list(classes),
     }
     sealed.write(path, content)
@@ -154,7 +158,7 @@ def load(run_folder: str | Path) -> Trained:
         raise Mistake(f"{e}: {redo}") from e
     try:
         net, weights, classes = Network.from_description(content["net"]), content["weights"], tuple(content["classes"])
-        pixels = Pixels(content["pixels"]["mean"], content["pixels"]["std"])
+        pixels = Pixels(content["pixels"]["mean"], content["pixels"]["std"], content["pixels"].get("floats", False))
         rule, loss = ((content[name]["class"], dict(content[name]["fields"])) for name in ("rule", "loss"))
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise Mistake(f"{path} holds no trained net that this version knows ({type(e).__name__}): {redo}") from e
