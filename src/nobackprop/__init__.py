@@ -11,14 +11,16 @@ of is here too: nets (`mlp`, `allconv`, or a `Network` of `Dense` and `Conv` lay
 initializers and data sets. Mistakes of the user are a `Mistake`, which says what to do.
 """
 
+import re
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if sys.version_info >= (3, 14):
     sys.exit("nobackprop runs on Python 3.11, 3.12 and 3.13; hydra-core does not start on 3.14 yet")
 
-if TYPE_CHECKING:  # for editors and type checkers: the same as below
+if TYPE_CHECKING:  # for editors and type checkers: the same as below; a rule that is not here is found all the same
     from nobackprop.core.activations import Activation as Activation, activation as activation
     from nobackprop.core.initializers import (
         GlorotNormal as GlorotNormal,
@@ -91,27 +93,15 @@ _PUBLIC = {
     "interface": "Runs runs train",
     "mistakes": "Missing Mistake",
     "records.record": "Record",
-    "rules.bp": "BP",
-    "rules.brsf": "BRSF",
-    "rules.dfa": "DFA",
-    "rules.dfa_two_pass": "DFATwoPass",
-    "rules.drtp": "DRTP",
-    "rules.dtp": "DTP",
-    "rules.equilibrium_propagation": "EquilibriumPropagation",
-    "rules.fa": "FA",
-    "rules.forward_forward": "ForwardForward",
-    "rules.frsf": "FRSF",
-    "rules.kolen_pollack": "KolenPollack",
-    "rules.lra_e": "LRAE",
-    "rules.mdfa": "MDFA",
-    "rules.pepita": "PEPITA",
-    "rules.predictive_coding": "PredictiveCoding",
-    "rules.usf": "USF",
-    "rules.weight_mirror": "WeightMirror",
     "training.own_loop": "Gradients gradients",
     "training.saved": "Trained load",
 }
 _MODULES = {name: module for module, names in _PUBLIC.items() for name in names.split()}
+# And every rule: the class in each file of rules/.
+for _file in (Path(__file__).parent / "rules").glob("[!_]*.py"):
+    _MODULES |= dict.fromkeys(
+        re.findall(r"^class ([A-Z]\w*)\(", _file.read_text(), re.MULTILINE), f"rules.{_file.stem}"
+    )
 __all__ = sorted(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
