@@ -94,10 +94,8 @@ def composed(overrides: Sequence[str]) -> tuple[DictConfig, Any]:
         raise Mistake(composing(e, overrides, [CONF])) from e
 
 
-def compose(
-    overrides: Iterable[str], folders: Sequence[Path] = (CONF,), config: str = "train"
-) -> tuple[DictConfig, Any]:
-    """The config of overrides, with the configs in these folders, and what Hydra knows of it (`hydra.runtime`).
+def compose(overrides: Iterable[str], folders: Sequence[Path] = (), config: str = "train") -> tuple[DictConfig, Any]:
+    """The config of overrides, with the configs in these folders besides, and Hydra's own `runtime` of it.
 
     Raises one of `COMPOSING` where they make none.
     """

@@ -15,6 +15,7 @@ from conftest import CONF, PAPERS, ROOT
 from hydra.utils import get_object
 from recorded import made
 
+from nobackprop import composing
 from nobackprop.papers import figures, grid, report, results as module, tables
 from nobackprop.papers.grid import Cell, cells
 from nobackprop.papers.results import Composer, Findings, Row, Table, findings
@@ -97,7 +98,7 @@ def test_a_cell_of_searched_settings_is_found_and_one_not_searched_says_so(
     results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(CONF, tmp_path / "conf")
-    for place in (module, grid):
+    for place in (module, grid, composing):
         monkeypatch.setattr(place, "CONF", tmp_path / "conf")
     monkeypatch.setattr(module, "Composer", Composer)
     shutil.rmtree(tmp_path / "conf" / "tuned" / "compare", ignore_errors=True)

@@ -10,6 +10,7 @@ from conftest import CONF, PAPERS
 from omegaconf import OmegaConf
 from recorded import RECORD, made
 
+from nobackprop import composing
 from nobackprop.papers import grid, tune
 from nobackprop.records.record import Record
 from nobackprop.sweeps.local import Basic
@@ -139,7 +140,8 @@ def test_what_is_found_is_written_and_used_and_nothing_runs_twice(
     conf = tmp_path / "conf"
     shutil.copytree(CONF, conf)
     shutil.rmtree(conf / "tuned" / "lra_e", ignore_errors=True)
-    monkeypatch.setattr(grid, "CONF", conf)
+    for place in (grid, composing):
+        monkeypatch.setattr(place, "CONF", conf)
     only = ["setting=tuned", "dataset=mnist", "hidden_layers=3", "rule=bp"]
     (cell,) = grid.select(list(grid.cells("lra_e")), only)
     with pytest.raises(FileNotFoundError, match=r"mnist_3_bp\.yaml is not there yet: scripts/tune.py makes it"):
