@@ -81,7 +81,7 @@ def test_every_recorded_run_has_the_signature_of_its_config(path: Any) -> None:
 
 
 def test_all_recorded_files_are_there() -> None:
-    assert len(FILES) == 8
+    assert len(FILES) >= 8
 
 
 @pytest.mark.parametrize(("current", "recorded"), RECORDED.items())
