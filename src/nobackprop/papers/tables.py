@@ -233,7 +233,7 @@ def about(found: Findings) -> list[str]:
         r for rows in found.tables.values() for row in rows for cell in row.cells.values() for r in cell.all_seeds
     ]
     if each := {(r.signature, r.seed): r.seconds * r.machine.threads for r in records}:
-        told.append(f"The {len(each)} runs behind the tables took {sum(each.values()) / 3600:.1f} core hours.")
+        told.append(f"The {len(each)} run{'s' * (len(each) > 1)} behind the tables took {sum(each.values()) / 3600:.1f} core hours.")
     return told
 
 
