@@ -52,7 +52,7 @@ def test_what_is_of_this_machine_is_asked_for(tmp_path: Path) -> None:
     assert "s3cret" not in text
     with pytest.raises(ValueError, match=r"^dataset\.source\.root must be given: add"):
         again(s.folder, "diagnostics.api_key=other")
-    t = again(s.folder, "diagnostics.api_key=other", "dataset.source.root=there")
+    t = again(s.folder, "diagnostics.api_key=other", "dataset.source.root=there", "paths.data=data")
     assert t.signature == s.signature
     assert t.dataset.source["cache"] == "data/birds-224"
 
