@@ -233,7 +233,8 @@ def about(found: Findings) -> list[str]:
         r for rows in found.tables.values() for row in rows for cell in row.cells.values() for r in cell.all_seeds
     ]
     if each := {(r.signature, r.seed): r.seconds * r.machine.threads for r in records}:
-        told.append(f"The {len(each)} run{'s' * (len(each) > 1)} behind the tables took {sum(each.values()) / 3600:.1f} core hours.")
+        runs, hours = f"{len(each)} run{'s' * (len(each) > 1)}", sum(each.values()) / 3600
+        told.append(f"The {runs} behind the tables took {hours:.1f} core hours.")
     return told
 
 
