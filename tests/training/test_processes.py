@@ -21,7 +21,7 @@ import nobackprop.training.run
 from nobackprop import cli
 from nobackprop.records.machine import cores
 from nobackprop.records.record import Record
-from nobackprop.training.processes import Processes, side_by_side, workers
+from nobackprop.training.processes import Pool, side_by_side, workers
 from nobackprop.training.screens import Screen
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks safely")
@@ -42,7 +42,7 @@ def test_seeds_are_the_same_to_the_bit_side_by_side_and_in_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records = train(small(tmp_path / "beside", "seeds=3", "max_epochs=1"))
-    monkeypatch.setattr(Processes, "_start", lambda *_: pytest.fail("workers=1 has no workers"))
+    monkeypatch.setattr(Pool, "_start", lambda *_: pytest.fail("workers=1 has no workers"))
     train(small(tmp_path / "alone", "seeds=3", "max_epochs=1", "workers=1"))
     assert [r.seed for r in records] == [0, 1, 2]
     assert [r.machine.threads for r in records] == [1, 1, 1]
@@ -183,6 +183,7 @@ def test_the_command_reports_a_dead_process_in_a_sentence(monkeypatch: pytest.Mo
         raise ChildProcessError("a process was killed")
 
     monkeypatch.setattr(cli, "run", run)
+    monkeypatch.setattr(sys, "argv", ["nobackprop"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     with pytest.raises(SystemExit, match="nobackprop: a process was killed"):
         cli.main()

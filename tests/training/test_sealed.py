@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import Config, folder, interrupt, train
+from damage import SECTOR, WAYS
 
 import nobackprop
 from nobackprop.mistakes import Mistake
 from nobackprop.training import checkpoints, sealed
 
-SECTOR = 512
 TRIALS = 300
 
 
@@ -22,22 +22,14 @@ def damages(content: bytes, kind: str, trials: int) -> Iterator[bytes]:
     """Copies of a file's content with one bit flipped, an end cut off, or a sector of zeros."""
     chance = random.Random(kind)
     for _ in range(trials):
-        damaged, place = bytearray(content), chance.randrange(len(content))
-        if kind == "flipped":
-            damaged[place] ^= 1 << chance.randrange(8)
-        elif kind == "cut":
-            del damaged[place:]
-        else:
-            start = place - place % SECTOR
-            damaged[start : start + SECTOR] = bytes(len(damaged[start : start + SECTOR]))
-        if damaged != content:
-            yield bytes(damaged)
+        if (damaged := WAYS[kind](content, chance)) != content:
+            yield damaged
 
 
 def silent(path: Path, read: Callable[[], Any], trials: int = TRIALS) -> dict[str, int]:
     """How many damaged copies of a file, put in its place, `read` takes without naming the file, by kind of damage."""
     content, counts = path.read_bytes(), {}
-    for kind in ("flipped", "cut", "zeroed"):
+    for kind in ("flip", "cut", "zero"):
         counts[kind] = 0
         for damaged in damages(content, kind, trials):
             path.write_bytes(damaged)
@@ -55,7 +47,7 @@ def test_no_damage_of_weights_is_read(config: Config) -> None:
     cfg = config("max_epochs=1")
     train(cfg)
     path = folder(cfg) / "seed0" / "best.pt"
-    assert silent(path, lambda: nobackprop.load(path)) == {"flipped": 0, "cut": 0, "zeroed": 0}
+    assert silent(path, lambda: nobackprop.load(path)) == {"flip": 0, "cut": 0, "zero": 0}
     for byte in range(-sealed.SIZE - sealed.END, 0):  # of the checksum, and of what says that there is one
         damaged = bytearray(path.read_bytes())
         damaged[byte] ^= 1
@@ -71,7 +63,7 @@ def test_no_damage_of_a_checkpoint_is_read(config: Config) -> None:
     def read() -> None:
         sealed.read(path)
 
-    assert silent(path, read) == {"flipped": 0, "cut": 0, "zeroed": 0}
+    assert silent(path, read) == {"flip": 0, "cut": 0, "zero": 0}
     assert [content["steps"] for _, content in checkpoints.usable(path.parent, about)] == [261, 161]
 
 
@@ -92,7 +84,7 @@ def test_a_file_from_before_there_were_checksums_is_read_if_its_tensors_are_whol
     assert sealed.whole(path)
     assert torch.equal(sealed.read(path)["w"], content["w"])
     before, refused = path.read_bytes(), 0
-    for kind in ("flipped", "cut", "zeroed"):
+    for kind in ("flip", "cut", "zero"):
         for damaged in damages(before, kind, TRIALS):
             path.write_bytes(damaged)
             try:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from nobackprop.records.machine import cores
 from nobackprop.sweeps.jobs import Job, Outcome, Say, attempt
-from nobackprop.training import processes
+from nobackprop.training.processes import Pool
 from nobackprop.training.screens import Screen
 from nobackprop.training.stopping import how_it_ended
 
@@ -48,7 +48,7 @@ class Processes:
         context.set_forkserver_preload([__name__])
         numbers, given = [*jobs], [beside_others(job) for job in jobs.values()]
         work = partial(_attempt, wait_for_others)
-        pool = processes.Processes(work, context, _died, Screen(console), fresh=True)
+        pool = Pool(work, context, _died, Screen(console), fresh=True)
         for k, outcome in pool.run(given, self.at_once(given), lambda k: say(numbers[k], "starts")):
             yield numbers[k], outcome
 

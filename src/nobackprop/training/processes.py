@@ -62,13 +62,13 @@ def side_by_side(
         how = f"{how_it_ended(status)}; the same command goes on from the last checkpoints{less}"
         raise ChildProcessError(f"{told} {how}")
 
-    pool = Processes(work, multiprocessing.get_context("fork"), died, screen)
+    pool = Pool(work, multiprocessing.get_context("fork"), died, screen)
     for number, result in pool.run(jobs, count):
         yield jobs[number], result
 
 
 @dataclass
-class Processes(Generic[Job, Result]):
+class Pool(Generic[Job, Result]):
     """Processes that do `work(job, screen)`; what they have to show comes to the `screen` of this one.
 
     With `fresh` each job has a process of its own, else a process does job after job. What came of a job whose process
