@@ -22,6 +22,7 @@ if sys.version_info >= (3, 14):
 
 if TYPE_CHECKING:  # for editors and type checkers: the same as below; a rule that is not here is found all the same
     from nobackprop.core.activations import Activation as Activation, activation as activation
+    from nobackprop.core.architectures import Residual as Residual, assemble as assemble
     from nobackprop.core.initializers import (
         GlorotNormal as GlorotNormal,
         GlorotUniform as GlorotUniform,
@@ -37,13 +38,28 @@ if TYPE_CHECKING:  # for editors and type checkers: the same as below; a rule th
         Zeros as Zeros,
         initial_weights as initial_weights,
     )
-    from nobackprop.core.layers import Conv as Conv, Dense as Dense
+    from nobackprop.core.layers import Conv as Conv, Dense as Dense, Shortcut as Shortcut, Tokens as Tokens
     from nobackprop.core.losses import (
         Loss as Loss,
         SigmoidCrossEntropy as SigmoidCrossEntropy,
         SoftmaxCrossEntropy as SoftmaxCrossEntropy,
         SquaredError as SquaredError,
         cross_entropy as cross_entropy,
+    )
+    from nobackprop.core.maps import (
+        Attention as Attention,
+        AvgPool as AvgPool,
+        Dropout as Dropout,
+        Elementwise as Elementwise,
+        Flatten as Flatten,
+        GroupNorm as GroupNorm,
+        LayerNorm as LayerNorm,
+        Map as Map,
+        MaxPool as MaxPool,
+        Mean as Mean,
+        Patches as Patches,
+        Positions as Positions,
+        Shrink as Shrink,
     )
     from nobackprop.core.network import Network as Network, allconv as allconv, mlp as mlp
     from nobackprop.core.rule import Batch as Batch, Rule as Rule
@@ -84,7 +100,10 @@ _PUBLIC = {
     "core.activations": "Activation activation",
     "core.initializers": "GlorotNormal GlorotUniform HeNormal HeUniform Initializer LecunNormal NonnegativeNormal "
     "NonnegativeUniform Normal Orthogonal Uniform Zeros initial_weights",
-    "core.layers": "Conv Dense",
+    "core.architectures": "Residual assemble",
+    "core.layers": "Conv Dense Shortcut Tokens",
+    "core.maps": "Attention AvgPool Dropout Elementwise Flatten GroupNorm LayerNorm Map MaxPool Mean Patches Positions "
+    "Shrink",
     "core.losses": "Loss SigmoidCrossEntropy SoftmaxCrossEntropy SquaredError cross_entropy",
     "core.network": "Network allconv mlp",
     "core.rule": "Batch Rule",

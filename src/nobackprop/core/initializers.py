@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
-from nobackprop.core.layers import Shape
+from nobackprop.core.maps import Shape
 from nobackprop.core.network import Network
 from nobackprop.core.random import stream
 from nobackprop.core.rule import Rule
@@ -203,6 +203,6 @@ def initial_weights(
     for l in range(1, net.L + 1):
         shape = net.weight_shape(l)
         w[f"W{l}"] = draw(forward, f"W{l}", shape)
-        if net.bias:
+        if net.has_bias(l):
             w[f"b{l}"] = torch.zeros(shape[0])
     return w | rule.feedback(net, lambda name, shape: draw(backward, name, shape))

@@ -1,18 +1,21 @@
-"""Layers: three local operations each, and all that is known of a layer's shape.
+"""Layers: a product with weights, of three local operations, and what stands around it.
 
-| operation | Dense | Conv |
+| operation | Dense, Tokens | Conv |
 | --- | --- | --- |
-| `forward(W, b, h)` | W h + b | convolution |
+| `forward(W, b, r)` | W r + b | convolution |
 | `feedback(M, e, like)` | M^T e | transposed convolution with M, a tensor in the shape of W |
-| `hebbian(h, d)` | d h^T, d | correlation of h and d, summed over positions; both are means over the samples |
+| `hebbian(r, d)` | d r^T, d | correlation of r and d, summed over positions; both are means over the samples |
 
 A learning rule decides which error d reaches a layer and which M stands in for W; the rest is here, once for all rules.
+r is what the layer reads: the activation below, through the maps of `read`.
 
 Under torch's autocast the products alone are computed in its shorter type; what comes out is in the type of what went
 in. Rules live by small differences, such as LRA-E's h - f(z - beta d), which are zero between numbers of eight bits.
 """
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import prod
 from typing import ClassVar
 
@@ -21,70 +24,135 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
+from nobackprop.core.activations import Activation
+from nobackprop.core.maps import Map, Shape
 from nobackprop.mistakes import Mistake
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Dense:
+class Shortcut:
+    """What is added to a layer's activation: that of `over` layers below (1: of the one below), through `maps`."""
+
+    over: int
+    maps: tuple[Map, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer(ABC):
+    """A product, the maps through which it reads the activation below, and what makes its z the activation above.
+
+    Where `activation` and `bias` are None they are the net's. `shortcut` is added to f(z).
+    """
+
+    spatial: ClassVar[bool] = False  # W passes over positions
+    read: tuple[Map, ...] = field(default=(), repr=False)
+    activation: Activation | None = field(default=None, repr=False)
+    shortcut: Shortcut | None = field(default=None, repr=False)
+    bias: bool | None = field(default=None, repr=False)
+
+    @abstractmethod
+    def weight_shape(self, in_shape: Shape) -> Shape:
+        """The shape of W for one sample's input."""
+
+    @abstractmethod
+    def out_shape(self, in_shape: Shape) -> Shape:
+        """The shape of one sample's z. Raises Mistake where the layer does not fit such inputs."""
+
+    @abstractmethod
+    def forward(self, W: Tensor, b: Tensor | None, r: Tensor) -> Tensor:
+        """z from the input r (N, *in_shape)."""
+
+    @abstractmethod
+    def feedback(self, M: Tensor, e: Tensor, like: Tensor) -> Tensor:
+        """The error e at z, sent down through M, in the shape of W, to an input like `like`."""
+
+    @abstractmethod
+    def hebbian(self, r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of W and b, means over samples, from the input r and the error d at z, per sample."""
+
+
+@dataclass(frozen=True)
+class Dense(Layer):
     """A fully connected layer; W is (units, inputs). An input of more than one axis a sample is flattened."""
 
-    spatial: ClassVar[bool] = False
     units: int
 
     def __post_init__(self) -> None:
         _positive(self, "units")
 
     def weight_shape(self, in_shape: Shape) -> Shape:
-        """The shape of W for one sample's input."""
         return (self.units, prod(in_shape))
 
     def out_shape(self, in_shape: Shape) -> Shape:
-        """The shape of one sample's z."""
         return (self.units,)
 
-    def forward(self, W: Tensor, b: Tensor | None, h: Tensor) -> Tensor:
-        """z from the input h (N, *in_shape)."""
-        return like_type(F.linear(h.flatten(1), W, b), W)  # (N, units)
+    def forward(self, W: Tensor, b: Tensor | None, r: Tensor) -> Tensor:
+        return like_type(F.linear(r.flatten(1), W, b), W)  # (N, units)
 
     def feedback(self, M: Tensor, e: Tensor, like: Tensor) -> Tensor:
-        """The error e at z, sent down through M, in the shape of W, to an input like `like`."""
         return like_type(e @ M, e).view_as(like)  # (N, *in_shape)
 
-    def hebbian(self, h: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients of W and b, means over samples, from the input h and the error d at z, per sample."""
+    def hebbian(self, r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         d = d / len(d)
-        return like_type(d.mT @ h.flatten(1), d), d.sum(0)  # (units, inputs), (units,)
+        return like_type(d.mT @ r.flatten(1), d), d.sum(0)  # (units, inputs), (units,)
 
 
 @dataclass(frozen=True)
-class Conv:
-    """A 2-d convolution; W is (channels, input channels, kernel, kernel), images are (N, C, H, W)."""
+class Tokens(Layer):
+    """A fully connected layer for each token alone; W is (units, features), tokens are (N, T, features)."""
 
-    spatial: ClassVar[bool] = True  # its kernel passes over positions
+    spatial: ClassVar[bool] = True
+    units: int
+
+    def __post_init__(self) -> None:
+        _positive(self, "units")
+
+    def weight_shape(self, in_shape: Shape) -> Shape:
+        return (self.units, in_shape[-1])
+
+    def out_shape(self, in_shape: Shape) -> Shape:
+        if len(in_shape) != 2:
+            raise Mistake(f"{self} needs tokens (T, D), got shape {in_shape}: cut images into them with Patches")
+        return (in_shape[0], self.units)
+
+    def forward(self, W: Tensor, b: Tensor | None, r: Tensor) -> Tensor:
+        return like_type(F.linear(r, W, b), W)  # (N, T, units)
+
+    def feedback(self, M: Tensor, e: Tensor, like: Tensor) -> Tensor:
+        return like_type(e @ M, e)  # (N, T, features)
+
+    def hebbian(self, r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        d = d / len(d)
+        return like_type(d.flatten(0, 1).mT @ r.flatten(0, 1), d), d.sum((0, 1))  # (units, features), (units,)
+
+
+@dataclass(frozen=True)
+class Conv(Layer):
+    """A 2-d convolution; W is (channels, input channels / groups, kernel, kernel), images are (N, C, H, W)."""
+
+    spatial: ClassVar[bool] = True
     channels: int
     kernel: int
     stride: int = 1
     padding: int = 0
+    dilation: int = 1
+    groups: int = 1
 
     def __post_init__(self) -> None:
-        _positive(self, "channels", "kernel", "stride")
+        _positive(self, "channels", "kernel", "stride", "dilation", "groups")
         if self.padding < 0:
             raise Mistake(f"{self}: padding must be 0 or more")
 
     def weight_shape(self, in_shape: Shape) -> Shape:
-        """The shape of W for one sample's input."""
-        return (self.channels, in_shape[0], self.kernel, self.kernel)
+        return (self.channels, in_shape[0] // self.groups, self.kernel, self.kernel)
 
     def out_shape(self, in_shape: Shape) -> Shape:
-        """The shape of one sample's z.
-
-        Raises Mistake where the kernel is larger than the padded image, or the input is no image.
-        """
         if len(in_shape) != 3:
             raise Mistake(f"{self} needs images (C, H, W), got shape {in_shape}: put it before the dense layers")
-        height, width = ((n + 2 * self.padding - self.kernel) // self.stride + 1 for n in in_shape[1:])
+        if in_shape[0] % self.groups or self.channels % self.groups:
+            raise Mistake(f"{self}: {self.groups} groups must divide its channels and the {in_shape[0]} that come in")
+        reach = self.dilation * (self.kernel - 1) + 1
+        height, width = ((n + 2 * self.padding - reach) // self.stride + 1 for n in in_shape[1:])
         if min(height, width) < 1:
             raise Mistake(
                 f"{self} does not fit a feature map of {in_shape[1]}x{in_shape[2]}: "
@@ -92,29 +160,37 @@ class Conv:
             )
         return (self.channels, height, width)
 
-    def forward(self, W: Tensor, b: Tensor | None, h: Tensor) -> Tensor:
-        """z from the input h (N, *in_shape)."""
-        return like_type(F.conv2d(h, W, b, self.stride, self.padding), W)  # (N, channels, H', W')
+    def forward(self, W: Tensor, b: Tensor | None, r: Tensor) -> Tensor:
+        z = F.conv2d(r, W, b, self.stride, self.padding, self.dilation, self.groups)  # (N, channels, H', W')
+        return like_type(z, W)
 
     def feedback(self, M: Tensor, e: Tensor, like: Tensor) -> Tensor:
-        """The error e at z, sent down through M, in the shape of W, to an input like `like`."""
-        down = conv2d_input(like.shape, *_autocast(M, e), self.stride, self.padding)  # (N, C, H, W)
-        return like_type(down, e)
+        passes = self.stride, self.padding, self.dilation, self.groups
+        return like_type(conv2d_input(like.shape, *_autocast(M, e), *passes), e)  # (N, C, H, W)
 
-    def hebbian(self, h: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients of W and b, means over samples, from the input h and the error d at z, per sample."""
-        short_h, short_d = _autocast(h, d)
-        W = short_d.new_empty(1).expand(self.weight_shape(tuple(h.shape[1:])))  # for its shape alone
-        stride, padding = [self.stride] * 2, [self.padding] * 2
+    def hebbian(self, r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        short_r, short_d = _autocast(r, d)
+        W = short_d.new_empty(1).expand(self.weight_shape(tuple(r.shape[1:])))  # for its shape alone
+        stride, padding, dilation = ([n] * 2 for n in (self.stride, self.padding, self.dilation))
         _, dW, db = torch.ops.aten.convolution_backward(
-            short_d, short_h, W, [self.channels], stride, padding, [1, 1], False, [0, 0], 1, [False, True, True]
+            short_d,
+            short_r,
+            W,
+            [self.channels],
+            stride,
+            padding,
+            dilation,
+            False,
+            [0, 0],
+            self.groups,
+            [False, True, True],
         )
         if short_d is not d:
             db = d.sum((0, 2, 3))  # no product
         return like_type(dW, d) / len(d), db / len(d)
 
 
-Layer = Dense | Conv
+LAYERS: Mapping[str, type[Layer]] = {kind.__name__: kind for kind in (Dense, Conv, Tokens)}
 
 
 def like_type(product: Tensor, like: Tensor) -> Tensor:
@@ -132,6 +208,6 @@ def _autocast(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _positive(layer: Layer, *fields: str) -> None:
-    for field in fields:
-        if getattr(layer, field) < 1:
-            raise Mistake(f"{layer}: {field} must be 1 or more")
+    for name in fields:
+        if getattr(layer, name) < 1:
+            raise Mistake(f"{layer}: {name} must be 1 or more")

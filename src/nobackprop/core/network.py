@@ -1,28 +1,37 @@
-"""Networks: layers in a row, one activation between them; the weights are a plain dict of tensors kept elsewhere.
+"""Networks: layers in a row; the weights are a plain dict of tensors kept elsewhere.
 
-Layers are numbered 1..L. `z[l]` is layer l's pre-activation, `h[l] = f(z[l])` its activation, `h[0] = x`; the last
-layer is linear (the loss applies softmax or sigmoid), so h ends at L-1. Weights are named `W1 b1 ... WL bL`.
+Layers are numbered 1..L. With `h[0] = x`, layer l makes
+
+    r[l] = read[l](h[l-1]),   z[l] = W[l] r[l] + b[l],   h[l] = f[l](z[l]) + S[l](h[l-k])
+
+where `read` and `S` are maps without weights (pooling, normalization, attention, ...; by default none), and few layers
+have a shortcut S. The last layer is linear (the loss applies softmax or sigmoid), so h ends at L-1. Weights are named
+`W1 b1 ... WL bL`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import isqrt, prod
-from typing import Any, get_args
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from nobackprop.core import maps
 from nobackprop.core.activations import Activation, activation
-from nobackprop.core.layers import Conv, Dense, Layer, Shape, like_type
+from nobackprop.core.layers import LAYERS, Conv, Dense, Layer, Shortcut, like_type
+from nobackprop.core.maps import MAPS, Dropout, Map, Shape
 from nobackprop.mistakes import Mistake
 
 Weights = Mapping[str, Tensor]
+ByLayer = Mapping[int, Tensor] | Sequence[Tensor]
 
 
 @dataclass(frozen=True)
 class Network:
-    """Layers in a row over inputs of shape `in_shape`. Raises Mistake where a layer does not fit the one below.
+    """Layers in a row over inputs of shape `in_shape`. Raises Mistake where a layer does not fit those below.
 
     With `recompute`, `forward` keeps some layers' h in memory instead of all z and h, and computes the others again
     when a rule asks for them: the same numbers, for up to one more forward pass.
@@ -36,6 +45,8 @@ class Network:
 
     def __post_init__(self) -> None:
         _ = self.shapes
+        if self.layers[-1].activation or self.layers[-1].shortcut:
+            raise Mistake("the last layer is linear: it has no activation and no shortcut")
 
     @property
     def L(self) -> int:
@@ -46,9 +57,32 @@ class Network:
     def shapes(self) -> tuple[Shape, ...]:
         """The shape of one sample's h[0], z[1], ..., z[L]."""
         shapes = [self.in_shape]
-        for layer in self.layers:
-            shapes.append(layer.out_shape(shapes[-1]))
+        for l, layer in enumerate(self.layers, 1):
+            shapes.append(layer.out_shape(_shape(layer.read, shapes[-1])))
+            if layer.shortcut:
+                if not 1 <= layer.shortcut.over <= l:
+                    raise Mistake(f"layer {l}: its shortcut goes over {layer.shortcut.over} layers, so 1 to {l}")
+                if (brought := _shape(layer.shortcut.maps, shapes[l - layer.shortcut.over])) != shapes[l]:
+                    raise Mistake(f"layer {l}: its shortcut brings the shape {brought}, and is added to {shapes[l]}")
         return tuple(shapes)
+
+    @cached_property
+    def read_shapes(self) -> tuple[Shape, ...]:
+        """The shape of what each layer reads of one sample, by its number; in_shape for 0."""
+        return (self.in_shape, *(_shape(layer.read, self.shapes[l]) for l, layer in enumerate(self.layers)))
+
+    @cached_property
+    def span(self) -> int:
+        """How many layers below its own h a layer's output needs: 1, or as far as shortcuts go."""
+        return max([1, *(layer.shortcut.over for layer in self.layers if layer.shortcut)])
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether all activations have a derivative."""
+        within = [m for layer in self.layers for m in (*layer.read, *(layer.shortcut.maps if layer.shortcut else ()))]
+        all_of_them = [self._activation(l) for l in range(1, self.L)]
+        all_of_them += [m.activation for m in within if isinstance(m, maps.Elementwise)]
+        return all(f.derivative is not None for f in all_of_them)
 
     def units(self, l: int) -> int:
         """How many units layer l has, over all channels and positions."""
@@ -56,7 +90,22 @@ class Network:
 
     def weight_shape(self, l: int) -> Shape:
         """The shape of W of layer l, and of everything that stands in for it."""
-        return self.layers[l - 1].weight_shape(self.shapes[l - 1])
+        return self.layers[l - 1].weight_shape(self.read_shapes[l])
+
+    def has_bias(self, l: int) -> bool:
+        """Whether layer l has b."""
+        own = self.layers[l - 1].bias
+        return self.bias if own is None else own
+
+    def parts(self) -> Iterator[tuple[int, str, Map | Shortcut]]:
+        """All that is not a product or its activation: the layer's number, its kind, and the map or shortcut."""
+        for l, layer in enumerate(self.layers, 1):
+            yield from ((l, m.kind, m) for m in layer.read)
+            if layer.shortcut:
+                yield l, "shortcut", layer.shortcut
+                yield from ((l, m.kind, m) for m in layer.shortcut.maps)
+
+    # Going up
 
     def forward(self, w: Weights, x: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """All pre-activations z[1..L] and activations h[0..L-1] for x (N, *in_shape); z[0] is x too."""
@@ -66,66 +115,182 @@ class Network:
         for l in range(1, self.L + 1):
             z.append(self.preactivation(l, w, h[l - 1]))
             if l < self.L:
-                h.append(self.activation.f(z[l]))
+                h.append(self.output(l, z[l], h))
         return z, h
 
     def preactivation(self, l: int, w: Weights, h: Tensor) -> Tensor:
         """The pre-activation z of layer l from the activation h of the layer below."""
-        return self.layers[l - 1].forward(w[f"W{l}"], w.get(f"b{l}"), h)
+        layer = self.layers[l - 1]
+        return layer.forward(w[f"W{l}"], w.get(f"b{l}"), maps.through(layer.read, h))
+
+    def f(self, l: int, z: Tensor) -> Tensor:
+        """The activation function of layer l."""
+        return self._activation(l).f(z)
+
+    def output(self, l: int, z: Tensor, h: ByLayer) -> Tensor:
+        """h[l] from z[l]: f(z[l]), and where layer l has a shortcut, what this brings from the h of a layer below."""
+        out = self._activation(l).f(z)
+        if shortcut := self.layers[l - 1].shortcut:
+            return out + maps.through(shortcut.maps, h[l - shortcut.over])
+        return out
 
     def logits(self, w: Weights, x: Tensor) -> Tensor:
         """The output z[L], (N, outputs); keeps nothing else."""
+        h = {0: x}
         for l in range(1, self.L):
-            x = self.activation.f(self.preactivation(l, w, x))
-        return self.preactivation(self.L, w, x)
+            h[l] = self.output(l, self.preactivation(l, w, h[l - 1]), h)
+            h.pop(l - self.span, None)
+        return self.preactivation(self.L, w, h[self.L - 1])
 
-    def df(self, z: Tensor, h: Tensor) -> Tensor:
-        """The activation's derivative at z, where h = f(z). Raises Mistake where there is none."""
-        return self.activation.df(z, h)
+    # Going down
 
-    def difference(self, z: Tensor, h: Tensor, u: Tensor) -> Tensor:
-        """f(z) - f(z - u) where h = f(z), without the rounding error of subtracting what is nearly equal."""
-        return self.activation.difference(z, h, u)
+    def df(self, l: int, z: Tensor, h: Tensor) -> Tensor:
+        """The derivative of layer l's activation at its z, where its output is h. Raises Mistake where there is none."""
+        f = self._activation(l)
+        return f.df(z, f.f(z) if self.layers[l - 1].shortcut else h)
 
-    def feedback(self, l: int, M: Tensor, e: Tensor, like: Tensor) -> Tensor:
-        """The error e at layer l, sent down through M (in the shape of W of layer l): `M^T e`, like `like`."""
-        return self.layers[l - 1].feedback(M, e, like)
+    def feedback(self, l: int, M: Tensor, e: Tensor, h: Tensor) -> Tensor:
+        """The error e at z[l], sent down through M (in the shape of W of layer l) to h, what layer l reads: `M^T e`."""
+        layer = self.layers[l - 1]
+        if not layer.read:
+            return layer.feedback(M, e, h)
+        return maps.pulled(layer.read, h, layer.feedback(M, e, maps.through(layer.read, h)))
 
-    def direct(self, B: Tensor, e: Tensor, like: Tensor) -> Tensor:
-        """The output's error e (N, outputs), sent through B (units, outputs) to a hidden layer: `B e`, like `like`."""
+    def direct(self, l: int, B: Tensor, e: Tensor, h: Tensor) -> Tensor:
+        """The output's error e (N, outputs), sent through B to h, the activation of hidden layer l: `B e`.
+
+        B is (units, outputs) for what the layer above reads of h, so that where this is pooled, the pooled h.
+        """
+        read = self.layers[l].read
+        like = maps.through(read, h)
         if like.ndim == 4 and like.stride(1) == 1:  # channels last in memory, and so is the result: B is the smaller
             _, C, H, W = like.shape
             B = B.view(C, H, W, -1).permute(1, 2, 0, 3).flatten(0, 2)
-            return like_type(F.linear(e, B), e).view(-1, H, W, C).permute(0, 3, 1, 2)
-        return like_type(F.linear(e, B), e).view_as(like)
+            sent = like_type(F.linear(e, B), e).view(-1, H, W, C).permute(0, 3, 1, 2)
+        else:
+            sent = like_type(F.linear(e, B), e).view_as(like)
+        return maps.pulled(read, h, sent)
+
+    def joined(self, l: int, e: Tensor, h: ByLayer, skipped: MutableMapping[int, Tensor]) -> Tensor:
+        """The whole error at h[l]: e, which layer l + 1 sends down, and what comes down shortcuts that begin at h[l].
+
+        `skipped`, empty at the top, takes from layer to layer what is on its way down shortcuts, by where they begin.
+        """
+        if l in skipped:
+            e = e + skipped.pop(l)
+        if (shortcut := self.layers[l - 1].shortcut) and (begin := l - shortcut.over) > 0:
+            sent = maps.pulled(shortcut.maps, h[begin], e)
+            skipped[begin] = skipped[begin] + sent if begin in skipped else sent
+        return e
 
     def hebbian(self, l: int, h: Tensor, d: Tensor) -> dict[str, Tensor]:
-        """Gradients of W and b of layer l, by name, from its input h and the error d at its z (means over samples)."""
-        dW, db = self.layers[l - 1].hebbian(h, d)
-        return {f"W{l}": dW, f"b{l}": db} if self.bias else {f"W{l}": dW}
+        """Gradients of W and b of layer l, by name, from what it reads, h, and the error d at its z (means over samples)."""
+        layer = self.layers[l - 1]
+        dW, db = layer.hebbian(maps.through(layer.read, h), d)
+        return {f"W{l}": dW, f"b{l}": db} if self.has_bias(l) else {f"W{l}": dW}
+
+    # Differences without the rounding error of subtracting what is nearly equal
+
+    def difference(self, l: int, z: Tensor, h: Tensor, u: Tensor) -> Tensor:
+        """f(z) - f(z - u) for layer l's activation, where its output at z is h."""
+        f = self._activation(l)
+        return f.difference(z, f.f(z) if self.layers[l - 1].shortcut else h, u)
+
+    def output_difference(self, l: int, z: Tensor, u: Tensor, h: ByLayer, changes: Mapping[int, Tensor]) -> Tensor:
+        """What the output of layer l, h[l], changes where z did by u, and h of layers below by `changes`."""
+        changed = self.difference(l, z, h[l], u)
+        if (shortcut := self.layers[l - 1].shortcut) and (begin := l - shortcut.over) in changes:
+            return changed + maps.difference(shortcut.maps, h[begin], changes[begin])
+        return changed
+
+    def read_difference(self, l: int, h: Tensor, u: Tensor) -> Tensor:
+        """What layer l reads of h, the activation of the layer below, minus what it reads of h - u."""
+        return maps.difference(self.layers[l - 1].read, h, u)
+
+    def preactivation_difference(self, l: int, w: Weights, h: Tensor, u: Tensor) -> Tensor:
+        """The pre-activation of layer l at h, minus that at h - u."""
+        return self.layers[l - 1].forward(w[f"W{l}"], None, self.read_difference(l, h, u))
+
+    # Noise
+
+    def noise(self, samples: int) -> dict[str, Shape]:
+        """Shapes of the standard normal numbers that a step's dropout is drawn from, by name, as `Rule.noise` gives."""
+        return {
+            f"dropout{l}_{i}": (samples, *_shape(layer.read[:i], self.shapes[l - 1]))
+            for l, layer in enumerate(self.layers, 1)
+            for i, m in enumerate(layer.read)
+            if isinstance(m, Dropout)
+        }
+
+    def with_noise(self, noise: Mapping[str, Tensor]) -> "Network":
+        """The net of one step of training: dropout is drawn. The net itself where it has none."""
+        dropping = {name: noise[name] for name in self.noise(1)}
+        if not dropping:
+            return self
+        layers = [
+            replace(
+                layer,
+                read=tuple(
+                    m.masked(dropping[f"dropout{l}_{i}"]) if isinstance(m, Dropout) else m
+                    for i, m in enumerate(layer.read)
+                ),
+            )
+            for l, layer in enumerate(self.layers, 1)
+        ]
+        return replace(self, layers=tuple(layers))
+
+    # Files
 
     def describe(self) -> dict[str, Any]:
         """The net as plain data, for a file; `from_description` is the way back."""
         return {
             "in_shape": list(self.in_shape),
-            "layers": [{"type": type(layer).__name__, **asdict(layer)} for layer in self.layers],
+            "layers": [_described(layer) for layer in self.layers],
             "activation": self.activation.name,
             "bias": self.bias,
         }
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> "Network":
-        """The net that `describe` described. Raises Mistake for a layer type it does not know."""
-        types = {kind.__name__: kind for kind in get_args(Layer)}
-        layers = []
-        for fields in description["layers"]:
-            fields = dict(fields)
-            if (kind := fields.pop("type")) not in types:
-                raise Mistake(f"unknown layer type {kind!r}: choose one of {', '.join(types)}")
-            layers.append(types[kind](**fields))
-        return cls(
-            tuple(description["in_shape"]), tuple(layers), activation(description["activation"]), description["bias"]
-        )
+        """The net that `describe` described. Raises Mistake for a layer or a map that it does not know."""
+        layers = tuple(_from_description(LAYERS, layer) for layer in description["layers"])
+        return cls(tuple(description["in_shape"]), layers, activation(description["activation"]), description["bias"])
+
+    def _activation(self, l: int) -> Activation:
+        return self.layers[l - 1].activation or self.activation
+
+
+def _shape(read: Sequence[Map], shape: Shape) -> Shape:
+    for m in read:
+        shape = m.out_shape(shape)
+    return shape
+
+
+def _described(part: Any) -> Any:
+    """A layer, a map or a shortcut as plain data: its type, and the fields that are not as by default."""
+    if isinstance(part, tuple):
+        return [_described(each) for each in part]
+    if isinstance(part, Activation):
+        return part.name
+    if not isinstance(part, Layer | Map | Shortcut):
+        return part
+    own = {f.name: getattr(part, f.name) for f in fields(part)}
+    changed = {f.name: _described(own[f.name]) for f in fields(part) if own[f.name] != f.default}
+    return changed if isinstance(part, Shortcut) else {"type": type(part).__name__, **changed}
+
+
+def _from_description(types: Mapping[str, Any], description: Mapping[str, Any]) -> Any:
+    """A layer or a map from what `_described` made of it."""
+    made = dict(description)
+    if (kind := made.pop("type")) not in types:
+        raise Mistake(f"unknown layer type {kind!r}: choose one of {', '.join(types)}")
+    for name in made.keys() & {"read", "maps"}:
+        made[name] = tuple(_from_description(MAPS, each) for each in made[name])
+    if "activation" in made:
+        made["activation"] = activation(made["activation"])
+    if "shortcut" in made:
+        made["shortcut"] = _from_description({"Shortcut": Shortcut}, {"type": "Shortcut", **made["shortcut"]})
+    return types[kind](**made)
 
 
 class _Layers(Sequence[Tensor]):
@@ -148,35 +313,53 @@ def _recomputed(net: Network, w: Weights, x: Tensor) -> tuple[_Layers, _Layers]:
     Chen, Xu, Zhang & Guestrin, "Training deep nets with sublinear memory cost", 2016. Going down, as most rules do,
     each segment is computed once more, and what was above is freed; going up again starts from what is left.
     """
-    length = isqrt(net.L) // 2 + 1
+    bottoms = _bottoms(net)
     kept = {0: x}  # segment number: the h below its first layer
 
+    def at(l: int) -> int:
+        return max(bisect_left(bottoms, l) - 1, 0)  # the segment of layer l
+
     def segment(number: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        bottom = number * length
+        bottom, top = bottoms[number], [*bottoms, net.L][number + 1]
         z, h = ({0: x} if bottom == 0 else {}), {bottom: kept[number]}
-        for l in range(bottom + 1, min(bottom + length, net.L) + 1):
+        for l in range(bottom + 1, top + 1):
             z[l] = net.preactivation(l, w, h[l - 1])
             if l < net.L:
-                h[l] = net.activation.f(z[l])
+                h[l] = net.output(l, z[l], h)
         return z, h
 
     def reach(number: int) -> list[dict[int, Tensor]]:
         for above in [n for n in kept if n > number]:
             del kept[above]
         for below in range(max(kept), number):
-            kept[below + 1] = segment(below)[1][(below + 1) * length]
+            kept[below + 1] = segment(below)[1][bottoms[below + 1]]
         return list(segment(number))
 
-    current = reach((net.L - 1) // length)
+    current = reach(at(net.L))
     logits = current[0][net.L]
 
     def find(which: int, l: int) -> Tensor:
         if l not in current[which]:
             current.clear()  # before the next segment needs memory
-            current.extend(reach(max(l - 1, 0) // length))
+            current.extend(reach(at(l)))
         return current[which][l]
 
     return _Layers(lambda l: logits if l == net.L else find(0, l), net.L + 1), _Layers(lambda l: find(1, l), net.L)
+
+
+def _bottoms(net: Network) -> list[int]:
+    """Below which layers segments begin: as many layers apart as saves most, but where no shortcut leads past them."""
+    passed = {
+        l
+        for number, layer in enumerate(net.layers, 1)
+        if layer.shortcut
+        for l in range(number - layer.shortcut.over + 1, number)
+    }
+    bottoms, length = [0], isqrt(net.L) // 2 + 1
+    for l in range(1, net.L):
+        if l >= bottoms[-1] + length and l not in passed:
+            bottoms.append(l)
+    return bottoms
 
 
 def mlp(in_shape: Shape, outputs: int, *, hidden: Sequence[int], activation: str, bias: bool = True) -> Network:

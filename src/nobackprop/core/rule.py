@@ -3,12 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
-from nobackprop.core.layers import Shape
 from nobackprop.core.losses import Loss
+from nobackprop.core.maps import Shape
 from nobackprop.core.network import Network, Weights
+from nobackprop.mistakes import Mistake
 
 Draw = Callable[[str, Shape], Tensor]
 Grads = tuple[dict[str, Tensor], Tensor | None]
@@ -38,7 +40,13 @@ class Rule(ABC):
     `grads` is all that a rule must have. It runs without autograd, possibly under `torch.func.vmap` (so: no random
     numbers but `batch.noise`, no branch on a tensor's value, nothing in place on its inputs). Errors are per sample;
     the mean over the batch is taken once, in `net.hebbian`.
+
+    `refuses` says for which parts of a net the rule has no form, by kind (`pooling`, `normalization`, `shortcut`,
+    `attention`, `activation` for one that stands before a product, `dropout`), and why: a source, or an identity that
+    fails.
     """
+
+    refuses: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
@@ -47,6 +55,15 @@ class Rule(ABC):
         None in the place of logits that would have to be computed for their own sake: then there are no training
         metrics.
         """
+
+    def check(self, net: Network) -> None:
+        """Raises Mistake where the net has a part for which this rule has no form, and says why."""
+        for l, kind, part in net.parts():
+            if kind in self.refuses:
+                raise Mistake(
+                    f"{type(self).__name__} does not train nets with {kind} (layer {l} has {part}): "
+                    f"{self.refuses[kind]}. Choose another arch, or a rule that does (bp does all)"
+                )
 
     def phases(self) -> tuple[Phase, ...]:
         """The updates that make one step, in order, each like `grads` and from the weights that the last one left.

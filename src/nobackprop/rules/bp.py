@@ -18,10 +18,11 @@ class BP(Rule):
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
         z, h = net.forward(w, batch.x)
         d = batch.error(z[net.L])  # (N, outputs)
-        g = net.hebbian(net.L, h[net.L - 1], d)
+        g, skipped = net.hebbian(net.L, h[net.L - 1], d), {}
         for l in range(net.L, 1, -1):
-            below = net.feedback(l, self.down(l, w, batch), d, like=z[l - 1])
-            d = below * net.df(z[l - 1], h[l - 1])  # (N, *shape of layer l-1)
+            e = net.feedback(l, self.down(l, w, batch), d, h[l - 1])
+            e = net.joined(l - 1, e, h, skipped)  # with what comes down shortcuts
+            d = e * net.df(l - 1, z[l - 1], h[l - 1])  # (N, *shape of layer l-1)
             g |= net.hebbian(l - 1, h[l - 2], d)
         return g, z[net.L]
 

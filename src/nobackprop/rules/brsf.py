@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nobackprop.core.layers import Shape
+from nobackprop.core.maps import Shape
 from nobackprop.core.network import Network, Weights
 from nobackprop.core.rule import Batch
 from nobackprop.rules.usf import USF

@@ -1,6 +1,7 @@
 """Direct feedback alignment."""
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class DFA(Rule):
         e = batch.error(z[net.L])  # (N, outputs)
         g = net.hebbian(net.L, h[net.L - 1], e)
         for l in range(net.L - 1, 0, -1):
-            d = net.direct(w[f"B{l}"], e, like=z[l]) * net.df(z[l], h[l])  # (N, *shape of layer l)
+            d = net.direct(l, w[f"B{l}"], e, h[l]) * net.df(l, z[l], h[l])  # (N, *shape of layer l)
             g |= net.hebbian(l, h[l - 1], d)
         return g, z[net.L]
 
@@ -33,23 +34,24 @@ class DFA(Rule):
 
         A layer's input is freed as soon as its gradient is there.
         """
-        h, g = x, {}
+        h, g = {0: x}, {}
         for l in range(1, net.L):
-            z = net.preactivation(l, w, h)
-            h, below = net.activation.f(z), h
-            d = net.direct(w[f"B{l}"], e, like=z) * net.df(z, h)  # (N, *shape of layer l)
-            g |= net.hebbian(l, below, d)
-        return g, h
+            z = net.preactivation(l, w, h[l - 1])
+            h[l] = net.output(l, z, h)
+            d = net.direct(l, w[f"B{l}"], e, h[l]) * net.df(l, z, h[l])  # (N, *shape of layer l)
+            g |= net.hebbian(l, h[l - 1], d)
+            h.pop(l - net.span, None)
+        return g, h[net.L - 1]
 
     def stand_ins(self, net: Network, w: Weights, batch: Batch) -> dict[int, tuple[Tensor, Tensor]]:
         """B[l] stands in for the product of the weights above layer l, where those layers are dense."""
         found, above = {}, torch.eye(net.units(net.L)).to(w["W1"])  # (units, outputs)
         for l in range(net.L - 1, 0, -1):
-            if net.layers[l].spatial:
+            if net.layers[l].spatial or net.layers[l].read or net.layers[l].shortcut:
                 break
             above = w[f"W{l + 1}"].mT @ above
             found[l] = w[f"B{l}"], above
         return found
 
     def feedback(self, net: Network, draw: Draw) -> dict[str, Tensor]:
-        return {f"B{l}": draw(f"B{l}", (net.units(l), net.units(net.L))) for l in range(1, net.L)}
+        return {f"B{l}": draw(f"B{l}", (prod(net.read_shapes[l + 1]), net.units(net.L))) for l in range(1, net.L)}

@@ -1,6 +1,8 @@
 """Direct random target projection."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from nobackprop.core.network import Network, Weights
 from nobackprop.core.rule import Batch, Grads
@@ -25,6 +27,11 @@ class DRTP(DFA):
     the output alone, so that under plain SGD its hidden layers learn as many times faster as the batch has samples
     (AdamW and its kin undo that). With one output unit a label of 0 would teach hidden layers nothing: there y* is +-1.
     """
+
+    refuses: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("normalization", "shortcut", "attention"),
+        "the paper and its program have products, activations, pooling and dropout alone",
+    )
 
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
         y = batch.y if net.units(net.L) > 1 else 2 * batch.y - 1

@@ -1,10 +1,12 @@
 """Difference target propagation."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from nobackprop.core.layers import Shape
+from nobackprop.core.maps import Shape
 from nobackprop.core.network import Network, Weights
 from nobackprop.core.rule import Batch, Draw, Grads, Rule
 from nobackprop.mistakes import Mistake
@@ -30,6 +32,14 @@ class DTP(Rule):
     where the paper's take turns with these for a whole epoch (Bartunov et al., NeurIPS 2018, call it parallel DTP).
     """
 
+    refuses: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(
+            ("pooling", "normalization", "attention", "activation", "dropout"),
+            "its decoders invert one product and one activation (Lee et al. 2015, Algorithm 1), and nothing else",
+        ),
+        "shortcut": "a target for a sum is none for its terms (Lee et al. 2015 have nets without shortcuts)",
+    }
+
     eta: float = 0.5
     sigma: float = 0.1
 
@@ -43,9 +53,9 @@ class DTP(Rule):
         z, h = net.forward(w, batch.x)
         e = batch.error(z[net.L])  # (N, outputs)
         g = net.hebbian(net.L, h[net.L - 1], e)
-        t = h[net.L - 1] - self.eta * net.feedback(net.L, w[f"W{net.L}"], e, like=h[net.L - 1])
+        t = h[net.L - 1] - self.eta * net.feedback(net.L, w[f"W{net.L}"], e, h[net.L - 1])
         for l in range(net.L - 1, 0, -1):
-            g |= net.hebbian(l, h[l - 1], 2 * (h[l] - t) * net.df(z[l], h[l]))
+            g |= net.hebbian(l, h[l - 1], 2 * (h[l] - t) * net.df(l, z[l], h[l]))
             if l > 1:
                 t = h[l - 1] - self._decode(net, w, l, h[l], h[l - 1])[1] + self._decode(net, w, l, t, h[l - 1])[1]
                 g[f"Q{l}"] = self._decoder_gradient(net, w, l, h[l - 1] + self.sigma * batch.noise[f"h{l - 1}"])
@@ -54,13 +64,13 @@ class DTP(Rule):
     def _decode(self, net: Network, w: Weights, l: int, u: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """The pre-activation and the output of the decoder of layer l, both shaped like (N, *shape of layer l-1)."""
         v = net.feedback(l, w[f"Q{l}"], u, like)
-        return v, net.activation.f(v)
+        return v, net.f(l - 1, v)
 
     def _decoder_gradient(self, net: Network, w: Weights, l: int, n: Tensor) -> Tensor:
         """The gradient of Q[l]: it takes u to v as W, transposed, would, so in `hebbian` the two change places."""
-        u = net.activation.f(net.preactivation(l, w, n))
+        u = net.f(l, net.preactivation(l, w, n))
         v, r = self._decode(net, w, l, u, n)
-        return net.hebbian(l, 2 * (r - n) * net.df(v, r), u)[f"W{l}"]
+        return net.hebbian(l, 2 * (r - n) * net.df(l - 1, v, r), u)[f"W{l}"]
 
     def noise(self, net: Network, samples: int) -> dict[str, Shape]:
         return {f"h{l - 1}": (samples, *net.shapes[l - 1]) for l in range(2, net.L)}

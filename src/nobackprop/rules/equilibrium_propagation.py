@@ -1,8 +1,8 @@
 """Equilibrium propagation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -61,6 +61,11 @@ class EquilibriumPropagation(Rule):
     not above 0 and at most 1, `free_steps` below 0, `nudged_steps` below 1, or another `difference`.
     """
 
+    refuses: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("normalization", "shortcut", "attention", "activation"),
+        "the energies of its papers have products and pooling alone (Laborieux et al. 2021, section 2)",
+    )
+
     beta: float = 0.0001
     epsilon: float = 0.5
     free_steps: int | None = None
@@ -94,7 +99,8 @@ class EquilibriumPropagation(Rule):
         for l in range(1, net.L):
             each = net.hebbian(l, h[l - 1], D[l])
             if l > 1:  # h[l] h[l-1]^T differs by both factors
-                each[f"W{l}"] = each[f"W{l}"] + net.hebbian(l, D[l - 1], h[l] - D[l])[f"W{l}"]
+                read = net.read_difference(l, h[l - 1], D[l - 1])
+                each[f"W{l}"] = each[f"W{l}"] + net.layers[l - 1].hebbian(read, h[l] - D[l])[0]
             g |= {name: t / (2 * self.beta) for name, t in each.items()}
         return g, z
 
@@ -104,7 +110,8 @@ class EquilibriumPropagation(Rule):
     def measured(self, net: Network, w: Weights, batch: Batch) -> dict[str, Tensor]:
         """How far from rest the free states are: what a whole step would change, relative to them."""
         h = self._free(net, w, batch.x)
-        drawn_to = self._targets(net, _inputs(net, w, net.preactivation(1, w, h[0]), h, 0))
+        below = _from_below(net, w, net.preactivation(1, w, h[0]), h)
+        drawn_to = self._targets(net, _inputs(net, w, below, h, h, 0))
         return {f"unrest/h{l}": (drawn_to[l] - h[l]).norm() / h[l].norm() for l in range(1, net.L)}
 
     def _free(self, net: Network, w: Weights, x: Tensor) -> list[Tensor]:
@@ -117,7 +124,7 @@ class EquilibriumPropagation(Rule):
         return STEPS * (net.L - 1) if steps is None else steps
 
     def _targets(self, net: Network, z: Sequence[Tensor]) -> list[Tensor]:
-        return [z[0], *(net.activation.f(z[l]) for l in range(1, net.L))]
+        return [z[0], *(net.f(l, z[l]) for l in range(1, net.L))]
 
     def _relax(
         self, net: Network, w: Weights, h: list[Tensor], steps: int, push: Callable[[Tensor], Tensor | int]
@@ -125,26 +132,26 @@ class EquilibriumPropagation(Rule):
         """The states h[0..L-1] after so many steps under a push of the last; h[0] is the input and stays."""
         first = net.preactivation(1, w, h[0])  # stays too
         for _ in range(steps):
-            targets = self._targets(net, _inputs(net, w, first, h, push(h[-1])))
+            targets = self._targets(net, _inputs(net, w, _from_below(net, w, first, h), h, h, push(h[-1])))
             h = [h[0], *(h[l] + self.epsilon * (targets[l] - h[l]) for l in range(1, net.L))]
         return h
 
     def _nudged(self, net: Network, w: Weights, batch: Batch, free: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """The states under -beta, and D, how far from them those under +beta are."""
-        W = {name: t for name, t in w.items() if name.startswith("W")}  # biases are the same for both
         h, D = free, [torch.zeros_like(t) for t in free]
         first = net.preactivation(1, w, h[0])
         none = torch.zeros_like(first)
 
-        def push(e: Tensor) -> Tensor:
-            return self.beta * net.feedback(net.L, w[f"W{net.L}"], e, like=free[-1])
+        def push(e: Tensor, last: Tensor) -> Tensor:
+            return self.beta * net.feedback(net.L, w[f"W{net.L}"], e, last)
 
         for _ in range(self._steps(net, self.nudged_steps)):
             e, other = (batch.error(net.preactivation(net.L, w, last)) for last in (h[-1], h[-1] - D[-1]))
-            z = _inputs(net, w, first, h, push(e))
-            u = _inputs(net, W, none, D, push(e + other))
+            z = _inputs(net, w, _from_below(net, w, first, h), h, h, push(e, h[-1]))
+            below = [D[0], none, *(net.preactivation_difference(l, w, h[l - 1], D[l - 1]) for l in range(2, net.L))]
+            u = _inputs(net, w, below, D, h, push(e + other, h[-1]))
             targets = self._targets(net, z)
-            moved = [net.difference(z[l], targets[l], u[l]) for l in range(1, net.L)]
+            moved = [net.difference(l, z[l], targets[l], u[l]) for l in range(1, net.L)]
             D = [D[0], *(D[l] + self.epsilon * (moved[l - 1] - D[l]) for l in range(1, net.L))]
             h = [h[0], *(h[l] + self.epsilon * (targets[l] - h[l]) for l in range(1, net.L))]
         return h, D
@@ -157,7 +164,7 @@ class EquilibriumPropagation(Rule):
         for beta in (self.beta, -self.beta):
 
             def push(h: Tensor, beta: float = beta) -> Tensor:
-                return -beta * net.feedback(net.L, w[f"W{net.L}"], error(h), like=h)
+                return -beta * net.feedback(net.L, w[f"W{net.L}"], error(h), h)
 
             h = self._relax(net, w, free, self._steps(net, self.nudged_steps), push)
             each = {name: t / 2 for name, t in net.hebbian(net.L, h[-1], error(h[-1])).items()}
@@ -167,11 +174,22 @@ class EquilibriumPropagation(Rule):
         return g
 
 
-def _inputs(net: Network, w: Weights, first: Tensor, h: Sequence[Tensor], push: Tensor | int) -> list[Tensor]:
-    """What reaches each hidden layer from below and above: `first` the first one, `push` the last one."""
+def _from_below(net: Network, w: Weights, first: Tensor, h: Sequence[Tensor]) -> list[Tensor]:
+    """What reaches each hidden layer from below: `first` the first one."""
+    return [h[0], first, *(net.preactivation(l, w, h[l - 1]) for l in range(2, net.L))]
+
+
+def _inputs(
+    net: Network,
+    w: Weights,
+    below: Sequence[Tensor],
+    sent: Sequence[Tensor],
+    h: Sequence[Tensor],
+    push: Tensor | int,
+) -> list[Tensor]:
+    """What reaches each hidden layer from below, and from above, where each sends to the states h; `push` the last."""
     z = [h[0]]
     for l in range(1, net.L):
-        below = first if l == 1 else net.preactivation(l, w, h[l - 1])
-        above = push if l == net.L - 1 else net.feedback(l + 1, w[f"W{l + 1}"], h[l + 1], like=h[l])
-        z.append(below + above)
+        above = push if l == net.L - 1 else net.feedback(l + 1, w[f"W{l + 1}"], sent[l + 1], h[l])
+        z.append(below[l] + above)
     return z

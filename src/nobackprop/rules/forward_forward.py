@@ -1,13 +1,14 @@
 """The forward-forward algorithm."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from nobackprop.core.layers import Dense, Shape
+from nobackprop.core.layers import Dense
+from nobackprop.core.maps import Shape
 from nobackprop.core.network import Network, Weights
 from nobackprop.core.rule import Batch, Draw, Grads, Rule
 from nobackprop.mistakes import Mistake
@@ -52,6 +53,12 @@ class ForwardForward(Rule):
     networks with the forward-forward algorithm", arXiv 2312.14924 (2023).
     """
 
+    refuses: ClassVar[Mapping[str, str]] = {
+        "normalization": "a layer hands on its activations at one length already, all that the paper normalizes",
+        "shortcut": "a layer would see the goodness of layers below, which the paper hides from it (section 2)",
+        "attention": "the paper's layers are products and relu",
+    }
+
     theta: float = 0.3
     readout: Literal["linear", "goodness"] = field(default="linear", metadata={"before": "goodness"})
     readout_rate: float = field(default=10.0, metadata={"before": 10.0})
@@ -75,7 +82,7 @@ class ForwardForward(Rule):
         n, g, seen = len(sign), {}, {}
         for l, below, z, h, handed_on in self._layers(net, w, torch.cat(x)):
             dG = sign * torch.sigmoid(sign * (_goodness(h[:n]) - self.theta * net.units(l)))
-            d = _each(dG, h) * 2 * h[:n] * net.df(z[:n], h[:n])  # (2 N, *shape of layer l)
+            d = _each(dG, h) * 2 * h[:n] * net.df(l, z[:n], h[:n])  # (2 N, *shape of layer l)
             g |= net.hebbian(l, below[:n], d)
             seen[l] = handed_on[n:]
         if self.readout == "goodness":
@@ -111,7 +118,7 @@ class ForwardForward(Rule):
         below = _normalized(x) if self.normalize_input else x
         for l in range(1, net.L + 1):
             z = net.preactivation(l, w, below)
-            h = net.activation.f(z)
+            h = net.f(l, z)
             handed_on = _normalized(h)
             yield l, below, z, h, handed_on
             below = handed_on

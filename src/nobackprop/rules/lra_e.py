@@ -1,7 +1,8 @@
 """Error-driven local representation alignment."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -24,6 +25,9 @@ class LRAE(Rule):
     and `learn_E=False` leaves E as it was drawn. `E2 ... EL` are stored in the shape of `W2 ... WL` (the paper's E is
     their transpose), so E's gradient is W's own.
 
+    Where a layer reads its input pooled or normalized, the shift is what comes back through that (unpublished: the
+    paper's nets are fully connected).
+
     Optimizers that rescale gradients, such as AdamW, all but undo gamma. Raises Mistake for a `beta` of 0 or less,
     a `gamma` below 0, or another `difference`.
 
@@ -32,6 +36,12 @@ class LRAE(Rule):
     lower layers would learn rounding noise: with 8 hidden layers the bottom one nothing else. It is the same number but
     for rounding; `difference="plain"` subtracts, as the paper's programs do.
     """
+
+    refuses: ClassVar[Mapping[str, str]] = {
+        "shortcut": "each layer that an error passes scales it by beta, so that what comes down a shortcut and what "
+        "comes through its layers are summed at different scales: with E = W their sum is no gradient, however small "
+        "beta is (recursive LRA, Ororbia, Mali, Kifer & Giles 2023, is another rule)",
+    }
 
     beta: float = 0.1
     gamma: float = 1.0
@@ -51,11 +61,11 @@ class LRAE(Rule):
         e = batch.error(z[net.L])  # (N, outputs)
         g = net.hebbian(net.L, h[net.L - 1], e)
         for l in range(net.L, 1, -1):
-            shift = self.beta * net.feedback(l, w[f"E{l}"], e, like=z[l - 1])
+            shift = self.beta * net.feedback(l, w[f"E{l}"], e, h[l - 1])
             if self.difference == "exact":
-                e = net.difference(z[l - 1], h[l - 1], shift)  # (N, *shape of layer l-1)
+                e = net.difference(l - 1, z[l - 1], h[l - 1], shift)  # (N, *shape of layer l-1)
             else:
-                e = h[l - 1] - net.activation.f(z[l - 1] - shift)
+                e = h[l - 1] - net.f(l - 1, z[l - 1] - shift)
             g |= net.hebbian(l - 1, h[l - 2], e)
         if self.learn_E:
             g |= {f"E{l}": g[f"W{l}"] for l in range(2, net.L + 1)}

@@ -1,6 +1,8 @@
 """Monotone direct feedback alignment."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -21,6 +23,12 @@ class MDFA(DFA):
     matrix but the first is projected to at least `floor`, as the paper's program does. Biases are free. Raises
     Mistake for a `floor` below 0.
     """
+
+    refuses: ClassVar[Mapping[str, str]] = {
+        "normalization": "it subtracts a mean, so that a larger activation lowers the others: then weights above 0 no "
+        "longer make every derivative 0 or more, from which the paper's theorem 1 follows",
+        "attention": "a larger query or key may lower an output, so that the paper's theorem 1 does not hold",
+    }
 
     floor: float = 1e-6
 

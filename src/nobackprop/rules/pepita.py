@@ -1,6 +1,8 @@
 """Present the error to perturb the input to modulate activity."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,6 +32,11 @@ class PEPITA(Rule):
     Departs from the paper's program: in convolutional nets d[L] is the second pass's too; kernels get the sum over
     positions as under every rule here, where it takes the mean; biases, which its nets lack, get d[l] too; no dropout.
     """
+
+    refuses: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("normalization", "shortcut", "attention"),
+        "the paper and its program have products, activations, pooling and dropout alone",
+    )
 
     scale: float = 0.1225
 

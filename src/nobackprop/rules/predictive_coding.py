@@ -1,6 +1,6 @@
 """Predictive coding."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
@@ -106,17 +106,18 @@ class PredictiveCoding(Rule):
 
     def _states(self, net: Network, w: Weights, batch: Batch) -> Relaxed:
         z, h = (list(each) for each in net.forward(w, batch.x))
-        W = {name: t for name, t in w.items() if name.startswith("W")}  # what a product makes of a change, without b
         x, mu = list(z), z[net.L]
         d = {l: torch.zeros_like(z[l]) for l in range(1, net.L)} | {net.L: batch.error(mu) / self.variance}
         for _ in self._rounds(15 * (net.L - 1)):
-            moves = {l: self.rate * (d[l] - self._down(net, w, l, d, x, h)) for l in range(1, net.L)}
-            for l, move in moves.items():
-                d[l] = d[l] - move
+            moves = {l: self.rate * (d[l] - down) for l, down in self._down(net, w, d, x, h)}
+            changes: dict[int, Tensor] = {}  # of h
+            for l in range(1, net.L):
+                d[l] = d[l] - moves[l]
                 if not self.fixed_prediction:
-                    x[l] = x[l] + move  # (N, *shape of layer l)
-                    h[l] = net.activation.f(x[l])
-                    above = net.preactivation(l + 1, W, net.difference(x[l], h[l], move))
+                    x[l] = x[l] + moves[l]  # (N, *shape of layer l)
+                    h[l] = net.output(l, x[l], h)
+                    changes[l] = net.output_difference(l, x[l], moves[l], h, changes)
+                    above = net.preactivation_difference(l + 1, w, h[l], changes[l])
                     if l + 1 < net.L:
                         d[l + 1] = d[l + 1] + above
                     else:
@@ -130,13 +131,13 @@ class PredictiveCoding(Rule):
         d = {l: torch.zeros_like(x[l]) for l in range(1, net.L)} | {net.L: batch.error(mu) / self.variance}
         for _ in self._rounds(20):
             down = {net.L: d[net.L]}
-            for l in range(net.L - 1, 0, -1):
-                down[l] = self._down(net, w, l, down, x, h)
-                d[l] = d[l] + self.rate * (down[l] - d[l])
+            for l, error in self._down(net, w, down, x, h):
+                down[l] = error
+                d[l] = d[l] + self.rate * (error - d[l])
             if not self.fixed_prediction:
                 for l in range(1, net.L):
                     x[l] = net.preactivation(l, w, h[l - 1]) - d[l]
-                    h[l] = net.activation.f(x[l])
+                    h[l] = net.output(l, x[l], h)
                 d[net.L] = batch.error(net.preactivation(net.L, w, h[net.L - 1])) / self.variance
         return h, d, z
 
@@ -150,17 +151,20 @@ class PredictiveCoding(Rule):
 
         d = errors()
         for _ in self._rounds(15 * (net.L - 1)):
-            for l in range(1, net.L):
-                down = self._down(net, w, l, d, z if self.fixed_prediction else x, h)
+            for l, down in self._down(net, w, d, z if self.fixed_prediction else x, h):
                 x[l] = x[l] - self.rate * (down - d[l])
             if not self.fixed_prediction:
-                h[1 : net.L] = [net.activation.f(x[l]) for l in range(1, net.L)]
+                for l in range(1, net.L):
+                    h[l] = net.output(l, x[l], h)
                 mu[2:] = [net.preactivation(l, w, h[l - 1]) for l in range(2, net.L + 1)]
             d = errors()
         return h, d, z[net.L]
 
     def _down(
-        self, net: Network, w: Weights, l: int, d: dict[int, Tensor], x: Sequence[Tensor], h: Sequence[Tensor]
-    ) -> Tensor:
-        """The error of the layer above, sent down to x[l]."""
-        return net.feedback(l + 1, w[f"W{l + 1}"], d[l + 1], like=x[l]) * net.df(x[l], h[l])
+        self, net: Network, w: Weights, d: Mapping[int, Tensor], x: Sequence[Tensor], h: Sequence[Tensor]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """From the top, for each hidden layer l what comes down to x[l] from the errors d of the layers above."""
+        skipped: dict[int, Tensor] = {}
+        for l in range(net.L - 1, 0, -1):
+            e = net.feedback(l + 1, w[f"W{l + 1}"], d[l + 1], h[l])
+            yield l, net.joined(l, e, h, skipped) * net.df(l, x[l], h[l])

@@ -1,9 +1,8 @@
 """Weight mirrors."""
 
 from dataclasses import dataclass
-from math import prod
 
-from nobackprop.core.layers import Shape
+from nobackprop.core.maps import Shape
 from nobackprop.core.network import Network, Weights
 from nobackprop.core.rule import Batch, Grads, Phase
 from nobackprop.mistakes import Mistake
@@ -44,10 +43,12 @@ class WeightMirror(FA):
         g = {}
         for l in range(2, net.L + 1):
             below = self.sigma * batch.noise[f"h{l - 1}"]
-            above = net.layers[l - 1].forward(w[f"W{l}"], None, below)
+            layer = net.layers[l - 1]
+            above = layer.forward(w[f"W{l}"], None, below)
             if l < net.L:
-                above = net.activation.f(above)
-            seen = net.hebbian(l, below, above)[f"W{l}"] / prod(net.shapes[l][1:])
+                above = net.f(l, above)
+            positions = net.units(l) // net.weight_shape(l)[0]
+            seen = layer.hebbian(below, above)[0] / positions
             g[f"B{l}"] = self.decay * w[f"B{l}"] - seen
         return g, None
 
@@ -55,4 +56,4 @@ class WeightMirror(FA):
         return self.mirror, self.grads
 
     def noise(self, net: Network, samples: int) -> dict[str, Shape]:
-        return {f"h{l - 1}": (samples, *net.shapes[l - 1]) for l in range(2, net.L + 1)}
+        return {f"h{l - 1}": (samples, *net.read_shapes[l]) for l in range(2, net.L + 1)}

@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from nobackprop.core.initializers import Initializer, from_string, initial_weights
-from nobackprop.core.layers import Shape
 from nobackprop.core.losses import Loss
+from nobackprop.core.maps import Shape
 from nobackprop.core.network import Network
 from nobackprop.core.rule import Batch, Rule
 from nobackprop.data.sources import Source
@@ -122,6 +122,7 @@ def configure(s: Settings) -> Run:
         rule = _made(Rule, s.rule, "rule")
         loss = _made(Loss, s.loss, "loss", s.dataset.classes or source.num_classes)
         net = _made(Network, s.arch, "arch", source.shape, loss.outputs)
+        rule.check(net)
         kept = 2 * 4 * s.batch_size * sum(net.units(l) for l in range(net.L))  # bytes of z and h
         run = Run(
             settings=s,

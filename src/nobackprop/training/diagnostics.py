@@ -93,12 +93,12 @@ def diagnose(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, fl
     stand_ins = rule.stand_ins(net, w, batch)
     found |= {f"angle/feedback_W{l}": angle(own, W) for l, (own, W) in stand_ins.items()}
     found |= rule.measured(net, w, batch)
-    if net.activation.derivative is not None:
+    if net.differentiable:
         gradient = loss_gradient(net, rule, w, batch)
         found |= {f"angle/update_{name}": angle(g, gradient[name]) for name, g in update.items() if name[0] == "W"}
         z, h = net.forward(w, batch.x)
         for l in range(1, net.L):
-            found[f"saturation/h{l}"] = (net.df(z[l], h[l]).abs() < SATURATED).float().mean()
+            found[f"saturation/h{l}"] = (net.df(l, z[l], h[l]).abs() < SATURATED).float().mean()
         if net.units(net.L) == 1:
             found |= _opposed(net, rule, w, batch)
     return {name: float(value) for name, value in found.items() if not value.isnan()}

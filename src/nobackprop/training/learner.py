@@ -148,7 +148,7 @@ class Learner(LightningModule):
         def outputs(
             w: Mapping[str, Tensor], x: Tensor, y: Tensor, noise: Mapping[str, Tensor]
         ) -> tuple[dict[str, Tensor], list[Tensor]]:
-            grads, logits = phase(net, w, Batch(x, y, loss, noise))
+            grads, logits = phase(net.with_noise(noise), w, Batch(x, y, loss, noise))
             return grads, [] if logits is None else [logits]
 
         return self._over_seeds(outputs)
@@ -176,12 +176,12 @@ class Learner(LightningModule):
         return {name: t[0] if self.alone else t for name, t in tensors.items()}
 
     def _noise(self, x: Tensor) -> dict[str, Tensor]:
-        """What the rule asks for at this step, (S, ...) by name: each seed's is a function of seed, name and step.
+        """What rule and net ask for at this step, (S, ...) by name: each seed's is a function of seed, name and step.
 
         It is drawn for the whole mini-batch; of what each sample has of its own this process takes its samples'.
         """
         n = x.shape[1]
-        own, whole = (self.rule.noise(self.net, samples) for samples in (n, n * self.ranks))
+        own, whole = (self.rule.noise(self.net, m) | self.net.noise(m) for m in (n, n * self.ranks))
         drawn = [normal(whole, seed, "noise", self.steps) for seed in self.seeds]
         noise = {name: torch.stack([each[name] for each in drawn]).to(x) for name in whole}
         return {name: t if own[name] == whole[name] else t.narrow(1, self.rank * n, n) for name, t in noise.items()}

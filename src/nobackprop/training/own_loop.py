@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from nobackprop.core.activations import activation
 from nobackprop.core.initializers import Initializer, Uniform, Zeros, initial_weights
-from nobackprop.core.layers import Conv, Dense, Layer, Shape
+from nobackprop.core.layers import Conv, Dense, Layer
 from nobackprop.core.losses import Loss
+from nobackprop.core.maps import Shape
 from nobackprop.core.network import Network
 from nobackprop.core.random import normal
 from nobackprop.core.rule import Batch, Rule
@@ -85,9 +86,10 @@ class Gradients(nn.Module):
         self.constrain()
         w = self.weights()
         targets = y.to(x) if y.is_floating_point() else self.loss.target(y.long(), x.dtype)
-        drawn = normal(self.rule.noise(self.net, len(x)), self.seed, "noise", self.steps)
+        shapes = self.rule.noise(self.net, len(x)) | self.net.noise(len(x))
+        drawn = normal(shapes, self.seed, "noise", self.steps)
         batch = Batch(x, targets, self.loss, {name: t.to(x) for name, t in drawn.items()})
-        grads, logits = self.rule.all_grads(self.net, w, batch)
+        grads, logits = self.rule.all_grads(self.net.with_noise(batch.noise), w, batch)
         for name, p in w.items():
             p.grad = None
             if name in grads:

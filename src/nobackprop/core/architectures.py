@@ -1,0 +1,248 @@
+"""Nets of any parts: a list of layers and maps in the order in which an image meets them, and the nets made of it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from nobackprop.core.activations import ACTIVATIONS, Activation, activation as named
+from nobackprop.core.layers import LAYERS, Conv, Dense, Layer, Shortcut, Tokens
+from nobackprop.core.maps import (
+    MAPS,
+    Attention,
+    Dropout,
+    Elementwise,
+    GroupNorm,
+    LayerNorm,
+    Map,
+    MaxPool,
+    Mean,
+    Patches,
+    Positions,
+    Shape,
+    Shrink,
+)
+from nobackprop.core.network import Network
+from nobackprop.mistakes import Mistake, close
+
+
+@dataclass(frozen=True)
+class Residual:
+    """Parts whose output is added to their input. Where they change its shape, the input is shrunk (`maps.Shrink`)."""
+
+    parts: tuple["Part", ...]
+
+
+Part = Layer | Map | Activation | Residual
+
+
+def assemble(in_shape: Shape, parts: Sequence[Part], *, where: Sequence[str] | None = None) -> Network:
+    """The net of parts in a row, of which the last is its output layer.
+
+    An activation right behind a layer becomes the layer's own; all other maps are read by the layer that follows.
+    Raises Mistake for a row that can't be such a net, naming the part (as `where` names them) that can't stay.
+    """
+    built = _Row(tuple(in_shape))
+    for number, part in enumerate(parts):
+        try:
+            built.add(part)
+        except Mistake as e:
+            name = where[number] if where else f"part {number + 1} of the net, {_named(part)}"
+            raise Mistake(f"{name}: {e}") from e
+    if not built.layers or built.pending or built.layers[-1].activation is not LINEAR or built.layers[-1].shortcut:
+        raise Mistake("a net ends with a layer without an activation: the loss applies softmax or sigmoid")
+    *hidden, last = built.layers
+    return Network(tuple(in_shape), (*hidden, replace(last, activation=None)), LINEAR)
+
+
+LINEAR = ACTIVATIONS["identity"]
+
+
+class _Row:
+    """A net under construction."""
+
+    def __init__(self, in_shape: Shape) -> None:
+        self.layers: list[Layer] = []
+        self.shapes = [in_shape]  # of each layer's output, as Network.shapes
+        self.pending: list[Map] = []  # maps that the next layer will read through
+        self.shape = in_shape  # of what the next part gets
+
+    def add(self, part: Part) -> None:
+        if isinstance(part, Residual):
+            self._residual(part)
+        elif isinstance(part, Layer):
+            layer = replace(part, read=tuple(self.pending), activation=part.activation or LINEAR)
+            self.shape = part.out_shape(self.shape)
+            self.layers.append(layer)
+            self.shapes.append(self.shape)
+            self.pending = []
+        elif isinstance(part, Activation):
+            bare = self.layers and not self.pending and self.layers[-1].activation is LINEAR
+            if bare and not self.layers[-1].shortcut:
+                self.layers[-1] = replace(self.layers[-1], activation=part)
+            else:
+                self.pending.append(Elementwise(part))
+        else:
+            self.shape = part.out_shape(self.shape)
+            self.pending.append(part)
+
+    def _residual(self, part: Residual) -> None:
+        begin, read, shape = len(self.layers), tuple(self.pending), self.shape
+        for inner in part.parts:
+            self.add(inner)
+        if len(self.layers) == begin or self.pending:
+            raise Mistake("a residual block ends with a layer, or a layer's activation: what it adds to is that output")
+        if self.layers[-1].shortcut:
+            raise Mistake("a residual block can't end with another one: its last layer would have two shortcuts")
+        maps = read if self.shape == shape else (*read, _shrink(shape, self.shape))
+        self.layers[-1] = replace(self.layers[-1], shortcut=Shortcut(len(self.layers) - begin, maps))
+
+
+def _shrink(shape: Shape, to: Shape) -> Shrink:
+    """What makes an image of one shape one of the other."""
+    if len(shape) == len(to) == 3 and to[0] >= shape[0]:
+        stride = -(-shape[1] // to[1])
+        shrink = Shrink(stride, to[0])
+        if shrink.out_shape(shape) == to:
+            return shrink
+    raise Mistake(
+        f"a residual block makes {to} of {shape}: what it adds must have the same shape, or be an image with more "
+        "channels and every second, third, ... position"
+    )
+
+
+def _named(part: Part) -> str:
+    return part.name if isinstance(part, Activation) else "Residual" if isinstance(part, Residual) else str(part)
+
+
+def row(in_shape: Shape, outputs: int, *, layers: Sequence[Any]) -> Network:
+    """A net written as a list, from the image up; a fully connected layer with the outputs is put at its end.
+
+    Each part is a name, or a name with what it takes, by place or by name:
+
+        [{conv: [20, 5]}, tanh, {max_pool: 2}, {residual: [{group_norm: 4}, relu, {conv: {channels: 20, kernel: 3,
+        padding: 1}}]}, {dense: 500}, tanh]
+
+    Layers: conv, dense, tokens. Maps: max_pool, avg_pool, mean, group_norm, layer_norm, attention, patches, positions,
+    flatten, dropout. Activations: those of `nobackprop.activation`. `residual` takes a list of parts.
+
+    Raises Mistake for another name, or where a part does not fit what comes from those before it.
+    """
+    parts = list(_parts(layers, "arch.layers"))
+    where = [place for place, _ in parts]
+    return assemble(in_shape, [*(part for _, part in parts), Dense(outputs)], where=[*where, "the output layer"])
+
+
+_KINDS: Mapping[str, type[Layer] | type[Map]] = {
+    "".join("_" * (c.isupper() and i > 0) + c.lower() for i, c in enumerate(name)): kind
+    for name, kind in {**LAYERS, **MAPS}.items()
+    if kind not in (Elementwise, Shrink)
+}
+
+
+def _parts(written: Any, place: str) -> Iterator[tuple[str, Part]]:
+    if not isinstance(written, Sequence) or isinstance(written, str):
+        raise Mistake(f"{place} is {written!r}: write a list of parts, such as [{{conv: [20, 5]}}, tanh]")
+    for number, item in enumerate(written):
+        yield f"{place}[{number}]", _part(item, f"{place}[{number}]")
+
+
+def _part(item: Any, place: str) -> Part:
+    if isinstance(item, str):
+        name, given = item, []
+    elif isinstance(item, Mapping) and len(item) == 1:
+        ((name, given),) = item.items()
+    else:
+        raise Mistake(f"{place} is {item!r}: write a name, or one name with what it takes, such as {{dense: 500}}")
+    if name == "residual":
+        return Residual(tuple(part for _, part in _parts(given, f"{place}.residual")))
+    if name in ACTIVATIONS and not given:
+        return named(name)
+    if name not in _KINDS:
+        known = [*_KINDS, "residual", *ACTIVATIONS]
+        raise Mistake(f"{place} is {name!r}: choose one of {', '.join(known)}{close(str(name), known)}")
+    kind = _KINDS[name]
+    taken = [f.name for f in fields(kind) if f.name not in ("read", "activation", "shortcut")]
+    try:
+        if isinstance(given, Mapping):
+            return kind(**given)
+        return kind(*(given if isinstance(given, Sequence) and not isinstance(given, str) else [given]))
+    except TypeError as e:
+        raise Mistake(f"{place}: {name} takes {', '.join(taken)}, and {given!r} is not that ({e})") from e
+
+
+def vgg(in_shape: Shape, outputs: int, *, depth: int, width: int, activation: str) -> Network:
+    """Convolutions of 3x3 with max pooling between them, then fully connected layers: 8 or 11 layers with weights.
+
+    Simonyan & Zisserman, "Very deep convolutional networks for large-scale image recognition", ICLR 2015, its net A
+    (11 layers, there of width 64, with hidden fully connected layers of 4096); with 8 layers the VGG8B of Nokland &
+    Eidnes, "Training neural networks with local error signals", ICML 2019 (there of width 128). `width` is the channels
+    of the first layer, and an eighth of the width of hidden fully connected layers. Feature maps that are too small to
+    be pooled are not.
+    """
+    multiples = {8: [1, 2, 0, 2, 4, 0, 4, 0, 4, 0], 11: [1, 0, 2, 0, 4, 4, 0, 8, 8, 0, 8, 8, 0]}
+    if depth not in multiples:
+        raise Mistake(f"arch.depth is {depth}: there are VGG nets of {' and '.join(map(str, multiples))} layers")
+    f, size = named(activation), min(in_shape[1:])
+    parts: list[Part] = []
+    for times in multiples[depth]:
+        if times:
+            parts += [Conv(times * width, kernel=3, padding=1), f]
+        elif size >= 2:
+            parts.append(MaxPool(2))
+            size //= 2
+    return assemble(in_shape, [*parts, *[Dense(8 * width), f] * (1 if depth == 8 else 2), Dense(outputs)])
+
+
+def resnet(
+    in_shape: Shape, outputs: int, *, depth: int, widths: Sequence[int], groups: int, activation: str
+) -> Network:
+    """A residual net for small images: one convolution, a stage of residual blocks for each width, the mean, the output.
+
+    He, Zhang, Ren & Sun, "Deep residual learning for image recognition", CVPR 2016, section 4.2, with shortcuts without
+    weights (option A), in the form of their "Identity mappings in deep residual networks", ECCV 2016: each convolution
+    reads its input normalized and through the activation. Of `depth` layers with weights all but two are shared out
+    evenly to the stages, two a block. Group norm, in `groups` groups, is in the place of batch norm, which would make
+    samples depend on each other.
+    """
+    blocks, left = divmod(depth - 2, 2 * len(widths))
+    if left or blocks < 1:
+        raise Mistake(
+            f"arch.depth is {depth}: with {len(widths)} stages, 2 layers and {2 * len(widths)} more for each block, as "
+            f"{2 + 2 * len(widths)}, {2 + 4 * len(widths)}, {2 + 6 * len(widths)}, ..."
+        )
+    ready = [GroupNorm(groups), named(activation)]
+    parts: list[Part] = [Conv(widths[0], kernel=3, padding=1)]
+    for stage, width in enumerate(widths):
+        for block in range(blocks):
+            stride = 2 if stage and not block else 1
+            first, second = (Conv(width, kernel=3, stride=n, padding=1) for n in (stride, 1))
+            parts.append(Residual((*ready, first, *ready, second)))
+    return assemble(in_shape, [*parts, *ready, Mean(), Dense(outputs)])
+
+
+def vit(
+    in_shape: Shape,
+    outputs: int,
+    *,
+    patch: int | None,
+    width: int,
+    depth: int,
+    heads: int,
+    hidden: int,
+    dropout: float,
+    activation: str,
+) -> Network:
+    """A small vision transformer: patches as tokens of `width` features, `depth` blocks, the mean over tokens.
+
+    Dosovitskiy et al., "An image is worth 16x16 words", ICLR 2021. A block has attention with `heads` heads and a
+    layer of `hidden` features, each behind a layer norm and with a shortcut. Positions are fixed sines and cosines, and
+    the mean takes the place of a class token: learned positions and tokens would be weights outside of a product.
+    `patch` is the side of a patch in pixels; None: a quarter of the image's height.
+    """
+    drop = [Dropout(dropout)] if dropout else []
+    parts: list[Part] = [Patches(patch or max(1, in_shape[1] // 4)), Tokens(width), Positions()]
+    for _ in range(depth):
+        mixing = [LayerNorm(), Tokens(3 * width), Attention(heads), *drop, Tokens(width)]
+        parts += [Residual(tuple(mixing))]
+        parts += [Residual((LayerNorm(), Tokens(hidden), named(activation), *drop, Tokens(width)))]
+    return assemble(in_shape, [*parts, LayerNorm(), Mean(), Dense(outputs)])
