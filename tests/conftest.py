@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
-from omegaconf import DictConfig
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor
 
 from nobackprop.core.activations import activation
+from nobackprop.core.architectures import resnet, row, vit
 from nobackprop.core.initializers import Normal, initial_weights
 from nobackprop.core.losses import Loss, SigmoidCrossEntropy, SoftmaxCrossEntropy
+from nobackprop.core.maps import Elementwise
 from nobackprop.core.network import Network, allconv, mlp
 from nobackprop.core.random import normal
 from nobackprop.core.rule import Batch, Rule
@@ -195,7 +197,7 @@ def configured() -> Callable[..., Any]:
     return make
 
 
-@pytest.fixture(params=options("rule"))
+@pytest.fixture
 def rule(request: pytest.FixtureRequest, configured: Callable[..., Any]) -> Rule:
     """Every rule that has a config file."""
     return configured("rule", request.param)
@@ -209,8 +211,17 @@ class Problem:
     batch: Batch
 
     def activated(self, name: str) -> "Problem":
-        """The same with another activation."""
-        return replace(self, net=replace(self.net, activation=activation(name)))
+        """The same with another activation, wherever there is one."""
+        f = activation(name)
+        layers = [
+            replace(
+                layer,
+                activation=f if layer.activation and layer.activation.name != "identity" else layer.activation,
+                read=tuple(Elementwise(f) if isinstance(m, Elementwise) else m for m in layer.read),
+            )
+            for layer in self.net.layers
+        ]
+        return replace(self, net=replace(self.net, layers=tuple(layers), activation=f))
 
     def weights(self, rule: Rule, seed: int = 0) -> dict[str, Tensor]:
         """Random weights in float64, signed as the rule wants them; biases are random too."""
@@ -249,16 +260,75 @@ NETS = {
 LOSSES = {"softmax": SoftmaxCrossEntropy(4), "sigmoid": SigmoidCrossEntropy(2)}
 
 
-@pytest.fixture(params=[(net, loss) for net in NETS for loss in LOSSES], ids="-".join)
-def problem(request: pytest.FixtureRequest) -> Problem:
-    """Every small net with four softmax outputs, and with one sigmoid output."""
-    name, loss_name = request.param
+def _lenet(outputs: int, activation: str) -> Network:
+    below = [{"conv": [3, 3]}, activation, {"avg_pool": 2}, {"conv": [4, 3]}, activation, {"max_pool": 2}]
+    return row((2, 12, 11), outputs, layers=[*below, {"dense": 6}, activation])
+
+
+# Nets with pooling, with normalization and shortcuts, and with attention.
+MAPPED = {
+    "lenet": _lenet,
+    "residual": partial(resnet, (2, 7, 6), depth=6, widths=[4, 6], groups=2),
+    "vit": partial(vit, (2, 8, 6), patch=2, width=6, depth=2, heads=2, hidden=5, dropout=0.0),
+}
+# Which rules train them is tested whole where the slow tests are, and else of each way through the code one.
+SAMPLE = {
+    "lenet": "bp dfa dfa_two_pass equilibrium_propagation forward_forward lra_e pepita predictive_coding weight_mirror",
+    "residual": "bp dfa dfa_two_pass predictive_coding",
+    "vit": "bp dfa predictive_coding",
+}
+
+
+def refuses(rule: str, net: Network) -> bool:
+    """Whether the rule of that config file has no form for the net."""
+    kind = get_class(OmegaConf.load(CONF / "rule" / f"{rule}.yaml")._target_)
+    return any(part in kind.refuses for _, part, _ in net.parts())
+
+
+def _pairs() -> Iterator[Any]:
+    """Every rule with every small net and loss, but for what it refuses."""
+    for rule in options("rule"):
+        for name in NETS | MAPPED:
+            sampled = name in NETS or rule in SAMPLE[name].split()
+            if name in MAPPED and refuses(rule, MAPPED[name](outputs=4, activation="tanh")):
+                continue
+            for loss in LOSSES:
+                often = sampled and (name in NETS or loss == "softmax")
+                marks = () if often else (pytest.mark.slow,)
+                yield pytest.param(rule, (name, loss), marks=marks, id=f"{rule}-{name}-{loss}")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Over every rule, every small net in a row, or the pairs of rules and nets, as a test asks for."""
+    own = {name for mark in metafunc.definition.iter_markers("parametrize") for name in str(mark.args[0]).split(",")}
+    asked = {"rule", "problem"} & {*metafunc.fixturenames} - {name.strip() for name in own}
+    if asked == {"rule", "problem"}:
+        metafunc.parametrize(("rule", "problem"), list(_pairs()), indirect=True)
+    elif asked == {"rule"}:
+        metafunc.parametrize("rule", options("rule"), indirect=True)
+    elif asked == {"problem"}:
+        metafunc.parametrize("problem", [(net, loss) for net in NETS for loss in LOSSES], indirect=True, ids="-".join)
+
+
+def problem_of(name: str, loss_name: str) -> Problem:
     loss = LOSSES[loss_name]
-    net = NETS[name](outputs=loss.outputs, activation="tanh")
+    net = (NETS | MAPPED)[name](outputs=loss.outputs, activation="tanh")
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(6, *net.in_shape, dtype=torch.float64, generator=generator)
     labels = torch.randint(loss.classes, (6,), generator=generator)
     return Problem(net, Batch(x, loss.target(labels, x.dtype), loss))
+
+
+@pytest.fixture
+def problem(request: pytest.FixtureRequest) -> Problem:
+    """Every small net in a row with four softmax outputs, and with one sigmoid output; of `MAPPED` with each rule."""
+    return problem_of(*request.param)
+
+
+@pytest.fixture(params=MAPPED)
+def mapped(request: pytest.FixtureRequest) -> Problem:
+    """The small nets with maps and shortcuts."""
+    return problem_of(request.param, "softmax")
 
 
 def fitted(

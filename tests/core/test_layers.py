@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nobackprop.core.layers import Conv, Dense, Layer, Shape
+from nobackprop.core.layers import Conv, Dense, Layer, Tokens
+from nobackprop.core.maps import Shape
 
 CASES = [
     pytest.param(Dense(5), (7,), id="dense"),
@@ -20,6 +21,10 @@ CASES = [
     pytest.param(Conv(4, 3, stride=2, padding=1), (2, 6, 5), id="conv_stride_2_padded"),
     pytest.param(Conv(4, 4, stride=3, padding=2), (1, 8, 7), id="conv_stride_3_padded"),
     pytest.param(Conv(4, 5, padding=2), (2, 3, 3), id="conv_kernel_above_image"),
+    pytest.param(Conv(4, 3, padding=1, dilation=2), (2, 7, 6), id="conv_dilated"),
+    pytest.param(Conv(6, 3, stride=2, groups=2), (4, 7, 6), id="conv_grouped"),
+    pytest.param(Conv(4, 3, groups=4), (4, 5, 5), id="conv_depthwise"),
+    pytest.param(Tokens(5), (4, 3), id="tokens"),
 ]
 
 
@@ -39,7 +44,10 @@ def _tensors(layer: Layer, in_shape: Shape) -> tuple[Tensor, Tensor, Tensor, Ten
 def _torch_forward(layer: Layer, W: Tensor, b: Tensor | None, h: Tensor) -> Tensor:
     if isinstance(layer, Dense):
         return F.linear(h.flatten(1), W, b)
-    return F.conv2d(h, W, b, stride=layer.stride, padding=layer.padding)
+    if isinstance(layer, Tokens):
+        return F.linear(h, W, b)
+    assert isinstance(layer, Conv)
+    return F.conv2d(h, W, b, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
 @pytest.mark.parametrize(("layer", "in_shape"), CASES)

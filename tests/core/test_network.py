@@ -23,6 +23,7 @@ def _sequential(net: Network, w: dict[str, Tensor]) -> nn.Sequential:
             module = nn.Linear(w[f"W{l}"].shape[1], layer.units, bias=net.bias)
             modules.append(nn.Flatten())
         else:
+            assert isinstance(layer, Conv)
             module = nn.Conv2d(inputs[0], layer.channels, layer.kernel, layer.stride, layer.padding, bias=net.bias)
         module.load_state_dict({"weight": w[f"W{l}"]} | ({"bias": w[f"b{l}"]} if net.bias else {}))
         modules += [module, nn.Tanh()]
@@ -63,7 +64,7 @@ def test_forward_keeps_every_pre_activation_and_activation() -> None:
     assert len(h) == net.L == 2
     assert h[0] is x
     torch.testing.assert_close(h[1], z[1].relu())
-    torch.testing.assert_close(net.df(z[1], h[1]), (z[1] > 0).float())
+    torch.testing.assert_close(net.df(1, z[1], h[1]), (z[1] > 0).float())
 
 
 def test_the_32x32_net_of_the_mdfa_paper(configured: Callable[..., Any]) -> None:

@@ -73,7 +73,7 @@ def test_dfa_of_a_linear_net_with_the_product_of_the_downstream_weights_is_bp(pr
     _, h = net.forward(w, torch.zeros(net.units(net.L), *net.in_shape, dtype=torch.float64))
     d = torch.eye(net.units(net.L), dtype=torch.float64)  # one sample for each output
     for l in range(net.L, 1, -1):
-        d = net.feedback(l, w[f"W{l}"], d, like=h[l - 1])
+        d = net.feedback(l, w[f"W{l}"], d, h[l - 1])
         w[f"B{l - 1}"] = d.flatten(1).T  # (units, outputs)
     torch.testing.assert_close(_grads(DFA(), problem, w), _grads(BP(), problem, w))
 
@@ -87,7 +87,7 @@ def test_dfa_is_the_closed_form(problem: Problem, name: str) -> None:
     e = batch.error(z[net.L])
     expected = net.hebbian(net.L, h[net.L - 1], e)
     for l in range(1, net.L):
-        d = torch.einsum("no,uo->nu", e, w[f"B{l}"]).view_as(z[l]) * net.df(z[l], h[l])
+        d = torch.einsum("no,uo->nu", e, w[f"B{l}"]).view_as(z[l]) * net.df(l, z[l], h[l])
         expected |= net.hebbian(l, h[l - 1], d)
     torch.testing.assert_close(_grads(DFA(), problem, w), expected)
 

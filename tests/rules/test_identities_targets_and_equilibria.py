@@ -26,7 +26,7 @@ def _grads(rule: Rule, problem: Problem, w: dict[str, Tensor], batch: Batch | No
 
 
 def _decoder(net: Network, w: dict[str, Tensor], l: int, like: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda u: net.activation.f(net.feedback(l, w[f"Q{l}"], u, like=like))
+    return lambda u: net.activation.f(net.feedback(l, w[f"Q{l}"], u, like))
 
 
 def test_dtps_decoders_descend_their_reconstruction_loss(problem: Problem) -> None:
@@ -59,9 +59,9 @@ def test_dtps_small_steps_go_down_through_the_decoders_jacobians(problem: Proble
     w, batch = problem.weights(rule), problem.noisy(rule)
     z, h = net.forward(w, batch.x)
     grads = _grads(rule, problem, w, batch)
-    step = -net.feedback(net.L, w[f"W{net.L}"], batch.error(z[net.L]), like=h[-1])
+    step = -net.feedback(net.L, w[f"W{net.L}"], batch.error(z[net.L]), h[-1])
     for l in range(net.L - 1, 0, -1):
-        expected = net.hebbian(l, h[l - 1], -2 * step * net.df(z[l], h[l]))
+        expected = net.hebbian(l, h[l - 1], -2 * step * net.df(l, z[l], h[l]))
         for name, g in expected.items():
             torch.testing.assert_close(grads[name] / 1e-6, g, rtol=1e-4, atol=1e-7)
         if l > 1:
@@ -183,7 +183,7 @@ def test_units_at_rest_are_drawn_nowhere(problem: Problem) -> None:
     torch.testing.assert_close(LONG.logits(net, w, problem.batch.x), z[-1])
     for l in range(1, net.L):
         if l < net.L - 1:
-            z[l - 1] = z[l - 1] + net.feedback(l + 1, w[f"W{l + 1}"], h[l + 1], like=h[l])
+            z[l - 1] = z[l - 1] + net.feedback(l + 1, w[f"W{l + 1}"], h[l + 1], h[l])
         torch.testing.assert_close(h[l], z[l - 1].tanh())
 
 
@@ -194,7 +194,7 @@ def test_a_step_goes_epsilon_of_the_way_all_layers_at_once(problem: Problem) -> 
     for l in range(1, net.L):
         z = net.preactivation(l, w, h[l - 1])
         if l < net.L - 1:
-            z = z + net.feedback(l + 1, w[f"W{l + 1}"], h[l + 1], like=h[l])
+            z = z + net.feedback(l + 1, w[f"W{l + 1}"], h[l + 1], h[l])
         torch.testing.assert_close(after[l], 0.7 * h[l] + 0.3 * z.tanh())
 
 

@@ -82,7 +82,8 @@ def test_short_operations_are_those_of_autograd_under_autocast(layer: Layer) -> 
     with computing("bf16-mixed"):
         ours = layer.forward(W, b, h), layer.feedback(W, d, like=h), *layer.hebbian(h, d)
         inputs = [t.requires_grad_() for t in (h, W, b)]
-        z = F.linear(h.flatten(1), W, b) if isinstance(layer, Dense) else F.conv2d(h, W, b, layer.stride, layer.padding)
+        plain = {"stride": layer.stride, "padding": layer.padding} if isinstance(layer, Conv) else {}
+        z = F.conv2d(h, W, b, **plain) if plain else F.linear(h.flatten(1), W, b)
         dh, dW, db = torch.autograd.grad(z, inputs, d.to(z.dtype))
     assert z.dtype == torch.bfloat16
     assert all(t.dtype == torch.float32 for t in ours)

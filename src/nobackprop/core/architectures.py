@@ -1,7 +1,8 @@
 """Nets of any parts: a list of layers and maps in the order in which an image meets them, and the nets made of it."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
+from itertools import zip_longest
 from typing import Any
 
 from nobackprop.core.activations import ACTIVATIONS, Activation, activation as named
@@ -160,14 +161,32 @@ def _part(item: Any, place: str) -> Part:
     if name not in _KINDS:
         known = [*_KINDS, "residual", *ACTIVATIONS]
         raise Mistake(f"{place} is {name!r}: choose one of {', '.join(known)}{close(str(name), known)}")
-    kind = _KINDS[name]
-    taken = [f.name for f in fields(kind) if f.name not in ("read", "activation", "shortcut")]
+    return _made(_KINDS[name], name, given, place)
+
+
+def _made(kind: type[Layer] | type[Map], name: str, given: Any, place: str) -> Layer | Map:
+    """The layer or map of a class with the values given, by place, by name or one alone."""
+    own = [f for f in fields(kind) if not f.kw_only] + [f for f in fields(kind) if f.name == "bias"]
+    values: dict[Any, Any]
+    if isinstance(given, Mapping):
+        values = dict(given)
+    else:
+        listed = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+        values = {f.name if f else "": value for f, value in zip_longest(own[: len(listed)], listed)}
+    kinds: dict[str, Any] = {f.name: f.type for f in own}
+    needed = {f.name for f in own if f.default is MISSING}
+    fits = needed <= values.keys() <= kinds.keys() and all(
+        isinstance(value, kinds[key] if kinds[key] is not float else (int, float))
+        and isinstance(value, bool) <= (key in ("bias", "causal"))
+        for key, value in values.items()
+    )
+    if not fits:
+        takes = ", ".join(f"{f.name} ({getattr(f.type, '__name__', f.type)})" for f in own)
+        raise Mistake(f"{place}: {name} takes {takes}, and {given!r} is not that")
     try:
-        if isinstance(given, Mapping):
-            return kind(**given)
-        return kind(*(given if isinstance(given, Sequence) and not isinstance(given, str) else [given]))
-    except TypeError as e:
-        raise Mistake(f"{place}: {name} takes {', '.join(taken)}, and {given!r} is not that ({e})") from e
+        return kind(**values)
+    except Mistake as e:
+        raise Mistake(f"{place}: {e}") from e
 
 
 def vgg(in_shape: Shape, outputs: int, *, depth: int, width: int, activation: str) -> Network:
@@ -196,7 +215,7 @@ def vgg(in_shape: Shape, outputs: int, *, depth: int, width: int, activation: st
 def resnet(
     in_shape: Shape, outputs: int, *, depth: int, widths: Sequence[int], groups: int, activation: str
 ) -> Network:
-    """A residual net for small images: one convolution, a stage of residual blocks for each width, the mean, the output.
+    """A residual net for small images: a convolution, a stage of residual blocks for each width, the mean, the output.
 
     He, Zhang, Ren & Sun, "Deep residual learning for image recognition", CVPR 2016, section 4.2, with shortcuts without
     weights (option A), in the form of their "Identity mappings in deep residual networks", ECCV 2016: each convolution

@@ -4,7 +4,7 @@
 | --- | --- |
 | `m(h)` | the output for h (N, *in_shape) |
 | `m.pull(h, e)` | the error at h, from the error e at the output: the transposed Jacobian at h, times e |
-| `m.difference(h, u)` | m(h) - m(h - u), without the rounding error of subtracting what is nearly equal where it can be |
+| `m.difference(h, u)` | m(h) - m(h - u), where possible without the rounding error of subtracting like numbers |
 
 Most are computed by torch, and their `pull` by `torch.func.vjp` of that alone, which works under vmap and compiles.
 """
@@ -13,7 +13,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from statistics import NormalDist
 from typing import ClassVar
 
 import torch
@@ -230,8 +229,8 @@ class Patches(Map):
 class Positions(Map):
     """Tokens (T, D), and added to each a fixed code of where it stands: sines and cosines of T by geometric periods.
 
-    Vaswani et al., "Attention is all you need", NeurIPS 2017, section 3.5. Learned positions would be weights outside of
-    a product.
+    Vaswani et al., "Attention is all you need", NeurIPS 2017, section 3.5. Learned positions would be weights outside
+    of a product.
     """
 
     def __call__(self, h: Tensor) -> Tensor:
@@ -311,8 +310,7 @@ class Dropout(Map):
 
     def masked(self, noise: Tensor) -> "Mask":
         """The mask that standard normal numbers (N, *in_shape) draw."""
-        keep = noise > NormalDist().inv_cdf(self.rate) if self.rate else torch.ones_like(noise, dtype=torch.bool)
-        return Mask(keep / (1 - self.rate))
+        return Mask((torch.special.ndtr(noise) >= self.rate) / (1 - self.rate))
 
 
 @dataclass(frozen=True, eq=False)

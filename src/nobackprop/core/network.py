@@ -44,7 +44,7 @@ class Network:
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        _ = self.shapes
+        _ = self.shapes, self.read_shapes, self.span  # now, since a compiled step can not
         if self.layers[-1].activation or self.layers[-1].shortcut:
             raise Mistake("the last layer is linear: it has no activation and no shortcut")
 
@@ -145,7 +145,7 @@ class Network:
     # Going down
 
     def df(self, l: int, z: Tensor, h: Tensor) -> Tensor:
-        """The derivative of layer l's activation at its z, where its output is h. Raises Mistake where there is none."""
+        """The derivative of layer l's activation at its z, given its h. Raises Mistake where there is none."""
         f = self._activation(l)
         return f.df(z, f.f(z) if self.layers[l - 1].shortcut else h)
 
@@ -184,7 +184,7 @@ class Network:
         return e
 
     def hebbian(self, l: int, h: Tensor, d: Tensor) -> dict[str, Tensor]:
-        """Gradients of W and b of layer l, by name, from what it reads, h, and the error d at its z (means over samples)."""
+        """Gradients of W and b of layer l, by name, from the h it reads and the error d at z; means over samples."""
         layer = self.layers[l - 1]
         dW, db = layer.hebbian(maps.through(layer.read, h), d)
         return {f"W{l}": dW, f"b{l}": db} if self.has_bias(l) else {f"W{l}": dW}
@@ -237,7 +237,11 @@ class Network:
             )
             for l, layer in enumerate(self.layers, 1)
         ]
-        return replace(self, layers=tuple(layers))
+        drawn = object.__new__(Network)  # as replace() would, but for working out all shapes again in each step
+        for name, value in vars(self).items():
+            object.__setattr__(drawn, name, value)
+        object.__setattr__(drawn, "layers", tuple(layers))
+        return drawn
 
     # Files
 

@@ -56,7 +56,7 @@ class ForwardForward(Rule):
     refuses: ClassVar[Mapping[str, str]] = {
         "normalization": "a layer hands on its activations at one length already, all that the paper normalizes",
         "shortcut": "a layer would see the goodness of layers below, which the paper hides from it (section 2)",
-        "attention": "the paper's layers are products and relu",
+        "attention": "the paper's layers are a product and relu each, and learn from what these alone make active",
     }
 
     theta: float = 0.3
