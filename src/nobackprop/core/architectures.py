@@ -189,6 +189,18 @@ def _made(kind: type[Layer] | type[Map], name: str, given: Any, place: str) -> L
         raise Mistake(f"{place}: {e}") from e
 
 
+def lenet(in_shape: Shape, outputs: int, *, activation: str) -> Network:
+    """LeNet-5: three convolutions of 5x5, of which two are pooled, and two fully connected layers.
+
+    LeCun, Bottou, Bengio & Haffner, "Gradient-based learning applied to document recognition", Proceedings of the IEEE
+    1998, with max pooling and a linear output, as public programs have it (such as BioTorch). Images of 28x28 get a
+    border of two pixels of zeros, where it has them made 32x32.
+    """
+    f = named(activation)
+    below = [Conv(6, kernel=5, padding=2), f, MaxPool(2), Conv(16, kernel=5), f, MaxPool(2)]
+    return assemble(in_shape, [*below, Conv(120, kernel=5), f, Dense(84), f, Dense(outputs)])
+
+
 def vgg(in_shape: Shape, outputs: int, *, depth: int, width: int, activation: str) -> Network:
     """Convolutions of 3x3 with max pooling between them, then fully connected layers: 8 or 11 layers with weights.
 

@@ -1,6 +1,8 @@
 """Uniform sign-concordant feedback."""
 
 from dataclasses import dataclass
+from math import prod
+from typing import Literal
 
 from torch import Tensor
 
@@ -18,17 +20,26 @@ class USF(FA):
     "uniform sign-concordant feedbacks".
 
     Departs from the paper: no batch normalization. Under an optimizer that rescales gradients, such as AdamW, the scale
-    hardly matters; with plain SGD take one about as large as the weights. Raises Mistake for a `scale` of 0 or less.
+    hardly matters; with plain SGD take one about as large as the weights. `scale="glorot"` is such a one for each
+    layer, `sqrt(2 / (fan-in + fan-out))`, the standard deviation of Glorot's start, as in BioTorch's program.
+
+    Raises Mistake for a `scale` of 0 or less, or another word.
     """
 
-    scale: float = 1.0
+    scale: float | Literal["glorot"] = 1.0
 
     def __post_init__(self) -> None:
-        if self.scale <= 0:
+        if isinstance(self.scale, str) and self.scale != "glorot":
+            raise Mistake(f"rule.scale is {self.scale!r}: write a number above 0, or glorot")
+        if not isinstance(self.scale, str) and self.scale <= 0:
             raise Mistake(f"rule.scale is {self.scale}: it scales the feedback weights, so it must be above 0")
 
     def down(self, l: int, w: Weights, batch: Batch) -> Tensor:
-        return self.scale * w[f"W{l}"].sign()
+        W = w[f"W{l}"]
+        if isinstance(self.scale, str):
+            fans = (W.shape[0] + W.shape[1]) * prod(W.shape[2:])
+            return (2 / fans) ** 0.5 * W.sign()
+        return self.scale * W.sign()
 
     def feedback(self, net: Network, draw: Draw) -> dict[str, Tensor]:
         return {}

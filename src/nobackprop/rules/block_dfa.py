@@ -1,0 +1,62 @@
+"""Direct feedback alignment to blocks of layers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from torch import Tensor
+
+from nobackprop.core.network import Network, Weights
+from nobackprop.core.rule import Batch, Draw, Grads, Rule
+from nobackprop.mistakes import Mistake
+
+
+@dataclass(frozen=True)
+class BlockDFA(Rule):
+    """DFA to the ends of blocks of layers, and backpropagation within a block.
+
+    Launay, Poli, Boniface & Krzakala, "Direct feedback alignment scales to modern deep learning tasks and
+    architectures", NeurIPS 2020. At the layers l of `ends` the error is the output's, through a fixed random B, and
+    takes the place of all that comes from above; at the others it comes down from the layer above as in
+    backpropagation, shortcuts included:
+
+        e[l] = B[l] e  at an end,   e[l] = W[l+1]^T d[l+1]  within a block,   d[l] = e[l] * f'(z[l])
+
+    `ends: null` means the outputs of residual blocks, which in a transformer are attention's and the feed-forward
+    layer's; in a net without shortcuts every hidden layer, which is DFA. The paper's "micro" form (three ends a block,
+    `DFALayer`s in transformer.py of lightonai/dfa-scales-to-modern-deep-learning) has the hidden feed-forward layer
+    besides, its "macro" form the end of each whole block alone. Raises Mistake for an end that is no hidden layer.
+
+    Departs from the paper's program: B has weights of its own for each end and unit, where the program cuts all from
+    one matrix, uniform in +-1, and repeats them for each token (`init.backward` says what B is drawn from).
+    """
+
+    ends: Sequence[int] | None = None
+
+    def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
+        z, h = net.forward(w, batch.x)
+        d = e = batch.error(z[net.L])  # (N, outputs)
+        g, skipped = net.hebbian(net.L, h[net.L - 1], e), dict[int, Tensor]()
+        for l in range(net.L - 1, 0, -1):
+            if l in self._ends(net):
+                skipped.pop(l, None)
+                below = net.direct(l, w[f"B{l}"], e, h[l])
+            else:
+                below = net.feedback(l + 1, w[f"W{l + 1}"], d, h[l])
+            d = net.joined(l, below, h, skipped) * net.df(l, z[l], h[l])  # (N, *shape of layer l)
+            g |= net.hebbian(l, h[l - 1], d)
+        return g, z[net.L]
+
+    def stand_ins(self, net: Network, w: Weights, batch: Batch) -> dict[int, tuple[Tensor, Tensor]]:
+        return {}
+
+    def feedback(self, net: Network, draw: Draw) -> dict[str, Tensor]:
+        return {f"B{l}": draw(f"B{l}", (prod(net.read_shapes[l + 1]), net.units(net.L))) for l in self._ends(net)}
+
+    def _ends(self, net: Network) -> Sequence[int]:
+        hidden = range(1, net.L)
+        if self.ends is None:
+            return [l for l in hidden if net.layers[l - 1].shortcut] or hidden
+        if strange := [l for l in self.ends if l not in hidden]:
+            raise Mistake(f"rule.ends has {strange}: this net's hidden layers are 1 to {net.L - 1}")
+        return self.ends
