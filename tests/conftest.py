@@ -75,7 +75,7 @@ def run_config(*overrides: str) -> DictConfig:
 
 def small(runs: Path, *overrides: str) -> DictConfig:
     """A run on digits of 161 mini-batches an epoch, so two chunks: the first ends in mid-epoch."""
-    dense = not any(o.startswith("arch=allconv") for o in overrides)
+    dense = not any(o.startswith("arch=") and o != "arch=mlp" for o in overrides)
     return run_config(*(o for o in SMALL if dense or not o.startswith("arch.")), f"paths.runs={runs}", *overrides)
 
 

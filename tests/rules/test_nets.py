@@ -17,6 +17,7 @@ from nobackprop.core.maps import Attention, AvgPool, Dropout, Elementwise, Group
 from nobackprop.core.network import Network, Weights
 from nobackprop.core.random import normal
 from nobackprop.core.rule import Batch, Rule
+from nobackprop.rules.block_dfa import BlockDFA
 from nobackprop.rules.bp import BP
 from nobackprop.rules.dfa import DFA
 from nobackprop.rules.equilibrium_propagation import EquilibriumPropagation
@@ -134,13 +135,31 @@ def test_dfa_of_a_linear_residual_net_with_the_total_jacobian_is_bp() -> None:
             solution = torch.linalg.lstsq(P.T, jacobian.T).solution
             torch.testing.assert_close(P.T @ solution, jacobian.T, atol=1e-9, rtol=1e-9)  # shortcuts pool as reads do
             w[f"B{l}"] = solution
-    torch.testing.assert_close(_grads(DFA(), problem, w), _grads(BP(), problem, w))
+    for rule in (DFA(), BlockDFA(ends=[2, 4]), BlockDFA(ends=[3])):
+        torch.testing.assert_close(_grads(rule, problem, w), _grads(BP(), problem, w))
 
 
 def test_dfa_has_a_feedback_unit_for_each_unit_that_is_read(mapped: Problem) -> None:
     w = mapped.weights(DFA())
     for l in range(1, mapped.net.L):
         assert w[f"B{l}"].shape == (torch.Size(mapped.net.read_shapes[l + 1]).numel(), 4)
+
+
+def test_block_dfa_without_ends_is_bp_and_with_all_of_them_dfa(mapped: Problem) -> None:
+    w = mapped.weights(DFA())
+    torch.testing.assert_close(_grads(BlockDFA(ends=[]), mapped, w), _grads(BP(), mapped, w))
+    every = range(1, mapped.net.L)
+    torch.testing.assert_close(_grads(BlockDFA(ends=every), mapped, w), _grads(DFA(), mapped, w))
+
+
+def test_block_dfa_sends_errors_to_the_ends_of_residual_blocks() -> None:
+    net = MAPPED["vit"](outputs=4, activation="tanh")
+    own = BlockDFA().feedback(net, lambda name, shape: torch.zeros(shape))
+    assert [*own] == ["B3", "B5", "B7", "B9"]
+    row_of_them = NETS["mlp"](outputs=4, activation="tanh")
+    assert [*BlockDFA().feedback(row_of_them, lambda name, shape: torch.zeros(shape))] == ["B1", "B2", "B3"]
+    with pytest.raises(ValueError, match=r"rule.ends has \[10\]: this net's hidden layers are 1 to 9"):
+        BlockDFA(ends=[3, 10]).feedback(net, lambda name, shape: torch.zeros(shape))
 
 
 def test_predictive_coding_with_its_prediction_fixed_relaxes_to_bp(mapped: Problem) -> None:
