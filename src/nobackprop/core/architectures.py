@@ -39,7 +39,8 @@ Part = Layer | Map | Activation | Residual
 def assemble(in_shape: Shape, parts: Sequence[Part], *, where: Sequence[str] | None = None) -> Network:
     """The net of parts in a row, of which the last is its output layer.
 
-    An activation right behind a layer becomes the layer's own; all other maps are read by the layer that follows.
+    An activation right behind a layer becomes the layer's own; all other maps are read by the layer that follows. The
+    net's own activation is that of the last layer that has one, for rules in which the output layer has one too.
     Raises Mistake for a row that can't be such a net, naming the part (as `where` names them) that can't stay.
     """
     built = _Row(tuple(in_shape))
@@ -52,7 +53,8 @@ def assemble(in_shape: Shape, parts: Sequence[Part], *, where: Sequence[str] | N
     if not built.layers or built.pending or built.layers[-1].activation is not LINEAR or built.layers[-1].shortcut:
         raise Mistake("a net ends with a layer without an activation: the loss applies softmax or sigmoid")
     *hidden, last = built.layers
-    return Network(tuple(in_shape), (*hidden, replace(last, activation=None)), LINEAR)
+    own = [layer.activation for layer in hidden if layer.activation is not LINEAR]
+    return Network(tuple(in_shape), (*hidden, replace(last, activation=None)), (own or [LINEAR])[-1] or LINEAR)
 
 
 LINEAR = ACTIVATIONS["identity"]

@@ -44,7 +44,7 @@ class Network:
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        _ = self.shapes, self.read_shapes, self.span  # now, since a compiled step can not
+        _ = self.shapes, self.read_shapes, self.span, self.activations, self.dropouts  # a compiled step can't do so
         if self.layers[-1].activation or self.layers[-1].shortcut:
             raise Mistake("the last layer is linear: it has no activation and no shortcut")
 
@@ -76,11 +76,16 @@ class Network:
         """How many layers below its own h a layer's output needs: 1, or as far as shortcuts go."""
         return max([1, *(layer.shortcut.over for layer in self.layers if layer.shortcut)])
 
+    @cached_property
+    def activations(self) -> tuple[Activation, ...]:
+        """The activation function of each layer, by its number (of the last, which rules may use); the net's for 0."""
+        return (self.activation, *(layer.activation or self.activation for layer in self.layers))
+
     @property
     def differentiable(self) -> bool:
         """Whether all activations have a derivative."""
         within = [m for layer in self.layers for m in (*layer.read, *(layer.shortcut.maps if layer.shortcut else ()))]
-        all_of_them = [self._activation(l) for l in range(1, self.L)]
+        all_of_them = [*self.activations[1:-1]]
         all_of_them += [m.activation for m in within if isinstance(m, maps.Elementwise)]
         return all(f.derivative is not None for f in all_of_them)
 
@@ -125,11 +130,11 @@ class Network:
 
     def f(self, l: int, z: Tensor) -> Tensor:
         """The activation function of layer l."""
-        return self._activation(l).f(z)
+        return self.activations[l].f(z)
 
     def output(self, l: int, z: Tensor, h: ByLayer) -> Tensor:
         """h[l] from z[l]: f(z[l]), and where layer l has a shortcut, what this brings from the h of a layer below."""
-        out = self._activation(l).f(z)
+        out = self.activations[l].f(z)
         if shortcut := self.layers[l - 1].shortcut:
             return out + maps.through(shortcut.maps, h[l - shortcut.over])
         return out
@@ -146,7 +151,7 @@ class Network:
 
     def df(self, l: int, z: Tensor, h: Tensor) -> Tensor:
         """The derivative of layer l's activation at its z, given its h. Raises Mistake where there is none."""
-        f = self._activation(l)
+        f = self.activations[l]
         return f.df(z, f.f(z) if self.layers[l - 1].shortcut else h)
 
     def feedback(self, l: int, M: Tensor, e: Tensor, h: Tensor) -> Tensor:
@@ -193,7 +198,7 @@ class Network:
 
     def difference(self, l: int, z: Tensor, h: Tensor, u: Tensor) -> Tensor:
         """f(z) - f(z - u) for layer l's activation, where its output at z is h."""
-        f = self._activation(l)
+        f = self.activations[l]
         return f.difference(z, f.f(z) if self.layers[l - 1].shortcut else h, u)
 
     def output_difference(self, l: int, z: Tensor, u: Tensor, h: ByLayer, changes: Mapping[int, Tensor]) -> Tensor:
@@ -213,30 +218,33 @@ class Network:
 
     # Noise
 
-    def noise(self, samples: int) -> dict[str, Shape]:
-        """Shapes of the standard normal numbers that a step's dropout is drawn from, by name, as `Rule.noise` gives."""
+    @cached_property
+    def dropouts(self) -> Mapping[str, tuple[int, int]]:
+        """Where dropout is, by the name of its noise: of which layer, and at which place among the maps it reads by."""
         return {
-            f"dropout{l}_{i}": (samples, *_shape(layer.read[:i], self.shapes[l - 1]))
+            f"dropout{l}_{i}": (l, i)
             for l, layer in enumerate(self.layers, 1)
             for i, m in enumerate(layer.read)
             if isinstance(m, Dropout)
         }
 
+    def noise(self, samples: int) -> dict[str, Shape]:
+        """Shapes of the standard normal numbers that a step's dropout is drawn from, by name, as `Rule.noise` gives."""
+        return {
+            name: (samples, *_shape(self.layers[l - 1].read[:i], self.shapes[l - 1]))
+            for name, (l, i) in self.dropouts.items()
+        }
+
     def with_noise(self, noise: Mapping[str, Tensor]) -> "Network":
         """The net of one step of training: dropout is drawn. The net itself where it has none."""
-        dropping = {name: noise[name] for name in self.noise(1)}
-        if not dropping:
+        if not self.dropouts:
             return self
-        layers = [
-            replace(
-                layer,
-                read=tuple(
-                    m.masked(dropping[f"dropout{l}_{i}"]) if isinstance(m, Dropout) else m
-                    for i, m in enumerate(layer.read)
-                ),
-            )
-            for l, layer in enumerate(self.layers, 1)
-        ]
+        layers = list(self.layers)
+        for name, (l, i) in self.dropouts.items():
+            read = layers[l - 1].read
+            m = read[i]
+            assert isinstance(m, Dropout)
+            layers[l - 1] = replace(layers[l - 1], read=(*read[:i], m.masked(noise[name]), *read[i + 1 :]))
         drawn = object.__new__(Network)  # as replace() would, but for working out all shapes again in each step
         for name, value in vars(self).items():
             object.__setattr__(drawn, name, value)
@@ -259,9 +267,6 @@ class Network:
         """The net that `describe` described. Raises Mistake for a layer or a map that it does not know."""
         layers = tuple(_from_description(LAYERS, layer) for layer in description["layers"])
         return cls(tuple(description["in_shape"]), layers, activation(description["activation"]), description["bias"])
-
-    def _activation(self, l: int) -> Activation:
-        return self.layers[l - 1].activation or self.activation
 
 
 def _shape(read: Sequence[Map], shape: Shape) -> Shape:
