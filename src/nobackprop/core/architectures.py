@@ -65,7 +65,6 @@ class _Row:
 
     def __init__(self, in_shape: Shape) -> None:
         self.layers: list[Layer] = []
-        self.shapes = [in_shape]  # of each layer's output, as Network.shapes
         self.pending: list[Map] = []  # maps that the next layer will read through
         self.shape = in_shape  # of what the next part gets
 
@@ -76,7 +75,6 @@ class _Row:
             layer = replace(part, read=tuple(self.pending), activation=part.activation or LINEAR)
             self.shape = part.out_shape(self.shape)
             self.layers.append(layer)
-            self.shapes.append(self.shape)
             self.pending = []
         elif isinstance(part, Activation):
             bare = self.layers and not self.pending and self.layers[-1].activation is LINEAR

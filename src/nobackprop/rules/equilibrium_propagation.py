@@ -54,8 +54,13 @@ class EquilibriumPropagation(Rule):
     program, from where the same image left off, at first from 0.
 
     Large weights let the units come to rest, slowly, where the input no longer matters, and then nothing is learned:
-    start them smaller than for other rules (`init.forward=U0.5`), and learn more slowly. (The program starts from
+    start them smaller than for other rules (`init.forward=U0.5`), and learn more slowly. With 8 hidden layers this
+    happens within 20 steps of AdamW at 0.001: then the gradient falls tenfold a layer from the top down, to 1e-8 at the
+    bottom. (The program starts from
     `glorot_uniform`, with a rate for each layer, up to 64 times as large at the bottom as at the top.)
+
+    Pooling is part of the energy, as with Laborieux et al.: what a pooled layer sends down comes back through the pool.
+    With max pooling the largest may change places for ever, and states then do not come to rest; with means they do.
 
     Raises Mistake for a `beta` of 0 or less, an `epsilon` (the share of its way that a unit goes in a step) that is
     not above 0 and at most 1, `free_steps` below 0, `nudged_steps` below 1, or another `difference`.

@@ -45,6 +45,9 @@ class PredictiveCoding(Rule):
       where the states do, in as many steps at any depth (Goemaere, Oliviers, Bogacz & Demeester, "Error optimization:
       overcoming exponential signal decay in deep predictive coding networks", arXiv 2505.20137, 2025).
 
+    Where a net normalizes, small states have large derivatives, and `states` and `subtracted` may need a much smaller
+    `rate` to come to rest; `errors` does not. A layer's prediction is then of what comes through its maps and shortcuts.
+
     `scaling="mupc"` multiplies products by 1 / sqrt(fan-in), the output's by 1 / fan-in, for weights that start with
     variance 1 (`init=normal init.forward.std=1`), as Innocenti, Achour & Buckley, "muPC: scaling predictive coding to
     100+ layer networks", arXiv 2505.13124 (2025), do, in its program for nets without shortcuts. The paper's further
