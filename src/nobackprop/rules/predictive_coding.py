@@ -46,12 +46,12 @@ class PredictiveCoding(Rule):
       overcoming exponential signal decay in deep predictive coding networks", arXiv 2505.20137, 2025).
 
     Where a net normalizes, small states have large derivatives, and `states` and `subtracted` may need a much smaller
-    `rate` to come to rest; `errors` does not. A layer's prediction is then of what comes through its maps and shortcuts.
+    `rate` to come to rest; `errors` does not. A layer predicts from what comes through its maps and shortcuts.
 
     `scaling="mupc"` multiplies products by 1 / sqrt(fan-in), the output's by 1 / fan-in, for weights that start with
     variance 1 (`init=normal init.forward.std=1`), as Innocenti, Achour & Buckley, "muPC: scaling predictive coding to
     100+ layer networks", arXiv 2505.13124 (2025), do, in its program for nets without shortcuts. The paper's further
-    1 / sqrt(depth) belongs to shortcuts, which nets here do not have.
+    1 / sqrt(depth) belongs to nets with a shortcut over each layer, and is left out.
 
     Defaults: `rate` is that of the authors' public example (Matlab, one hidden layer), whose variance is 10 and whose
     steps are 100. `variance` and `steps` (None: 15 a hidden layer; with `errors` 20 in all) are ours: updates are then
