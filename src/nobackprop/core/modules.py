@@ -137,7 +137,7 @@ class _Walk:
         """
         row: list[tuple[str, Part]] = []
         modules = [*found]
-        for (place, module), (_, behind) in zip(modules, [*modules[1:], ("", None)], strict=True):
+        for (place, module), (_, behind) in zip(modules, [*modules[1:], ("", None)], strict=False):
             where = f"{place}, {type(module).__name__ if [*module.children()] else module}"
             if isinstance(module, ResidualModule):
                 begin = self.shape
@@ -354,8 +354,8 @@ def to_torch(net: Network, weights: Weights) -> nn.Sequential:
                     ends.append(end)
             rows[-1] += modules
         if layer.shortcut:
-            if ends.pop() != l:
-                raise Mistake(f"layer {l}: its shortcut begins within a residual block and ends above: no module does")
+            if (end := ends.pop()) != l:
+                raise Mistake(f"layers {l} and {end}: their shortcuts cross, and there is no torch module for that")
             block = rows.pop()
             rows[-1].append(ResidualModule(*block))
     return nn.Sequential(*rows[0])
@@ -378,7 +378,10 @@ def _blocks(net: Network, l: int, shapes: Sequence[Shape]) -> dict[int, int]:
                 blocks[end] = number
                 break
         else:
-            raise Mistake(f"layer {end}: {shortcut} leads through other maps than layer {l} reads: no module does")
+            raise Mistake(
+                f"layer {end}: {shortcut} leads through other maps than those with which layer {l} begins to read, and "
+                "there is no torch module for that"
+            )
     return blocks
 
 
@@ -390,10 +393,10 @@ def _at_most_shrinks(maps: Sequence[Map], shape: Shape, to: Shape) -> bool:
 def _of_layer(net: Network, l: int, weights: Weights) -> list[nn.Module]:
     """The modules of a layer's product and activation."""
     layer, read, (outputs, inputs, *_) = net.layers[l - 1], net.read_shapes[l], net.weight_shape(l)
-    if isinstance(layer, Conv):
+    if type(layer) is Conv:
         passes = layer.kernel, layer.stride, layer.padding, layer.dilation, layer.groups
         product = nn.Conv2d(read[0], outputs, *passes, device="meta")
-    elif isinstance(layer, Dense | Tokens):
+    elif type(layer) is Dense or type(layer) is Tokens:
         product = nn.Linear(inputs, outputs, device="meta")
     else:
         raise Mistake(f"layer {l}: there is no torch module for {layer}")
@@ -401,7 +404,7 @@ def _of_layer(net: Network, l: int, weights: Weights) -> list[nn.Module]:
     product.register_parameter("bias", _copied(weights, f"b{l}", (outputs,)) if net.has_bias(l) else None)
     f = layer.activation or net.activation
     return [
-        *([nn.Flatten()] if isinstance(layer, Dense) and len(read) > 1 else []),
+        *([nn.Flatten()] if type(layer) is Dense and len(read) > 1 else []),
         product,
         *([] if l == net.L or f == LINEAR else [_of_activation(f)]),
     ]
