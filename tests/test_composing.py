@@ -45,7 +45,7 @@ def answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Answer:
     [
         ("rule=lrae", "there is no rule=lrae; choose one of bp, brsf, | Did you mean lra_e?"),
         ("dataset=MNIST", "Did you mean mnist?"),
-        ("arch=conv", "choose one of allconv, allconv_224, mlp. Did you mean allconv?"),
+        ("arch=conv", "choose one of allconv, allconv_224,  | , module,  | Did you mean allconv?"),
         ("optimizer=Adam", "Did you mean adam?"),
         ("-m rule=bp,lrae", "there is no rule=lrae; choose one of bp, "),
         ("+experiment=lra_e/deviaton", "Did you mean lra_e/deviation?"),

@@ -254,9 +254,11 @@ EYE = {"W1": torch.eye(8), "b1": torch.zeros(8)}
 SHARED = nn.Linear(5, 5)
 TIED = nn.Linear(5, 5)
 TIED.weight = SHARED.weight
+BIASED = nn.Linear(6, 5)
+BIASED.bias = SHARED.bias
 PRUNED = prune.l1_unstructured(nn.Linear(6, 4), "weight", 2)
 VECTOR, IMAGE, TOKENS = (6,), (4, 8, 8), (3, 6)
-END = "the module must end with nn.Linear, without an activation, on one row of features a sample"
+END = "it must end with nn.Linear, without an activation, on one row of features a sample"
 
 
 class Own(nn.Module):
@@ -292,12 +294,12 @@ class Own(nn.Module):
             [nn.MultiheadAttention(6, 2)],
             r"^module\.0, MultiheadAttention: .*MapModule\(nobackprop\.Attent",
         ),
-        (VECTOR, [], END),
-        (VECTOR, [nn.Linear(6, 4), nn.Tanh()], END),
-        (VECTOR, [nn.Linear(6, 4), nn.Dropout()], END),
-        (IMAGE, [nn.Conv2d(4, 4, 8), nn.Flatten()], END),
-        (TOKENS, [nn.Linear(6, 4)], END),
-        (VECTOR, [ResidualModule(nn.Linear(6, 6))], END),
+        (VECTOR, [], rf"^the module is empty: {END}"),
+        (VECTOR, [nn.Linear(6, 4), nn.Tanh()], rf"^the module ends with module\.1, Tanh\(\): {END}"),
+        (VECTOR, [nn.Linear(6, 4), nn.Dropout()], rf"module\.1, Dropout.*: {END}"),
+        (IMAGE, [nn.Conv2d(4, 4, 8), nn.Flatten()], rf"module\.1, Flatten.*: {END}"),
+        (TOKENS, [nn.Linear(6, 4)], rf"module\.0, Linear.*: {END}"),
+        (VECTOR, [ResidualModule(nn.Linear(6, 6))], rf"module\.0, ResidualModule: {END}"),
         (
             IMAGE,
             [nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Linear(6, 4)],
@@ -315,6 +317,7 @@ class Own(nn.Module):
             r"^module\.3, Linear.*: stands twice in the module",
         ),
         (VECTOR, [nn.Linear(6, 5), SHARED, nn.Tanh(), TIED], r"^module\.3, Linear.*: stands twice in the module"),
+        (VECTOR, [BIASED, nn.Tanh(), SHARED], r"^module\.2, Linear.*: stands twice in the module, or its weights do"),
         (VECTOR, [parametrizations.weight_norm(nn.Linear(6, 4))], r"^module\.0, ParametrizedLinear: can't be taken"),
         (VECTOR, [PRUNED], r"^module\.0, Linear.*: its weight is computed from others \(by pruning or weight norm\)"),
         (VECTOR, [nn.Hardtanh(0, 2)], r"^module\.0, Hardtanh.*can't be taken; nn\.Hardtanh\(\) clips to -1\.\.1, nn"),
@@ -384,8 +387,17 @@ def test_what_a_module_must_not_hold_is_told_with_its_place(shape: Shape, parts:
         from_torch(nn.Sequential(*parts), shape)
 
 
+class Twofold(ResidualModule):
+    """A class of ResidualModule that does something else."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
 def test_a_module_that_is_no_sequence_is_told_as_a_whole() -> None:
     assert from_torch(nn.Linear(6, 4), (6,))[0].L == 1
+    with pytest.raises(Mistake, match=r"^module\.0, Twofold: can't be taken; allowed are"):
+        from_torch(nn.Sequential(Twofold(nn.Linear(6, 6)), nn.Linear(6, 4)), (6,))
     with pytest.raises(Mistake, match=r"^module, Own: can't be taken; allowed are"):
         from_torch(Own(), (6,))
 

@@ -39,7 +39,7 @@ def of(name: str, *overrides: str) -> list[str]:
 
 
 def test_a_module_is_trained_and_comes_back_as_one(config: Config) -> None:
-    cfg = config(*of("make_net", "+arch.width=6"), "rule=dfa", "seeds=2", "max_epochs=3", "optimizer.lr=0.01")
+    cfg = config(*of("make_net", "+arch.width=6"), "rule=dfa", "max_epochs=2", "optimizer.lr=0.01")
     records = train(cfg)
     assert records[0].config["arch"] == {"_target_": f"{__name__}.make_net", "width": 6}
     assert folder(cfg).name.startswith("dfa_make_net_digits-")

@@ -89,9 +89,10 @@ def walked(module: nn.Module, in_shape: Shape) -> tuple[Network, list[Product]]:
     walk = _Walk(in_shape)
     row = walk.row(leaves(module))
     if not row or not isinstance(row[-1][1], Dense):
+        end = f"the module ends with {row[-1][0]}" if row else "the module is empty"
         raise Mistake(
-            "the module must end with nn.Linear, without an activation, on one row of features a sample (put "
-            "nn.Flatten() before it): the loss applies softmax or sigmoid"
+            f"{end}: it must end with nn.Linear, without an activation, on one row of features a sample (put "
+            "nn.Flatten() before it); the loss applies softmax or sigmoid"
         )
     net = assemble(in_shape, [part for _, part in row], where=[where for where, _ in row])
     return net, walk.products
@@ -139,7 +140,7 @@ class _Walk:
         modules = [*found]
         for (place, module), (_, behind) in zip(modules, [*modules[1:], ("", None)], strict=False):
             where = f"{place}, {type(module).__name__ if [*module.children()] else module}"
-            if isinstance(module, ResidualModule):
+            if type(module).forward is ResidualModule.forward:
                 begin = self.shape
                 inner = self.row(_within(module, place), added_to=True)
                 with _at(where):
@@ -177,8 +178,8 @@ class _Walk:
     def _pass(self, product: Product, fits: Shape) -> None:
         if not isinstance(product.weight, nn.Parameter):
             raise Mistake("its weight is computed from others (by pruning or weight norm): make it a parameter first")
-        if any(product.weight is other.weight for other in self.products):
-            raise Mistake("stands twice in the module; give each layer weights of its own")
+        if any(p is q for p in product.parameters() for other in self.products for q in other.parameters()):
+            raise Mistake("stands twice in the module, or its weights do; give each layer weights of its own")
         if (given := tuple(product.weight.shape)) != fits:
             raise Mistake(f"has a weight of shape {given}; what comes from below, of shape {self.shape}, needs {fits}")
         self.products.append(product)
@@ -317,12 +318,12 @@ _PARTS: dict[type[nn.Module], Callable[[Any, Shape], Part | None]] = {
 _ALLOWED = ", ".join(
     [f"nn.{kind.__name__}" for kind in _PARTS if kind is not MapModule] + ["nobackprop.MapModule and ResidualModule"]
 )
-_INSTEAD: dict[type[nn.Module], str] = {
+_INSTEAD: dict[Any, str] = {
     _BatchNorm: ": it makes the samples of a batch depend on each other, and has a state; use nn.GroupNorm(groups, "
     "channels, affine=False)",
     nn.MultiheadAttention: ": its weights are those of two layers; write them as nn.Linear(D, 3 * D), "
     "nobackprop.MapModule(nobackprop.Attention(heads)), nn.Linear(D, D)",
-    nn.Softmax: ": the loss applies softmax or sigmoid; within a net there is nobackprop.Attention",
+    nn.Softmax | nn.LogSoftmax: ": the loss applies softmax or sigmoid; within a net there is nobackprop.Attention",
 }
 
 
@@ -334,7 +335,7 @@ def to_torch(net: Network, weights: Weights) -> nn.Sequential:
 
     It gives what `net.logits(weights, x)` gives, and `from_torch` is the way back. It is in training mode, as torch's
     modules are at first, so that dropout drops until `.eval()`. Parts that torch has no module for are in it as
-    `MapModule` and `ResidualModule`.
+    `MapModule` and `ResidualModule`. `torch.export.export` takes it, and with onnxscript so does `torch.onnx.export`.
 
     Raises Mistake where a weight is missing or has another shape, and for a layer or a shortcut that a user made and
     no module is.
