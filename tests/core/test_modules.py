@@ -12,7 +12,7 @@ from conftest import options
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from nobackprop.core.activations import ACTIVATIONS, activation
+from nobackprop.core.activations import ACTIVATIONS, Activation, activation
 from nobackprop.core.architectures import assemble, resnet, row, vgg, vit
 from nobackprop.core.initializers import Normal, initial_weights
 from nobackprop.core.layers import Conv, Dense, Shortcut, Tokens
@@ -84,7 +84,10 @@ MODULES: dict[str, tuple[Shape, list[nn.Module]]] = {
     ),
     "groups, dilation and global pooling": (
         (2, 9, 7),
-        [nn.Conv2d(2, 4, 3, dilation=2, groups=2), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)],
+        [
+            *[nn.Conv2d(2, 4, 3, dilation=2, groups=2), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten()],
+            *[nn.Dropout(0.2), nn.Linear(4, 4)],
+        ],
     ),
     "norms of images": (
         (2, 5, 4),
@@ -430,6 +433,14 @@ def linear(*shortcuts: Shortcut | None, read: tuple[Map, ...] = ()) -> Network:
     return Network((6,), (replace(layers[0], read=read), *layers[1:], Dense(4)), ACTIVATIONS["tanh"])
 
 
+def test_an_activation_of_ones_own_stays_what_it_is() -> None:
+    own = Activation("tanh", torch.sin, lambda z, h: z.cos())
+    net = assemble((6,), [Dense(5), own, Dense(4)])
+    w, x = weights(net), inputs((6,))
+    torch.testing.assert_close(to_torch(net, w)(x), net.logits(w, x), rtol=0, atol=1e-12)
+    assert from_torch(to_torch(net, w), (6,))[0] == net
+
+
 @dataclass(frozen=True)
 class Twice(Dense):
     """A layer of a user's own."""
@@ -454,12 +465,12 @@ def test_a_shortcut_of_another_shape_is_the_one_that_a_block_makes() -> None:
 
     def net(*maps: Map, read: tuple[Map, ...] = ()) -> Network:
         layers = replace(strided, read=read, shortcut=Shortcut(1, maps)), Dense(4)
-        return Network((2, 8, 8), layers, ACTIVATIONS["identity"])
+        return Network((2, 4, 4), layers, ACTIVATIONS["identity"])
 
     norm = GroupNorm(2)
     for same in (net(Shrink(2, 4)), net(norm, Shrink(2, 4), read=(norm,)), net(Shrink(2, 4), read=(norm,))):
-        x, w = inputs((2, 8, 8)), weights(same)
+        x, w = inputs((2, 4, 4)), weights(same)
         torch.testing.assert_close(to_torch(same, w)(x), same.logits(w, x), rtol=0, atol=1e-12)
-    for other in (net(AvgPool(2), Shrink(1, 4)), net(MaxPool(1), Shrink(2, 4), read=(norm,))):
+    for other in (net(AvgPool(2), Shrink(1, 4)), net(MaxPool(1), Shrink(2, 4), read=(norm,)), net(Shrink(3, 4))):
         with pytest.raises(Mistake, match="other maps than those with which layer 1 begins to read"):
             to_torch(other, weights(other))

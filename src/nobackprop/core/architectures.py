@@ -68,7 +68,7 @@ class _Row:
         self.shapes = [in_shape]  # of each layer's output, as Network.shapes
         self.pending: list[Map] = []  # maps that the next layer will read through
         self.shape = in_shape  # of what the next part gets
-        self.block = 0  # how many layers there were where the innermost residual block began
+        self.block = 0  # how many layers there were where the last residual block began
 
     def add(self, part: Part) -> None:
         if isinstance(part, Residual):
@@ -90,11 +90,10 @@ class _Row:
             self.pending.append(part)
 
     def _residual(self, part: Residual) -> None:
-        begin, read, shape, outer = len(self.layers), tuple(self.pending), self.shape, self.block
+        begin, read, shape = len(self.layers), tuple(self.pending), self.shape
         self.block = begin  # an activation at its head is the block's, not that of the layer below
         for inner in part.parts:
             self.add(inner)
-        self.block = outer
         if len(self.layers) == begin or self.pending:
             raise Mistake("a residual block ends with a layer, or a layer's activation: what it adds to is that output")
         if self.layers[-1].shortcut:
