@@ -257,7 +257,7 @@ def pooled_and_normalized() -> nn.Sequential:
 
 
 @pytest.mark.parametrize("rule", [BP(), FA(), DFA(), LRAE(beta=0.1)], ids=lambda rule: type(rule).__name__)
-def test_torchs_own_loop_trains_a_net_by_every_rule(rule: Rule) -> None:
+def test_torchs_own_loop_trains_a_net_by_rules_of_each_family(rule: Rule) -> None:
     digits = Digits().load()
     x, y = digits.train.pixels.double() / 255, digits.train.labels
     module = pooled_and_normalized().double()

@@ -133,7 +133,8 @@ def gradients(
 
     The module is what `from_torch` takes: an `nn.Sequential` of nn.Linear, nn.Conv2d, activations, pooling, norms,
     dropout, residual blocks. Its weights stay where they are and start as they are; where the rule needs non-negative
-    ones (mDFA), as their absolute values.
+    ones (mDFA), as their absolute values. `step` draws dropout whatever mode the module is in; where it has any, call
+    `module.eval()` before the module is used by itself.
 
     `in_shape` is the shape of one input, such as (C, H, W); it must be given unless nn.Linear comes first. The rule's
     own weights are drawn by `feedback` (by default uniform in +-1/sqrt(fan-in)) from `seed`, as are noise and dropout.
