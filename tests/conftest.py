@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -300,8 +301,9 @@ def _pairs() -> Iterator[Any]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Over every rule, every small net in a row, or the pairs of rules and nets, as a test asks for."""
-    own = {name for mark in metafunc.definition.iter_markers("parametrize") for name in str(mark.args[0]).split(",")}
-    asked = {"rule", "problem"} & {*metafunc.fixturenames} - {name.strip() for name in own}
+    marks = metafunc.definition.iter_markers("parametrize")
+    own = {name for mark in marks for name in re.findall(r"\w+", str(mark.args[0]))}  # a string, or several in a tuple
+    asked = {"rule", "problem"} & {*metafunc.fixturenames} - own
     if asked == {"rule", "problem"}:
         metafunc.parametrize(("rule", "problem"), list(_pairs()), indirect=True)
     elif asked == {"rule"}:

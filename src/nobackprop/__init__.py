@@ -6,9 +6,10 @@
     runs.plot()
 
 `train` does what the command `nobackprop` does, and gives a `Record` a seed; `runs` is a table of all that is recorded,
-`load` a trained net, `Trained`. `gradients` brings a learning rule into a training loop of your own. What runs are made
-of is here too: nets (`mlp`, `allconv`, or a `Network` of `Dense` and `Conv` layers), learning rules, losses,
-initializers and data sets. Mistakes of the user are a `Mistake`, which says what to do.
+`load` a trained net, `Trained`. `gradients` brings a learning rule for a torch module into a training loop of your own;
+`from_torch` makes a net of a torch module, and `to_torch` the way back. What runs are made of is here too: nets (`mlp`,
+`allconv`, or a `Network` of `Dense` and `Conv` layers), learning rules, losses, initializers and data sets. Mistakes of
+the user are a `Mistake`, which says what to do.
 """
 
 import re
@@ -61,6 +62,12 @@ if TYPE_CHECKING:  # for editors and type checkers: the same as below; a rule th
         Positions as Positions,
         Shrink as Shrink,
     )
+    from nobackprop.core.modules import (
+        MapModule as MapModule,
+        ResidualModule as ResidualModule,
+        from_torch as from_torch,
+        to_torch as to_torch,
+    )
     from nobackprop.core.network import Network as Network, allconv as allconv, mlp as mlp
     from nobackprop.core.rule import Batch as Batch, Rule as Rule
     from nobackprop.data.folders import ImageNet as ImageNet
@@ -105,6 +112,7 @@ _PUBLIC = {
     "core.maps": "Attention AvgPool Dropout Elementwise Flatten GroupNorm LayerNorm Map MaxPool Mean Patches Positions "
     "Shrink",
     "core.losses": "Loss SigmoidCrossEntropy SoftmaxCrossEntropy SquaredError cross_entropy",
+    "core.modules": "MapModule ResidualModule from_torch to_torch",
     "core.network": "Network allconv mlp",
     "core.rule": "Batch Rule",
     "data.folders": "ImageNet",

@@ -1,7 +1,7 @@
 """Activation functions, each with its derivative and its difference written out (training builds no autograd graph)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,9 @@ class Activation:
     """
 
     name: str
-    f: Callable[[Tensor], Tensor]
-    derivative: Callable[[Tensor, Tensor], Tensor] | None
-    without_cancellation: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    f: Callable[[Tensor], Tensor] = field(repr=False)
+    derivative: Callable[[Tensor, Tensor], Tensor] | None = field(repr=False)
+    without_cancellation: Callable[[Tensor, Tensor, Tensor], Tensor] | None = field(default=None, repr=False)
 
     def df(self, z: Tensor, h: Tensor) -> Tensor:
         """The derivative of f at z, elementwise, given h = f(z).

@@ -67,6 +67,7 @@ class _Row:
         self.layers: list[Layer] = []
         self.pending: list[Map] = []  # maps that the next layer will read through
         self.shape = in_shape  # of what the next part gets
+        self.block = 0  # how many layers there were where the last residual block began
 
     def add(self, part: Part) -> None:
         if isinstance(part, Residual):
@@ -77,7 +78,7 @@ class _Row:
             self.layers.append(layer)
             self.pending = []
         elif isinstance(part, Activation):
-            bare = self.layers and not self.pending and self.layers[-1].activation is LINEAR
+            bare = len(self.layers) > self.block and not self.pending and self.layers[-1].activation is LINEAR
             if bare and not self.layers[-1].shortcut:
                 self.layers[-1] = replace(self.layers[-1], activation=part)
             else:
@@ -88,23 +89,24 @@ class _Row:
 
     def _residual(self, part: Residual) -> None:
         begin, read, shape = len(self.layers), tuple(self.pending), self.shape
+        self.block = begin  # an activation at its head is the block's, not that of the layer below
         for inner in part.parts:
             self.add(inner)
         if len(self.layers) == begin or self.pending:
             raise Mistake("a residual block ends with a layer, or a layer's activation: what it adds to is that output")
         if self.layers[-1].shortcut:
             raise Mistake("a residual block can't end with another one: its last layer would have two shortcuts")
-        maps = read if self.shape == shape else (*read, _shrink(shape, self.shape))
+        maps = read if self.shape == shape else (*read, shrink(shape, self.shape))
         self.layers[-1] = replace(self.layers[-1], shortcut=Shortcut(len(self.layers) - begin, maps))
 
 
-def _shrink(shape: Shape, to: Shape) -> Shrink:
-    """What makes an image of one shape one of the other."""
+def shrink(shape: Shape, to: Shape) -> Shrink:
+    """What makes an image of one shape one of the other. Raises Mistake where nothing without weights does."""
     if len(shape) == len(to) == 3 and to[0] >= shape[0]:
         stride = -(-shape[1] // to[1])
-        shrink = Shrink(stride, to[0])
-        if shrink.out_shape(shape) == to:
-            return shrink
+        shrunk = Shrink(stride, to[0])
+        if shrunk.out_shape(shape) == to:
+            return shrunk
     raise Mistake(
         f"a residual block makes {to} of {shape}: what it adds must have the same shape, or be an image with more "
         "channels and every second, third, ... position"

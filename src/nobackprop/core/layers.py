@@ -31,10 +31,17 @@ from nobackprop.mistakes import Mistake
 
 @dataclass(frozen=True)
 class Shortcut:
-    """What is added to a layer's activation: that of `over` layers below (1: of the one below), through `maps`."""
+    """What is added to a layer's activation: that of `over` layers below (1: of the one below), through `maps`.
+
+    Raises Mistake for dropout among the maps: it would have to be the same that the layers below read through.
+    """
 
     over: int
     maps: tuple[Map, ...] = ()
+
+    def __post_init__(self) -> None:
+        if any(m.kind == "dropout" for m in self.maps):
+            raise Mistake("a shortcut can't lead through dropout: put dropout into the residual block, not before it")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from omegaconf import DictConfig
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from nobackprop.core.initializers import Initializer, from_string, initial_weights
 from nobackprop.core.losses import Loss
 from nobackprop.core.maps import Shape
+from nobackprop.core.modules import from_torch
 from nobackprop.core.network import Network
 from nobackprop.core.rule import Batch, Rule
 from nobackprop.data.sources import Source
@@ -121,7 +123,7 @@ def configure(s: Settings) -> Run:
             )
         rule = _made(Rule, s.rule, "rule")
         loss = _made(Loss, s.loss, "loss", s.dataset.classes or source.num_classes)
-        net = _made(Network, s.arch, "arch", source.shape, loss.outputs)
+        net = _net(s.arch, source.shape, loss.outputs)
         rule.check(net)
         kept = 2 * 4 * s.batch_size * sum(net.units(l) for l in range(net.L))  # bytes of z and h
         run = Run(
@@ -170,13 +172,33 @@ def prepare(cfg: DictConfig) -> Run:
 
 def _made(kind: type[T], node: Component, key: str, *args: Any) -> T:
     """What a config node makes. Raises Mistake where that is of another kind."""
-    made = build(node, key, *args)
+    return _checked(kind, build(node, key, *args), node, key)
+
+
+def _checked(kind: type[T], made: Any, node: Component, key: str) -> T:
     if not isinstance(made, kind):
         raise Mistake(
             f"{key}: _target_ {node['_target_']!r} makes an object of type {type(made).__name__}, and a "
             f"{kind.__module__}.{kind.__name__} is needed"
         )
     return made
+
+
+def _net(node: Component, in_shape: Shape, outputs: int) -> Network:
+    """The net that `arch` makes, or of a torch module that it makes, without its weights: `init` says how they start.
+
+    Raises Mistake for a module that can't be a net, with the place, and for another number of outputs.
+    """
+    made = build(node, "arch", in_shape, outputs)
+    if isinstance(made, nn.Module):
+        try:
+            made, _ = from_torch(made, in_shape)
+        except Mistake as e:
+            raise Mistake(f"arch: {e}") from e
+    net = _checked(Network, made, node, "arch")
+    if net.units(net.L) != outputs:
+        raise Mistake(f"arch: {node['_target_']} makes a net of {net.units(net.L)} outputs, and {outputs} are needed")
+    return net
 
 
 def _initializer(spec: Component | str | float, key: str) -> Initializer:
