@@ -51,7 +51,7 @@ def test_backprops_update_is_the_gradient_in_the_diagnostics(arch: list[str], co
     (record,) = train(config("rule=bp", *arch, "diagnostics=alignment"))
     angles = [value for name, value in record.epochs[0].items() if name.startswith("angle/update_W")]
     assert angles
-    assert all(float(value) < 0.1 for value in angles)
+    assert max(float(value or 0) for value in angles) < 0.1
 
 
 @pytest.mark.parametrize(
