@@ -1,7 +1,7 @@
 """The site: pages of docs/, and those that `generate` makes from code, conf/ and records. `make docs` builds it."""
 
 import sys
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -10,7 +10,7 @@ from generate import write_all
 
 project = "nobackprop"
 author = copyright = "The nobackprop authors"
-release = version("nobackprop")
+release = metadata.version("nobackprop")
 
 extensions = ["myst_parser"]
 myst_enable_extensions = ["colon_fence", "deflist"]

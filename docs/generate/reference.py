@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from html import escape
 from importlib import import_module
 from math import prod
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -25,12 +27,12 @@ from nobackprop.core.rule import Batch, Rule
 from nobackprop.mistakes import Mistake
 from nobackprop.papers.figures import figures
 from nobackprop.papers.results import Cost, Findings
-from nobackprop.places import CONF
+from nobackprop.places import CONF, RESULTS
 
 
 def pages(every: Sequence[Findings]) -> dict[str, str]:
     """The pages by name."""
-    return {"keys": keys(), "rules": rules(every), "interface": interface()}
+    return {"keys": keys(), "rules": rules(every), "interface": interface(), "costs": costs(RESULTS / "benchmark.csv")}
 
 
 # Keys
@@ -241,6 +243,39 @@ def _rule(name: str, rule: Rule) -> str:
     told = inspect.getdoc(type(rule)) or ""
     chosen = _yaml((CONF / "rule" / f"{name}.yaml").read_text())
     return "\n\n".join([f"### {name}", told, f"The file is `src/{module}.py`; `rule={name}` has these keys:", chosen])
+
+
+# Costs
+
+
+def costs(path: Path) -> str:
+    """What benchmarks/benchmark.py measured, a table for each measure."""
+    frame = pd.read_csv(path)
+    parts = [COSTS]
+    for measure, rows in frame.groupby("measure", sort=False):
+        body = [
+            [cell(escape(row.what)), cell(f"{row.value:,.4g}", True), cell(escape(row.unit)), cell(_ratio(row.ratio), True)]
+            for row in rows.itertuples()
+        ]
+        threads = " and ".join(f"{n:g}" for n in rows.threads.unique())
+        title = str(measure)[0].upper() + str(measure)[1:]
+        parts += [f"## {title}", f"{rows.processor.iloc[0]}, threads: {threads}."]
+        parts.append(raw(sortable(["what", "value", "unit", "ratio"], body, 0)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _ratio(ratio: float) -> str:
+    return "" if pd.isna(ratio) else f"{ratio:.2f}"
+
+
+COSTS = """# Speed and memory
+
+All figures are of `results/benchmark.csv`, which `python benchmarks/benchmark.py` makes. What is compared is measured in
+turn on one machine, so the ratio of two figures says more than a figure alone. The ratio is to the first line of a table, or to
+backprop. *Plain PyTorch* is backprop by modules, autograd and torch's optimizer, not compiled.
+
+A step here has no autograd graph. The optimizer is one kernel, and memory is kept between steps. On a GPU nothing has been
+measured yet."""
 
 
 # Interface

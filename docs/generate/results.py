@@ -91,7 +91,7 @@ def accuracy(found: Found | None, best: bool, signs: Mapping[str, str]) -> str:
 def accuracies(found: Findings, table: Table) -> str:
     """A table of a paper, and what is to be said of it."""
     shown = sheet(found, table)
-    parts = [f"({table.name})=", f"### {heading(found, table)}"]
+    parts = [f"### {heading(found, table)}"]
     if shown:
         winners = [winner(row) for row in found.tables[table.name]]
         body = [
