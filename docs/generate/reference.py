@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib import import_module
@@ -25,7 +25,7 @@ from nobackprop.core.losses import SoftmaxCrossEntropy
 from nobackprop.core.network import Network, mlp
 from nobackprop.core.rule import Batch, Rule
 from nobackprop.mistakes import Mistake
-from nobackprop.papers.figures import figures
+from nobackprop.papers.figures import figures, within_a_page
 from nobackprop.papers.results import Cost, Findings
 from nobackprop.places import CONF, RESULTS
 
@@ -44,9 +44,9 @@ def keys() -> str:
     groups, _ = usage._commented(train)
     parts = [
         "# Keys",
-        "Every run is composed of the files below. A group is chosen by `group=choice`, a key is set by `key=value`, and a "
-        "key of a group by `group.key=value`, as in `optimizer.lr=0.01`. `nobackprop --help` shows the same in two "
-        "screens, `nobackprop rule=dtp --help` the keys of a choice, and `nobackprop --cfg job` the whole config.",
+        "Every run is composed of the files below. A group is chosen by `group=choice`, a key is set by `key=value`, "
+        "and a key of a group by `group.key=value`, as in `optimizer.lr=0.01`. `nobackprop --help` shows the same in "
+        "two screens, `nobackprop rule=dtp --help` the keys of a choice, and `nobackprop --cfg job` the whole config.",
         "## train.yaml",
         _yaml(train.partition("\nhydra:")[0]),
     ]
@@ -55,7 +55,9 @@ def keys() -> str:
         parts += [f"## {group}=", f"What it chooses: {comment}. If you say nothing: `{choice}`."]
         paths = sorted((CONF / name).rglob("*.yaml"))
         if name == "tuned":
-            parts.append(f"There are {len(paths)} files of settings that were searched; `tuned=none` takes none of them.")
+            parts.append(
+                f"There are {len(paths)} files of settings that were searched; `tuned=none` takes none of them."
+            )
         else:
             named = [(str(path.relative_to(CONF / name).with_suffix("")), path.read_text()) for path in paths]
             parts += [f"`{group}={each}`\n\n{_yaml(text)}" for each, text in named]
@@ -186,7 +188,8 @@ def rules(every: Sequence[Findings]) -> str:
     found = {path.stem: instantiate(OmegaConf.load(path)) for path in sorted((CONF / "rule").glob("*.yaml"))}
     known = {name: needs(rule) for name, rule in found.items()}
     families = dict.fromkeys(each.family for each in known.values())
-    parts = [RULES, raw(_table(known, _costs(every))), *_field(every)]
+    experiment, costs = _costs(every)
+    parts = [RULES.format(experiment=f"`{experiment}`"), raw(_table(known, costs)), *_field(every)]
     for family in sorted(families, key=lambda f: (f.startswith("The net"), f.startswith("No"), f)):
         parts.append(f"## {family}")
         for name, rule in found.items():
@@ -200,20 +203,20 @@ RULES = """# Rules
 A learning rule says which error reaches each layer. The layer turns its input and that error into the gradient of its
 weights, and does so in the same way for every rule. So a rule is one short file, to be read beside its paper.
 
-The table says what each rule needs. It is made by running the rule on small nets when this page is built. *f'* says whether the
-rule needs the derivative of the activation. *Uses of W above* says what a layer's error takes of the weights above it:
-backprop needs their values. *Own weights* are those besides W and b; "as W" means that they have the shapes of W.
-*Work* is the arithmetic of a training step, where a forward pass is 1. *Time* and *memory* were measured for a step
-(`results/benchmark.csv`), and backprop has 1."""
+The table says what each rule needs. It is made by running the rule on small nets when this page is built. *f'* says
+whether the rule needs the derivative of the activation. *Uses of W above* says what a layer's error takes of the
+weights above it: backprop needs their values. *Own weights* are those besides W and b; "as W" means that they have the
+shapes of W. *Work* is the arithmetic of a training step, where a forward pass is 1. *Time* and *memory* are those of a
+step of {experiment} (`results/benchmark.csv`), where backprop has 1."""
 
 
-def _costs(every: Sequence[Findings]) -> dict[str, Cost]:
-    """The first experiment in which the most rules were measured."""
-    known = [costs for found in every for costs in found.costs.values()]
-    return dict(max(known, key=len)) if known else {}
+def _costs(every: Sequence[Findings]) -> tuple[str, Mapping[str, Cost]]:
+    """The experiment in which the most rules were measured, and what they cost there."""
+    known = {experiment: costs for found in every for experiment, costs in found.costs.items()}
+    return max(known.items(), key=lambda each: (len(each[1]), each[0]), default=("", {}))
 
 
-def _table(known: dict[str, Needs], costs: dict[str, Cost]) -> str:
+def _table(known: Mapping[str, Needs], costs: Mapping[str, Cost]) -> str:
     rows = []
     for name, n in known.items():
         cost = costs.get(name)
@@ -232,8 +235,7 @@ def _field(every: Sequence[Findings]) -> list[str]:
         drawn = figures(found) if tables else {}
         for table in tables:
             if svg := drawn.get(f"{table.name}_cost"):
-                text = svg.decode()
-                parts += ["## Accuracy against cost", raw(element("figure", text[text.index("<svg") :], _class="drawn"))]
+                parts += ["## Accuracy against cost", raw(element("figure", within_a_page(svg), _class="drawn"))]
                 parts.append(f"The runs are those of [{found.layout.title}](../results/{found.paper}.md).")
     return parts
 
@@ -254,7 +256,12 @@ def costs(path: Path) -> str:
     parts = [COSTS]
     for measure, rows in frame.groupby("measure", sort=False):
         body = [
-            [cell(escape(row.what)), cell(f"{row.value:,.4g}", True), cell(escape(row.unit)), cell(_ratio(row.ratio), True)]
+            [
+                cell(escape(row.what)),
+                cell(f"{row.value:,.4g}", True),
+                cell(escape(row.unit)),
+                cell(_ratio(row.ratio), True),
+            ]
             for row in rows.itertuples()
         ]
         threads = " and ".join(f"{n:g}" for n in rows.threads.unique())
@@ -270,12 +277,12 @@ def _ratio(ratio: float) -> str:
 
 COSTS = """# Speed and memory
 
-All figures are of `results/benchmark.csv`, which `python benchmarks/benchmark.py` makes. What is compared is measured in
-turn on one machine, so the ratio of two figures says more than a figure alone. The ratio is to the first line of a table, or to
-backprop. *Plain PyTorch* is backprop by modules, autograd and torch's optimizer, not compiled.
+All figures are those of `results/benchmark.csv`, which `python benchmarks/benchmark.py` makes. What is compared is
+measured in turn on one machine, so the ratio of two figures says more than a figure alone. The ratio is to the first
+line of a table, or to backprop. *Plain PyTorch* is backprop by modules, autograd and torch's optimizer, not compiled.
 
-A step here has no autograd graph. The optimizer is one kernel, and memory is kept between steps. On a GPU nothing has been
-measured yet."""
+A step here has no autograd graph. The optimizer is one kernel, and memory is kept between steps. On a GPU nothing has
+been measured yet."""
 
 
 # Interface
@@ -291,7 +298,10 @@ def interface() -> str:
     parts += ["```{py:module} nobackprop\n```"]
     for module, names in nobackprop._PUBLIC.items():
         title = (inspect.getdoc(import_module(f"nobackprop.{module}")) or module).partition("\n")[0].rstrip(".")
-        parts += [f"## {re.split('[:;,]', title)[0]}", *(_member(name, getattr(nobackprop, name)) for name in names.split())]
+        parts += [
+            f"## {re.split('[:;,]', title)[0]}",
+            *(_member(name, getattr(nobackprop, name)) for name in names.split()),
+        ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -8,7 +8,7 @@ from shlex import join
 import yaml
 
 from nobackprop.papers.claims import Result
-from nobackprop.papers.figures import figures
+from nobackprop.papers.figures import figures, within_a_page
 from nobackprop.papers.results import Findings, Found, Published, Row, Table
 from nobackprop.papers.tables import (
     about,
@@ -118,8 +118,7 @@ def drawings(table: Table, drawn: Mapping[str, bytes]) -> list[str]:
     parts = []
     for kind, title in TITLES.items():
         if svg := drawn.get(f"{table.name}_{kind}"):
-            text = svg.decode()
-            figure = element("figure", text[text.index("<svg") :], _class="drawn", aria_label=title)
+            figure = element("figure", within_a_page(svg), _class="drawn", aria_label=title)
             shown = "" if kind in (table.drawn, "rules") else None
             parts.append(raw(element("details", element("summary", title) + figure, open=shown)))
     return parts
@@ -189,8 +188,8 @@ def runs(found: Findings) -> list[str]:
     table = sortable(header, rows, 1, every)
     fold = element("details", element("summary", f"All {len(rows)} cells with runs") + table)
     told = (
-        f"A cell's records are lines of `results/records`; `results/tables/{found.paper}.csv` has all cells in one table. "
-        "Seconds are those of the fastest seed, since runs shared a machine."
+        f"A cell's records are lines of `results/records`; `results/tables/{found.paper}.csv` has all cells in one "
+        "table. Seconds are those of the fastest seed, since runs shared a machine."
     )
     return ["## Every cell", told, raw(fold)]
 
@@ -219,8 +218,8 @@ def elsewhere(every: Mapping[str, Published]) -> str:
     """Published figures that stand beside none of ours."""
     parts = [
         "# Published elsewhere",
-        "These figures are copied from their sources, with the place where they stand. None of them has the settings of "
-        "a cell of ours, so none is compared with one.",
+        "These figures are copied from their sources, with the place where they stand. None of them has the settings "
+        "of a cell of ours, so none is compared with one.",
     ]
     for known in every.values():
         shown = [figure for figure in known.figures if not figure.cell]

@@ -30,7 +30,6 @@ STYLE: Any = {
     "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial", "sans-serif"],
     "font.size": 9,
     "axes.titlesize": 9,
-    "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.facecolor": "none",
@@ -183,7 +182,7 @@ def _panels(rows: Sequence[Row], line: Callable[..., tuple[float, float]], x: st
         if line is _time:
             _logarithmic(ax, "x")
         _names(ax, ends)
-        ax.set_title(described(row.labels))
+        ax.set_title(described(row.labels), loc="left")
     return canvas
 
 
@@ -236,7 +235,7 @@ def _against(table: Table, rows: Sequence[Row]) -> Canvas:
         if table.drawn == "error":
             ax.set_ylim(0, 1.08 * ax.get_ylim()[1])
         _names(ax, ends)
-        ax.set_title(", ".join(choice.replace("_", " ") for choice in group))
+        ax.set_title(", ".join(choice.replace("_", " ") for choice in group), loc="left")
     return canvas
 
 
@@ -278,7 +277,7 @@ def _by_rule(found: Findings, rows: Sequence[Row]) -> Canvas:
                     _points(ax, rule, value[0], place, xerr=value[1] or None, **fill)
         ax.set_yticks(range(len(rules)), rules if ax is axes[0] else [])
         ax.set_ylim(len(rules) - 0.5, -0.5)
-        ax.set_title(title)
+        ax.set_title(title, loc="left")
         if "angle" in title:
             ax.set_xticks([0, 30, 60, 90])
         else:
@@ -305,7 +304,7 @@ def _cost(found: Findings, rows: Sequence[Row]) -> Canvas:
         _logarithmic(ax, "x")
         _logarithmic(ax, "y")
         _names(ax, ends)
-        ax.set_title(described(row.labels))
+        ax.set_title(described(row.labels), loc="left")
     return canvas
 
 
@@ -330,5 +329,5 @@ def _angles(measured: Sequence[tuple[Row, str, Found]]) -> Canvas:
         ax.set_yticks([0, 30, 60, 90])
         _names(ax, ends)
         n = " to ".join(str(count) for count in sorted({min(seeds), max(seeds)}))  # layers may differ
-        ax.set_title(f"{rule}, {n} seeds\n{described(row.labels)}", fontsize=8)
+        ax.set_title(f"{rule}, {n} seeds\n{described(row.labels)}", fontsize=8, loc="left")
     return canvas

@@ -11,7 +11,7 @@ results/benchmark.csv and conf/. The same files give the same bytes. The command
 import argparse
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,7 +162,8 @@ def sheet(found: Findings, table: Table) -> Sheet | None:
     if table.by_rule:
         names = [described(row.labels) for row in shown]
         sizes = [
-            f"{name}, {epochs(row, signs)} epochs, {row.seeds} seeds" for name, row in zip(names, shown, strict=True)
+            f"{name}, {epochs(row, signs)} epochs, {_count([int(row.seeds)], 'seed')}"
+            for name, row in zip(names, shown, strict=True)
         ]
         further = ("angle", "speed (bp = 1)", "memory (bp = 1)")
         head = ["rule", *sizes, *(f"{name}: {what}" for what in further for name in names)]
@@ -192,7 +193,8 @@ def notes(found: Findings, table: Table, shown: Sheet | None) -> list[str]:
 def heading(found: Findings, table: Table) -> str:
     """A table's title with the number of epochs and seeds of its runs, as in `MNIST, 10 epochs, 3 to 10 seeds`."""
     run = [row for row in found.tables[table.name] if row.run]
-    counted = [_count([int(row.epochs) for row in run], "epoch"), _count([int(row.seeds) for row in run], "seed")]
+    lengths = [int(row.epochs) for row in run] or ([table.epochs] if table.epochs else [])
+    counted = [_count(lengths, "epoch"), _count([int(row.seeds) for row in run], "seed")]
     return ", ".join([table.title, *filter(None, counted)])
 
 
@@ -206,8 +208,8 @@ def caption(table: Table) -> str:
     if table.by_rule:
         what += (
             " The angle is that between a rule's update and backprop's gradient after the last epoch, the mean over "
-            "hidden layers and seeds. Speed is in images a second, memory is what a training step needs besides weights "
-            "and gradients; both are relative to backprop's on the same net (results/benchmark.csv)."
+            "hidden layers and seeds. Speed is in images a second, memory is what a training step needs besides "
+            "weights and gradients; both are relative to backprop's on the same net (results/benchmark.csv)."
         )
     return what
 
@@ -217,7 +219,7 @@ def accuracy_table(found: Findings, table: Table) -> str:
     shown = sheet(found, table)
     listed = "\n".join(f"- {note}" for note in notes(found, table, shown))
     if shown is None:
-        return f"### {table.title}\n\nNo runs yet.\n\n{listed}".rstrip()
+        return f"### {heading(found, table)}\n\nNo runs yet.\n\n{listed}".rstrip()
     lines = ([text(cell, shown.signs) for cell in line] for line in shown.lines)
     body = markdown(shown.head, lines, shown.left)
     return f"### {heading(found, table)}\n\n{caption(table)}\n\n{body}\n\n{listed}".rstrip()
@@ -307,7 +309,9 @@ def lengths(found: Findings) -> str:
     """How long the runs of the tests were trained, when a paper's runs finished, and what they depart in: sentences."""
     counts = Counter(r.epochs for r in found.verdicts if r.epochs)
     parts = [f"{count} of runs of {epochs} epochs" for epochs, count in sorted(counts.items(), reverse=True)]
-    days = [r.finished[:10] for rows in found.tables.values() for row in rows for c in row.cells.values() for r in c.records]
+    days = [
+        r.finished[:10] for rows in found.tables.values() for row in rows for c in row.cells.values() for r in c.records
+    ]
     told = [f"Tests: {', '.join(parts)}. The paper's runs {between(days)}."] if parts else []
     return " ".join([*told, *departures(found)])
 
