@@ -225,7 +225,8 @@ def test_results_are_shown_in_one_call_each() -> None:
         assert all(name in text for name in names)
         assert f"{sum(accuracies) / 2:.2%}" in text
     figure: Any = runs.plot()
-    assert [line.get_label() for line in figure.axes[0].lines] == names
+    ranked = [tick.get_text() for tick in figure.axes[1].get_yticklabels()]
+    assert ranked == [*summary.sort_values("test", ascending=False, kind="stable").index]
     assert figure._repr_png_().startswith(b"\x89PNG")
 
 

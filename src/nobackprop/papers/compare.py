@@ -180,6 +180,7 @@ def curves(runs: Runs) -> Curves:
             right.plot(reached, [place] * len(reached), "o", color=line.get_color(), alpha=0.4, markersize=4)
             right.plot([mean(reached)] if reached else [], [place] if reached else [], "o", color=line.get_color())
         means = np.concatenate([line.get_ydata() for line in left.lines])
+        means = means[np.isfinite(means)] if np.isfinite(means).any() else np.array([100.0])  # NaN where all diverged
         limits = means.min() / 1.3, means.max() * 1.15
         left.set(xlabel="epoch", ylabel="validation error, %", yscale="log", ylim=limits)
         left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -85,7 +85,7 @@ def _svg(draw: Callable[[], Canvas]) -> bytes:
         canvas, file = draw(), io.BytesIO()
         canvas.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     svg = re.sub(r"<[^>]*>", _rounded, file.getvalue().decode())
-    svg = re.sub(r' id="[a-z]\w*?_\d+(\.\w+)?"', "", svg)  # numbers of parts, which two figures of a page would share
+    svg = re.sub(r' id="[a-z][\w.]*_\d+"', "", svg)  # numbers of parts, which two figures of a page would share
     svg = re.sub(r'<g id="rule:(\w+)">', r'<g class="rule-\1">', svg).replace(INK, "currentColor")
     return re.sub(r"(<svg[^>]*>)", rf"\1{ALONE}", svg, count=1).encode()
 
@@ -155,6 +155,14 @@ def _logarithmic(ax: Any, which: str) -> None:
     axis.set_view_interval(low, high, ignore=True)
 
 
+def _around(ax: Any, margin: float) -> None:
+    """Puts the limits of a logarithmic y axis around the lines, whatever their bands do."""
+    values = np.concatenate([line.get_ydata() for line in ax.lines])
+    values = values[np.isfinite(values)]
+    if len(values):
+        ax.set_ylim(values.min() / margin, values.max() * margin)
+
+
 def _names(ax: Any, ends: Sequence[tuple[str, tuple[float, float], Any]]) -> None:
     """Names beside a panel, each at the height of its line's end or as near to it as others let it be."""
     to_panel = ax.transData + ax.transAxes.inverted()
@@ -176,8 +184,7 @@ def _panels(rows: Sequence[Row], line: Callable[..., tuple[float, float]], x: st
     canvas, axes = _axes(len(rows), x, "validation error, %", rules_run(rows))
     for ax, row in zip(axes, rows, strict=True):
         ends = [(rule, line(ax, c, colour(rule), rule), colour(rule)) for rule, c in row.cells.items() if c.records]
-        means = np.concatenate([one.get_ydata() for one in ax.lines])
-        ax.set_ylim(means.min() / 1.15, means.max() * 1.15)
+        _around(ax, 1.15)
         _logarithmic(ax, "y")
         if line is _time:
             _logarithmic(ax, "x")
