@@ -41,14 +41,11 @@ def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
 
 def test_the_example_trains_compares_and_plots(tmp_path: Path) -> None:
     code = (ROOT / "examples" / "compare_rules.py").read_text()
-    (tmp_path / "example.py").write_text(code.replace('"seeds": 3, "max_epochs": 15', '"seeds": 1, "max_epochs": 2'))
+    quick = code.replace("seeds=3,", "seeds=1,").replace("max_epochs=15,", "max_epochs=2,")
+    assert len(quick) == len(code) - 1
+    (tmp_path / "example.py").write_text(quick)
     ended = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert re.findall(r"^(\w+) +\d\d\.\d\d% on the test images", ended.stdout, re.MULTILINE) == [
-        "bp",
-        "fa",
-        "dfa",
-        "lra_e",
-    ]
+    assert re.findall(r"^(\w+) +\d\d\.\d\d +-?\d+\.\d\d$", ended.stdout, re.MULTILINE) == ["bp", "fa", "dfa", "lra_e"]
     assert (tmp_path / "runs" / "example" / "compare_rules.png").exists()
 
 

@@ -257,12 +257,12 @@ def costs(path: Path) -> str:
     for measure, rows in frame.groupby("measure", sort=False):
         body = [
             [
-                cell(escape(row.what)),
-                cell(f"{row.value:,.4g}", True),
-                cell(escape(row.unit)),
-                cell(_ratio(row.ratio), True),
+                cell(escape(what)),
+                cell(f"{value:,.4g}", True),
+                cell(escape(unit)),
+                cell(_ratio(ratio), True),
             ]
-            for row in rows.itertuples()
+            for what, value, unit, ratio in rows[["what", "value", "unit", "ratio"]].itertuples(index=False)
         ]
         threads = " and ".join(f"{n:g}" for n in rows.threads.unique())
         title = str(measure)[0].upper() + str(measure)[1:]

@@ -260,7 +260,7 @@ def _by_rule(found: Findings, rows: Sequence[Row]) -> Canvas:
     """A line for each rule, the best first: the error in each row, and the angle, the time and the memory in all."""
     rules = sorted(rules_run(rows), key=lambda rule: -(rows[0].cells[rule].mean or 0) if rule in rows[0].cells else 1)
     first, *_ = names = [described(row.labels) for row in rows]
-    panels: list[tuple[str, list[Mapping[str, Value]]]] = []  # a title, and for each row the values by rule
+    panels: list[tuple[str, Sequence[Mapping[str, Value]]]] = []  # a title, and for each row the values by rule
     for row, name in zip(rows, names, strict=True):
         tested = {rule: cell for rule, cell in row.cells.items() if cell.mean is not None}
         errors: dict[str, Value] = {
