@@ -296,11 +296,12 @@ def interface() -> str:
         "Learning rules are public too, as `nobackprop.LRAE`; the [rules](rules.md) have a page of their own.",
     ]
     parts += ["```{py:module} nobackprop\n```"]
-    for module, names in nobackprop._PUBLIC.items():
+    known = nobackprop._PUBLIC  # what one starts with comes first
+    for module in sorted(known, key=lambda name: name.startswith(("core.", "data."))):
         title = (inspect.getdoc(import_module(f"nobackprop.{module}")) or module).partition("\n")[0].rstrip(".")
         parts += [
             f"## {re.split('[:;,]', title)[0]}",
-            *(_member(name, getattr(nobackprop, name)) for name in names.split()),
+            *(_member(name, getattr(nobackprop, name)) for name in known[module].split()),
         ]
     return "\n\n".join(parts) + "\n"
 
