@@ -21,14 +21,14 @@ import nobackprop
 from nobackprop.papers.results import findings, papers
 from nobackprop.records.gathering import collect
 
-QUICK = {"SEEDS = 15, 3": "SEEDS = 2, 1", "seeds=3, max_epochs=15": "seeds=1, max_epochs=2"}
+QUICK = {"SEEDS = 15, 3": "SEEDS = 2, 1", "seeds=3,": "seeds=1,", "max_epochs=15,": "max_epochs=2,"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     text = "".join(cell.source for cell in notebook.cells)
-    assert sum(text.count(long) for long in QUICK) == 1
+    assert sum(text.count(long) for long in QUICK) in (1, 2)
     for cell in notebook.cells:
         assert not cell.get("outputs"), "notebooks are kept without outputs"
         for long, short in QUICK.items():

@@ -15,6 +15,7 @@ def pages() -> dict[str, bytes]:
     made = {f"results/{found.paper}.md": results.page(found) for found in every}
     made["results/index.md"] = results.overview(every, RESULTS / "README.md")
     made["results/elsewhere.md"] = results.elsewhere(published())
+    made["results/all_rules.html"] = results.all_rules(every)
     made |= {f"reference/{name}.md": text for name, text in reference.pages(every).items()}
     content = {path: text.encode() for path, text in made.items()}
     for found in every:

@@ -207,11 +207,17 @@ def files(found: Findings) -> dict[str, bytes]:
 def page(found: Findings) -> str:
     words = (PAPERS / found.paper / "README.md").read_text()
     drawn = figures(found)
-    parts = [words.rstrip(), *([" ".join(about(found))] if about(found) else []), *verdicts(found)]
-    parts.append("## Tables and figures")
+    parts = [words.rstrip(), *verdicts(found), "## Tables and figures", *filter(None, [" ".join(about(found))])]
     for table in found.layout.tables:
         parts += [accuracies(found, table), *drawings(table, drawn)]
     return "\n\n".join([*parts, *runs(found)]) + "\n"
+
+
+def all_rules(every: Sequence[Findings]) -> str:
+    """The figure of all rules, for the first page; empty without runs."""
+    drawn = [figures(found) for found in every if any(table.by_rule for table in found.layout.tables)]
+    svgs = [svg for each in drawn for name, svg in each.items() if name.endswith("_rules")]
+    return element("figure", within_a_page(svgs[0]), _class="drawn") + "\n" if svgs else ""
 
 
 def elsewhere(every: Mapping[str, Published]) -> str:

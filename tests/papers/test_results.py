@@ -417,9 +417,9 @@ def test_the_figure_of_all_rules_has_error_angle_time_and_memory(results: Path) 
     assert values == pytest.approx(
         {
             "test error, %": 9.0,
-            "angle to gradient, degrees": 60.0,
-            "time of a step (bp = 1)": 0.8,
-            "memory of a step (bp = 1)": 0.25,
+            "angle, degrees": 60.0,
+            "time (bp = 1)": 0.8,
+            "memory (bp = 1)": 0.25,
         }
     )
 

@@ -270,9 +270,9 @@ def _by_rule(found: Findings, rows: Sequence[Row]) -> Canvas:
         panels.append((f"{name}: test error, %", [errors]))
     angles = [{rule: (c.angle, 0) for rule, c in row.cells.items() if c.angle is not None} for row in rows]
     costs = [found.costs_of(row) for row in rows]
-    panels.append(("angle to gradient, degrees", angles))
-    panels.append(("time of a step (bp = 1)", [{rule: (1 / c.speed, 0) for rule, c in cost.items()} for cost in costs]))
-    panels.append(("memory of a step (bp = 1)", [{r: (c.memory, 0) for r, c in cost.items()} for cost in costs]))
+    panels.append(("angle, degrees", angles))
+    panels.append(("time (bp = 1)", [{rule: (1 / c.speed, 0) for rule, c in cost.items()} for cost in costs]))
+    panels.append(("memory (bp = 1)", [{r: (c.memory, 0) for r, c in cost.items()} for cost in costs]))
     panels = [(title, values) for title, values in panels if any(values)]
     left = 0.25 + NAME * max(map(len, rules))
     canvas, axes = _axes(len(panels), "", "", (), 1.4, 0.21 * len(rules) + 0.2, left, len(panels), 0.3)
