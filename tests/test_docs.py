@@ -80,6 +80,25 @@ def test_the_tutorial_runs_as_it_is_written(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "half" / "learning_curves.png").exists()
 
 
+README = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *(ROOT / "papers").glob("*/*.md"),
+    *(ROOT / "results").rglob("*.md"),
+]
+
+
+@pytest.mark.parametrize("path", sorted(README), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_of_a_page_that_is_read_in_the_repository_leads_to_a_file(path: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if not re.match("https?:|#", link):
+            assert (path.parent / link.partition("#")[0]).exists(), link
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site, built strictly, with the few records of two papers and none of the others."""

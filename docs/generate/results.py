@@ -50,11 +50,16 @@ def raw(html: str) -> str:
     return f"````{{raw}} html\n{html}\n````"
 
 
+def breaking(name: str) -> str:
+    """A name that may go on in the next line after an underscore."""
+    return escape(name).replace("_", "_<wbr>")
+
+
 def sortable(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: int, ids: Iterable[str] = ()) -> str:
     """A table that sorts; `rows` are made of whole cells, and the last `numbers` columns are of numbers."""
     first = len(header) - numbers
     heads = [
-        element("th", element("button", escape(text), type="button"), scope="col", _class="n" if i >= first else None)
+        element("th", element("button", breaking(text), type="button"), scope="col", _class="n" if i >= first else None)
         for i, text in enumerate(header)
     ]
     named = iter(ids)
@@ -74,7 +79,7 @@ def anchor(found: Found) -> str:
 def winner(row: Row) -> Found | None:
     """The cell with the best mean accuracy among several rules."""
     tested = [c for c in row.cells.values() if c.mean is not None]
-    return max(tested, key=lambda c: c.mean or 0) if len(row.cells) > 1 and tested else None
+    return max(tested, key=lambda c: c.mean or 0) if len(tested) > 1 else None
 
 
 def accuracy(found: Found | None, best: bool, signs: Mapping[str, str]) -> str:

@@ -333,13 +333,14 @@ def tests_not_run(found: Findings) -> list[str]:
 
 def how(claims: Claims) -> str:
     """How verdicts come about."""
+    points = f"{claims.margin:g} percentage point{'s' * (claims.margin != 1)}"
     return (
-        f"Tests are paired over seeds; alpha is {claims.alpha:g}, the margin {claims.margin:g} percentage points of "
-        "accuracy. The difference is that of the comparison hardest to show, its interval not adjusted, over all seeds "
-        "that its two sides share, which may be more than the tables show. The two p are those of the test for the "
-        "claim and of the one against it, each adjusted over all tests of the paper, run or not (Holm). "
-        "src/nobackprop/papers/claims.py defines the tests, papers/<paper>/claims.yaml fixes them; results/README.md "
-        "says what has changed since then."
+        f"Each test compares test accuracies seed by seed, at the level alpha = {claims.alpha:g} and with a margin "
+        f"of {points}. The difference is that of the comparison hardest to show: its mean over all seeds that its "
+        "two sides share, which may be more than the tables show, and its 95 % interval, which is not adjusted. "
+        "One p-value is of the test for the claim, the other of the test against it. Both are adjusted over all "
+        "tests of the paper, run or not (Holm). `src/nobackprop/papers/claims.py` defines the tests, and "
+        "`papers/<paper>/claims.yaml` fixes them; `results/README.md` says what has changed since then."
     )
 
 
