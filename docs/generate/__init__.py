@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from generate import reference, results
+from nobackprop.papers.figures import figures
 from nobackprop.papers.results import published
 from nobackprop.papers.tables import every_paper
 from nobackprop.places import RESULTS
@@ -12,11 +13,12 @@ from nobackprop.places import RESULTS
 def pages() -> dict[str, bytes]:
     """The content of every page and file that is made, by its path in docs/."""
     every = every_paper(RESULTS)
-    made = {f"results/{found.paper}.md": results.page(found) for found in every}
+    drawn = {found.paper: figures(found) for found in every}
+    made = {f"results/{found.paper}.md": results.page(found, drawn[found.paper]) for found in every}
     made["results/index.md"] = results.overview(every, RESULTS / "README.md")
     made["results/elsewhere.md"] = results.elsewhere(published())
-    made["results/all_rules.html"] = results.all_rules(every)
-    made |= {f"reference/{name}.md": text for name, text in reference.pages(every).items()}
+    made["results/all_rules.html"] = results.all_rules(drawn)
+    made |= {f"reference/{name}.md": text for name, text in reference.pages(every, drawn).items()}
     content = {path: text.encode() for path, text in made.items()}
     for found in every:
         content |= {f"files/{path}": each for path, each in results.files(found).items()}

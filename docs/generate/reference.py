@@ -25,14 +25,19 @@ from nobackprop.core.losses import SoftmaxCrossEntropy
 from nobackprop.core.network import Network, mlp
 from nobackprop.core.rule import Batch, Rule
 from nobackprop.mistakes import Mistake
-from nobackprop.papers.figures import figures, within_a_page
+from nobackprop.papers.figures import within_a_page
 from nobackprop.papers.results import Cost, Findings
 from nobackprop.places import CONF, RESULTS
 
 
-def pages(every: Sequence[Findings]) -> dict[str, str]:
-    """The pages by name."""
-    return {"keys": keys(), "rules": rules(every), "interface": interface(), "costs": costs(RESULTS / "benchmark.csv")}
+def pages(every: Sequence[Findings], drawn: Mapping[str, Mapping[str, bytes]]) -> dict[str, str]:
+    """The pages by name; `drawn` are the figures by paper and name."""
+    return {
+        "keys": keys(),
+        "rules": rules(every, drawn),
+        "interface": interface(),
+        "costs": costs(RESULTS / "benchmark.csv"),
+    }
 
 
 # Keys
@@ -183,13 +188,13 @@ def _work(rule: Rule) -> float:
     return step.get_total_flops() / (2 * 50 * sum(t.numel() for name, t in w.items() if re.fullmatch(r"W\d+", name)))
 
 
-def rules(every: Sequence[Findings]) -> str:
+def rules(every: Sequence[Findings], drawn: Mapping[str, Mapping[str, bytes]]) -> str:
     """Every rule that has a file in conf/rule, in families."""
     found = {path.stem: instantiate(OmegaConf.load(path)) for path in sorted((CONF / "rule").glob("*.yaml"))}
     known = {name: needs(rule) for name, rule in found.items()}
     families = dict.fromkeys(each.family for each in known.values())
     experiment, costs = _costs(every)
-    parts = [RULES.format(experiment=f"`{experiment}`"), raw(_table(known, costs)), *_field(every)]
+    parts = [RULES.format(experiment=f"`{experiment}`"), raw(_table(known, costs)), *_field(every, drawn)]
     for family in sorted(families, key=lambda f: (f.startswith("The net"), f.startswith("No"), f)):
         parts.append(f"## {family}")
         for name, rule in found.items():
@@ -227,14 +232,12 @@ def _table(known: Mapping[str, Needs], costs: Mapping[str, Cost]) -> str:
     return sortable(head, rows, 3)
 
 
-def _field(every: Sequence[Findings]) -> list[str]:
+def _field(every: Sequence[Findings], drawn: Mapping[str, Mapping[str, bytes]]) -> list[str]:
     """The figure of the whole field, of each table with a line for each rule."""
     parts = []
     for found in every:
-        tables = [table for table in found.layout.tables if table.by_rule]
-        drawn = figures(found) if tables else {}
-        for table in tables:
-            if svg := drawn.get(f"{table.name}_cost"):
+        for name, svg in drawn[found.paper].items():
+            if name.endswith("_cost"):
                 parts += ["## Accuracy against cost", raw(element("figure", within_a_page(svg), _class="drawn"))]
                 parts.append(f"The runs are those of [{found.layout.title}](../results/{found.paper}.md).")
     return parts

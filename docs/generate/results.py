@@ -8,7 +8,7 @@ from shlex import join
 import yaml
 
 from nobackprop.papers.claims import Result
-from nobackprop.papers.figures import figures, within_a_page
+from nobackprop.papers.figures import within_a_page
 from nobackprop.papers.results import Findings, Found, Published, Row, Table
 from nobackprop.papers.tables import (
     about,
@@ -209,19 +209,18 @@ def files(found: Findings) -> dict[str, bytes]:
     return made
 
 
-def page(found: Findings) -> str:
+def page(found: Findings, drawn: Mapping[str, bytes]) -> str:
+    """A paper's page, with its figures by their names."""
     words = (PAPERS / found.paper / "README.md").read_text()
-    drawn = figures(found)
     parts = [words.rstrip(), *verdicts(found), "## Tables and figures", *filter(None, [" ".join(about(found))])]
     for table in found.layout.tables:
         parts += [accuracies(found, table), *drawings(table, drawn)]
     return "\n\n".join([*parts, *runs(found)]) + "\n"
 
 
-def all_rules(every: Sequence[Findings]) -> str:
-    """The figure of all rules, for the first page; empty without runs."""
-    drawn = [figures(found) for found in every if any(table.by_rule for table in found.layout.tables)]
-    svgs = [svg for each in drawn for name, svg in each.items() if name.endswith("_rules")]
+def all_rules(drawn: Mapping[str, Mapping[str, bytes]]) -> str:
+    """Of the figures by paper and name that of all rules, for the first page; empty without runs."""
+    svgs = [svg for each in drawn.values() for name, svg in each.items() if name.endswith("_rules")]
     return element("figure", within_a_page(svgs[0]), _class="drawn") + "\n" if svgs else ""
 
 

@@ -620,7 +620,7 @@ def test_records_that_differ_are_refused(results: Path) -> None:
 def test_every_cell_of_a_page_leads_to_its_command_its_config_and_its_records(results: Path) -> None:
     filled(results)
     found = findings("lra_e", tables.read_records(results), results)
-    page, files = site.page(found), site.files(found)
+    page, files = site.page(found, {}), site.files(found)
     links, ids = set(re.findall(r'<a href="#([^"]+)"', page)), re.findall(r' id="(cell-[^"]+)"', page)
     assert len(links) == 6
     assert links == set(ids)
