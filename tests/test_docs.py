@@ -75,6 +75,7 @@ def test_the_tutorial_runs_as_it_is_written(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     accuracies = dict(re.findall(r"│ (\S+_mlp_digits(?: rule\.share=\S+)?) +│ +3 │ +(\d\d\.\d\d%)", ended.stdout))
     assert accuracies["half_mlp_digits rule.share=0"] == accuracies["bp_mlp_digits"]
+    assert accuracies["half_mlp_digits rule.share=1"] == accuracies["fa_mlp_digits"]
     assert {"fa_mlp_digits", "dfa_mlp_digits", "lra_e_mlp_digits"} <= accuracies.keys()
     assert (tmp_path / "curves.png").exists()
     assert (tmp_path / "runs" / "half" / "learning_curves.png").exists()
