@@ -13,7 +13,7 @@ author = copyright = "The nobackprop authors"
 release = metadata.version("nobackprop")
 
 extensions = ["myst_parser"]
-myst_enable_extensions = ["colon_fence", "deflist"]
+myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 exclude_patterns = ["generate"]
 highlight_language = "default"
@@ -25,10 +25,7 @@ html_css_files = ["site.css"]
 html_js_files = ["tables.js"]
 html_copy_source = False
 html_show_sphinx = False
-templates_path = []
-
-
-html_extra_path = ["files"]
+html_extra_path = ["files"]  # configs and records of all cells
 
 
 def setup(app: object) -> None:

@@ -238,8 +238,9 @@ def _field(every: Sequence[Findings], drawn: Mapping[str, Mapping[str, bytes]]) 
     for found in every:
         for name, svg in drawn[found.paper].items():
             if name.endswith("_cost"):
-                parts += ["## Accuracy against cost", raw(element("figure", within_a_page(svg), _class="drawn"))]
-                parts.append(f"The runs are those of [{found.layout.title}](../results/{found.paper}.md).")
+                parts += ["## Error against cost", raw(element("figure", within_a_page(svg), _class="drawn"))]
+                told = "The best rules are at the bottom left. The runs are those of"
+                parts.append(f"{told} [{found.layout.title}](../results/{found.paper}.md).")
     return parts
 
 

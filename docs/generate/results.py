@@ -31,10 +31,10 @@ from nobackprop.records.record import Record
 TITLES = {  # by the kind of figure; the first two and `rules`, which say most, are open
     "error": "Test error, with 95 % intervals",
     "accuracy": "Test accuracy, with 95 % intervals",
-    "rules": "All rules: accuracy, angle of the updates to the gradient, time and memory of a step",
-    "cost": "Test accuracy against the time of a training step",
-    "curves": "Learning curves: the mean over seeds, in a band from the lowest seed to the highest",
-    "time": "Validation accuracy against the time of training, at the pace of each cell's fastest seed",
+    "rules": "All rules, the best first: test error, angle of the updates to the gradient, time and memory of a step",
+    "cost": "Test error against the time of a training step; the best rules are at the bottom left",
+    "curves": "Learning curves, validation error: the mean over seeds, in a band from the lowest seed to the highest",
+    "time": "Validation error against the time of training, at the pace of each cell's fastest seed",
     "angles": "Angle of each layer's update to backprop's gradient, the mean over seeds",
 }
 

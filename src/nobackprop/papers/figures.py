@@ -166,8 +166,9 @@ def _around(ax: Any, margin: float) -> None:
 def _names(ax: Any, ends: Sequence[tuple[str, tuple[float, float], Any]]) -> None:
     """Names beside a panel, each at the height of its line's end or as near to it as others let it be."""
     to_panel = ax.transData + ax.transAxes.inverted()
-    placed = sorted(((to_panel.transform(at), name, paint) for name, at, paint in ends), key=lambda end: end[0][1])
-    if not placed:
+    placed = [(to_panel.transform(at), name, paint) for name, at, paint in ends if np.isfinite(at).all()]
+    placed.sort(key=lambda end: end[0][1])
+    if not placed:  # or all diverged
         return
     gap = LINE / (ax.get_position().height * ax.figure.get_figheight())
     order = np.arange(len(placed))
