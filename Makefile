@@ -1,5 +1,5 @@
 # Two commands: make demo trains five rules on bundled images and compares them, make test runs the tests.
-.PHONY: demo test results lint lock
+.PHONY: demo test results docs lint lock
 RUNS = runs/demo
 
 demo: .venv/ready
@@ -9,9 +9,13 @@ demo: .venv/ready
 test: .venv/ready
 	.venv/bin/python -m pytest -n 2
 
-# Tables, figures, verdicts and the report, from results/records: nothing is trained.
+# Tables, figures and verdicts, from results/records: nothing is trained.
 results: .venv/ready
-	.venv/bin/python scripts/report.py
+	.venv/bin/python scripts/tables.py
+
+# The site, complete without a network: open site/index.html. A dead link is an error.
+docs: .venv/ready
+	.venv/bin/sphinx-build --quiet --fail-on-warning --keep-going docs site
 
 lint: .venv/ready
 	.venv/bin/ruff check

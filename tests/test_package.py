@@ -163,7 +163,7 @@ def test_the_help_fits_two_screens_and_has_every_group_and_key_with_its_comment(
         if (CONF / name).is_dir() and name != "tuned":
             choices = told.partition(f"{comment}: ")[2]
             assert choices.startswith(", ".join(options(name)))
-    for setting in ("debug", "mlp_mnist", "tf2_fashion", "+sweep=", "--hydra-help", "README.md"):
+    for setting in ("debug", "mlp_mnist", "tf2_fashion", "+sweep=", "--hydra-help", "docs/tutorial.md"):
         assert setting in told
     (tmp_path / "own" / "rule").mkdir(parents=True)
     (tmp_path / "own" / "rule" / "zebra.yaml").write_text("# Stripes.\n_target_: mine.Zebra\nstripes: 3\n")
@@ -224,14 +224,14 @@ def test_python_314_gets_a_clear_message() -> None:
 
 
 def loops() -> tuple[str, str]:
-    """README's loop for one rule, and the step for all."""
-    text = (ROOT / "README.md").read_text()
+    """The page's loop for one rule, and the step for all."""
+    text = (ROOT / "docs" / "how_to" / "own_loop.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     loop, step = (block for block in blocks if "rule.grads(" in block or "rule.phases()" in block)
     return loop, step
 
 
-def test_the_readmes_loop_learns(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_pages_loop_learns(capsys: pytest.CaptureFixture[str]) -> None:
     loop, _ = loops()
     assert len(loop.splitlines()) < 20
     torch.manual_seed(0)
@@ -239,7 +239,7 @@ def test_the_readmes_loop_learns(capsys: pytest.CaptureFixture[str]) -> None:
     assert float(re.findall(r"tensor\((.*)\)", capsys.readouterr().out)[0]) > 0.85
 
 
-def test_the_readmes_step_is_that_of_every_rule(rule: Rule) -> None:
+def test_the_pages_step_is_that_of_every_rule(rule: Rule) -> None:
     loop, step = loops()
     before = loop.partition("for step")[0].replace("LRAE()", "rule")
     here: dict[str, Any] = {"rule": rule}

@@ -84,9 +84,10 @@ class Runs(Sequence[Record]):
         return pd.DataFrame.from_dict(rows, orient="index")
 
     def plot(self) -> "Figure":
-        """Validation accuracy against epochs: a curve a run, the mean over its seeds, in a band from lowest to highest.
+        """The validation error of each run against epochs, and the test accuracy of its seeds, the best run first.
 
-        A matplotlib Figure, which a notebook shows; `.savefig("curves.png")` writes it.
+        A curve is the mean over seeds, in a band from the lowest to the highest. It is a matplotlib Figure, which a
+        notebook shows; `.savefig("curves.png")` writes it.
         """
         from nobackprop.papers.compare import curves
 

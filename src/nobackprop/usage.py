@@ -23,7 +23,7 @@ Options: --dry-run, --multirun, --cfg job (the whole config), --version, --hydra
   nobackprop rule=dfa dataset=mnist seeds=3 max_epochs=20
   nobackprop --multirun rule=bp,fa,dfa update=mean,unit_norm --dry-run
   nobackprop rule=dtp optimizer=sgd --help    # the keys of these choices, as optimizer.momentum
-Read on: README.md (every choice, sweeps, results), CONTRIBUTING.md (a rule of your own)
+Read on: docs/tutorial.md, docs/how_to/ (sweeps, nets, ...), CONTRIBUTING.md (a rule of your own)
 """
 
 

@@ -1,10 +1,11 @@
-"""Tables, figures, verdicts and report: found by config, comparable, the same bytes every time, and up to date."""
+"""Tables, figures, verdicts and pages: found by config, comparable, the same bytes every time, and up to date."""
 
+import json
 import re
 import shutil
-import subprocess
 from collections.abc import Iterable, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 import pytest
 import yaml
 from conftest import CONF, PAPERS, ROOT
+from generate import results as site
 from hydra.utils import get_object
 from recorded import made
 
 from nobackprop import composing
-from nobackprop.papers import figures, grid, report, results as module, tables
+from nobackprop.papers import colours, figures, grid, results as module, tables
 from nobackprop.papers.grid import Cell, cells
 from nobackprop.papers.results import Composer, Findings, Row, Table, findings
 from nobackprop.records.gathering import collect
@@ -53,7 +55,6 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(place, "PAPERS", tmp_path / "papers")
     (folder / "records").mkdir(parents=True)
     shutil.copy(ROOT / "results" / "not_run.yaml", folder / "not_run.yaml")
-    (folder / "README.md").write_text("What we find\n<!-- verdicts: lra_e -->\n<!-- end -->\n")
     return folder
 
 
@@ -120,8 +121,8 @@ def test_a_record_counts_more_than_a_reason_not_to_have_any(results: Path) -> No
     assert row.cells[RULE].mean == 0.9
     assert [row.cells[rule].reason for rule in ("bp", "fa")] == ["too slow", "not run yet"]
     reasons = tables.missing([row])
-    assert reasons[0].endswith(" rule=bp")
-    assert reasons[1].endswith(" rule=fa,dfa,dtp,equilibrium_propagation,lra_e")
+    assert reasons[0].endswith(" rule=bp (too slow)")
+    assert reasons[1].endswith(" rule=fa,dfa,dtp,equilibrium_propagation,lra_e (not run yet)")
 
 
 def test_a_cell_shows_mean_deviation_and_interval_of_its_records(results: Path) -> None:
@@ -152,7 +153,7 @@ def test_rules_are_compared_at_the_same_epochs_and_seeds(results: Path) -> None:
     row = first_row([*longer, *both, *[record("lra_e", LRA | {"rule": "bp"}, 4, 0.8, epochs=50)]], results)
     assert (row.epochs, list(row.cells["bp"].accuracies), list(row.cells[RULE].accuracies)) == ("50", [4], [4])
     alone = record("lra_e", LRA | {"rule": "fa"}, 0, 0.5, epochs=7)
-    assert first_row([*both, alone], results).cells["fa"].reason == "run with 7 epochs, not with 3"
+    assert first_row([*both, alone], results).cells["fa"].reason == "trained for 7 epochs, not for 3"
     apart = [record("lra_e", LRA | {"rule": "bp"}, seed, 0.8, epochs=50) for seed in (7, 8)]
     assert first_row([*longer, *both, *apart], results).epochs == "3"  # at 50 they have no seed in common
     deeper = [lra(s, 0.5, rule=r, hidden_layers="5") for r in ("bp", RULE) for s in (0, 1)]
@@ -163,9 +164,9 @@ def test_rules_are_compared_at_the_same_epochs_and_seeds(results: Path) -> None:
     found = findings("lra_e", [*both, *planned], results)
     row = shown(found, "mnist_long", setting="variance", update="mean", hidden_layers="3")
     assert (row.epochs, list(row.cells[RULE].accuracies)) == ("100", [5])
-    assert row.cells["bp"].reason == "run with 3 epochs, not with 100"
+    assert row.cells["bp"].reason == "trained for 3 epochs, not for 100"
     other = record("lra_e", LRA | {"rule": "fa"}, 9, 0.5, epochs=3)
-    assert first_row([*both, other], results).cells["fa"].reason == "no seed in common"
+    assert first_row([*both, other], results).cells["fa"].reason == "no seed in common with the other rules"
 
 
 def test_a_record_counts_where_a_later_key_has_the_value_that_it_means_and_nowhere_else(results: Path) -> None:
@@ -272,7 +273,7 @@ def test_runs_on_other_images_are_not_compared_with_runs_on_the_papers_own(resul
     assert all(r.mean is None for r in alone.verdicts)
     row = shown(alone, "documented", net="mlp_cifar10", classes="2")
     assert (row.cells["mdfa"].mean is None) != (row.cells["bp"].mean is None)
-    assert "run on other images" in [cell.reason for cell in row.cells.values()]
+    assert "trained on other images" in [cell.reason for cell in row.cells.values()]
 
 
 def test_a_table_whose_rows_leave_out_an_axis_is_refused(results: Path, tmp_path: Path) -> None:
@@ -295,14 +296,15 @@ def test_a_papers_page_says_what_is_not_published_and_what_its_runs_took(results
     found = findings("lra_e", records, results)
     unpublished, took = tables.about(found)
     assert unpublished.startswith("No figure of the paper itself is at hand")
-    assert took == "The 4 runs behind the tables took 2.0 core hours."
+    day = records[0].finished[:10]
+    assert took == f"The 4 runs behind the tables took 2.0 core hours; they finished on {day}."
     assert f"{unpublished} {took}" in tables.page(found, [])
     assert not tables.about(findings("akrout", [], results))
 
 
 def test_a_papers_page_shows_each_figure_once_under_its_own_table(results: Path) -> None:
     page = tables.page(findings("lra_e", [], results), ["mnist_error", "mnist_long_error", "mnist_long_curves"])
-    own, longer = (page.index(f"\n\n**{title}**") for title in ("MNIST", "MNIST, 100 epochs"))
+    own, longer = (page.index(f"\n\n### {title}\n") for title in ("MNIST", "MNIST, 100 epochs"))
     places = [[m.start() for m in re.finditer(f"!\\[{name}]", page)] for name in ("mnist_error", "mnist_long_error")]
     assert [len(each) for each in places] == [1, 1]
     assert own < places[0][0] < longer < places[1][0]
@@ -347,7 +349,7 @@ def test_a_claim_with_one_test_has_its_verdict_without_a_place() -> None:
 def test_why_cells_have_no_runs_is_said_once_for_each_reason(results: Path) -> None:
     found = findings("mdfa", [], results)
     reasons = tables.missing(found.tables["documented"])
-    assert "ImageNet is not at hand: net=mlp_imagenet,allconv_imagenet classes=2,3,4,5,10,20,50,100" in reasons
+    assert "net=mlp_imagenet,allconv_imagenet classes=2,3,4,5,10,20,50,100 (ImageNet is not at hand)" in reasons
     assert len(reasons) == 3
 
 
@@ -365,7 +367,7 @@ def drawn(found: Findings, draw: Any, *arguments: Any) -> list[Any]:
 def test_a_figure_against_depth_has_the_means_and_their_intervals(results: Path, what: str, expected: float) -> None:
     found = findings("lra_e", [lra(0, 0.90), lra(1, 0.92)], results)
     table = found.layout.tables[0].model_copy(update={"drawn": what})
-    (ax,) = drawn(found, figures._against, table, Row, {RULE: "red"})
+    (ax,) = drawn(found, figures._against, table, Row)
     (bars,) = ax.containers
     line, _, (spread,) = bars.lines
     assert line.get_ydata() == pytest.approx([expected])
@@ -378,14 +380,14 @@ def test_curves_have_the_mean_over_seeds_its_band_and_the_pace_of_the_fastest_se
         return lra(seed, 0.9).model_copy(update={"epochs": epochs, "wall_s": wall_s})
 
     found = findings("lra_e", [run(0, 0.5, 0.7, wall_s=20.0), run(1, 0.6, 0.9, wall_s=8.0)], results)
-    (ax,) = drawn(found, figures._panels, Table, Row, {RULE: "red"}, figures._curve, "", "")
+    (ax,) = drawn(found, figures._panels, Row, figures._curve, "")
     assert ax.lines[0].get_xdata() == pytest.approx([1, 2])
-    assert ax.lines[0].get_ydata() == pytest.approx([55, 80])
+    assert ax.lines[0].get_ydata() == pytest.approx([45, 20])
     (band,) = ax.collections
-    assert {(round(x), round(y)) for x, y in band.get_paths()[0].vertices} == {(1, 50), (1, 60), (2, 70), (2, 90)}
-    (ax,) = drawn(found, figures._panels, Table, Row, {RULE: "red"}, figures._time, "", "")
+    assert {(round(x), round(y)) for x, y in band.get_paths()[0].vertices} == {(1, 50), (1, 40), (2, 30), (2, 10)}
+    (ax,) = drawn(found, figures._panels, Row, figures._time, "")
     assert ax.lines[0].get_xdata() == pytest.approx([4, 8])
-    assert ax.lines[0].get_ydata() == pytest.approx([55, 80])
+    assert ax.lines[0].get_ydata() == pytest.approx([45, 20])
 
 
 def test_angles_are_means_and_say_of_how_many_seeds_each_layer_is(results: Path) -> None:
@@ -398,7 +400,7 @@ def test_angles_are_means_and_say_of_how_many_seeds_each_layer_is(results: Path)
     cell = first_row([run(0, 60.0), run(1, 80.0), run(2, None)], results).cells[RULE]
     assert (cell.layers, cell.angle) == ([1, 2], 70)
     (ax,) = drawn(found, lambda rows: figures._angles([(rows[0], RULE, rows[0].cells[RULE])]), Row)
-    assert ax.get_title().startswith(f"{RULE}, n = 2 to 3\n")
+    assert ax.get_title(loc="left").startswith(f"{RULE}, 2 to 3 seeds\n")
     assert ax.lines[0].get_ydata()[1] == pytest.approx(70)
     assert ax.lines[1].get_ydata() == pytest.approx([10, 20])
 
@@ -409,15 +411,15 @@ def test_the_figure_of_all_rules_has_error_angle_time_and_memory(results: Path) 
     (results / "benchmark.csv").write_text("\n".join(["measure,what,ratio", *costs]))
     runs = [record("compare", {"net": "mlp", "rule": "dfa"}, s, a) for s, a in ((0, 0.90), (1, 0.92))]
     found = findings("compare", runs, results)
-    panels = drawn(found, figures._by_rule, found, Row, {"dfa": "red"})
-    shown = {ax.get_title().removeprefix("mlp: "): ax.containers[0].lines[0].get_xdata() for ax in panels}
+    panels = drawn(found, figures._by_rule, found, Row)
+    shown = {ax.get_title(loc="left").removeprefix("mlp: "): ax.containers[0].lines[0].get_xdata() for ax in panels}
     values = {name: float(x[0]) for name, x in shown.items()}
     assert values == pytest.approx(
         {
             "test error, %": 9.0,
             "angle, degrees": 60.0,
-            "time of a step, of bp's": 0.8,
-            "memory of a step, of bp's": 0.25,
+            "time (bp = 1)": 0.8,
+            "memory (bp = 1)": 0.25,
         }
     )
 
@@ -439,19 +441,19 @@ def test_the_files_of_cells_and_verdicts_have_every_number(results: Path) -> Non
     assert tested.p_holds != tested.p_fails
 
 
-def test_the_report_marks_the_best_cell_and_says_how_to_run_it_and_what_was_decided(results: Path) -> None:
+def test_the_page_marks_the_best_cell_and_says_how_to_run_it_and_what_was_decided(results: Path) -> None:
     runs = [lra(s, a + s / 100, rule=rule) for rule, a in (("bp", 0.95), (RULE, 0.9)) for s in (0, 2)]
     runs += [lra(s, 0.9 + s / 90, hidden_layers=n) for n in ("5", "8") for s in (0, 2)]
     found = findings("lra_e", runs, results)
-    text = report.section(found, found.layout.tables[0])
+    text = site.accuracies(found, found.layout.tables[0])
     best = re.findall(r'<td class="n best" data-value="([\d.]+)"', text)
-    assert best == ["0.96000000", "0.91111111", "0.91111111"]  # of each depth
-    told = re.findall(r"<code>(nobackprop .*?)</code>", report.runs(found, {}))
+    assert best == ["0.96000000"]  # deeper nets were trained under one rule alone
+    told = re.findall(r"<code>(nobackprop .*?)</code>", "".join(site.runs(found)))
     assert any(
         command.endswith("hidden=[256,256,256]&#x27; rule=bp max_epochs=2 &#x27;seeds=[0,2]&#x27;") for command in told
     )
     (tested,) = [r for r in found.verdicts if r.mean is not None]
-    cells = re.findall(r'data-value="([\d.e-]+)"', "".join(report.verdict(tested)))
+    cells = re.findall(r'data-value="([\d.e-]+)"', "".join(site.verdict(tested)))
     assert cells[-2:] == [f"{p:.8f}" for p in (tested.p_holds, tested.p_fails)]
 
 
@@ -481,9 +483,8 @@ def test_a_published_figure_is_shown_where_nothing_was_run(results: Path) -> Non
     found = findings("lra_e", [], results)
     text = tables.accuracy_table(found, found.layout.tables[0])
     assert text.count("| -; published 91.50 |") == 4  # of every reading
-    assert tables.accuracy_table(found, found.layout.tables[2]).startswith("**Fashion-MNIST**: no runs yet.")
-    assert "-; published 91.50" in tables.readme_tables(found)
-    assert "published 91.50" in report.section(found, found.layout.tables[0])
+    assert tables.accuracy_table(found, found.layout.tables[2]).startswith("### Fashion-MNIST\n\nNo runs yet.")
+    assert "published 91.50" in site.accuracies(found, found.layout.tables[0])
 
 
 def test_a_table_by_rule_has_a_line_a_rule_with_its_angle_and_cost(results: Path) -> None:
@@ -495,7 +496,7 @@ def test_a_table_by_rule_has_a_line_a_rule_with_its_angle_and_cost(results: Path
     (table,) = found.layout.tables
     text = tables.accuracy_table(found, table)
     lines = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ")}
-    head = "mlp: seeds 1, epochs 2 of 10† | mlp: angle | mlp: images/s of bp's | mlp: memory of bp's"
+    head = "mlp, 2 of 10† epochs, 1 seed | mlp: angle | mlp: speed (bp = 1) | mlp: memory (bp = 1)"
     assert lines["| rule"] == f"| rule | {head} |"
     assert lines["| dfa"] == "| dfa | 90.00 | 60° | 1.10 | 0.25 |"
     assert lines["| drtp"] == "| drtp | 90.00 | 60° | - | - |"
@@ -549,28 +550,29 @@ def test_every_published_file_is_valid(path: Path) -> None:
     module.read(module.Published, path)
 
 
-def filled(results: Path) -> Path:
-    """Adds records, and a README with a place for their tables."""
+def filled(results: Path) -> None:
+    """Adds records."""
     lines = [
         lra(s, 0.9 + s / 1000, hidden_layers=n, rule=r).line() for s in (0, 1) for n in "358" for r in ("bp", RULE)
     ]
     (results / "records" / "a.jsonl").write_bytes(b"".join(lines))
-    readme = results.parent / "README.md"
-    readme.write_text("before\n<!-- tables: lra_e -->\nold\n<!-- end -->\nafter\n")
-    return readme
+
+
+def generated(results: Path) -> dict[Path, bytes]:
+    return tables.generated(tables.every_paper(results), results)
 
 
 def test_all_that_is_generated_comes_back_byte_for_byte(results: Path) -> None:
-    readme = filled(results)
-    files = report.everything(results, readme)
+    filled(results)
+    files = generated(results)
     tables.replace_with(files, results)
     kinds = {path.suffix for path in files}
-    assert kinds == {".md", ".csv", ".tex", ".svg", ".html"}
+    assert kinds == {".md", ".csv", ".tex", ".svg"}
     names = {path.name for path in files}
-    assert {"mnist_error.svg", "mnist_curves.svg", "mnist_time.svg", "mnist_angles.svg", "report.html"} <= names
-    assert readme.read_text().startswith("before\n<!-- tables: lra_e -->\nNo figure of the paper itself is at hand")
-    assert "\n\n**MNIST.** Test accuracy" in readme.read_text()
-    assert readme.read_text().endswith("<!-- end -->\nafter\n")
+    assert {"mnist_error.svg", "mnist_curves.svg", "mnist_time.svg", "mnist_angles.svg"} <= names
+    readme = (results.parent / "papers" / "lra_e" / "README.md").read_text()
+    assert "<!-- verdicts: lra_e -->\n| claim | settings |" in readme
+    assert readme.startswith("# LRA-E")
     left_over = results / "figures" / "lra_e" / "old.svg"
     left_over.write_text("")
     own = [results / "figures" / "lra_e" / "mine.png", results / "tables" / "notes.md"]
@@ -580,7 +582,7 @@ def test_all_that_is_generated_comes_back_byte_for_byte(results: Path) -> None:
     for path in files:
         if path.name != "README.md":
             path.unlink()
-    again = report.everything(results, readme)
+    again = generated(results)
     assert again == files
     tables.replace_with(again, results)
     assert not left_over.exists()
@@ -590,9 +592,14 @@ def test_all_that_is_generated_comes_back_byte_for_byte(results: Path) -> None:
         assert b"/tmp" not in content
 
 
-def test_what_is_generated_is_up_to_date() -> None:
+@pytest.fixture(scope="module")
+def every_paper() -> list[Findings]:
+    return tables.every_paper(ROOT / "results")
+
+
+def test_what_is_generated_is_up_to_date(every_paper: list[Findings]) -> None:
     """`make results` makes it so."""
-    files = report.everything(ROOT / "results", ROOT / "README.md")
+    files = tables.generated(every_paper, ROOT / "results")
     assert [str(path) for path, content in files.items() if not path.exists() or path.read_bytes() != content] == []
     made = {path for folder in ("tables", "figures") for path in (ROOT / "results" / folder).rglob("*.*")}
     assert made <= set(files)
@@ -610,61 +617,46 @@ def test_records_that_differ_are_refused(results: Path) -> None:
         tables.read_records(results)
 
 
-def test_every_link_within_the_page_leads_somewhere_and_nothing_is_loaded(results: Path) -> None:
-    page = report.everything(results, filled(results))[results / "report.html"].decode()
-    links, ids = set(re.findall(r'<a href="#([^"]+)"', page)), re.findall(r' id="([^"]+)"', page)
-    assert len(links) > 8
-    assert links <= set(ids)
-    assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(?!data:)', page)
-    named = re.findall(r'<a href="(records/[^"]+)"', page)
-    assert named
-    for name in named:
-        assert (results / name).exists()
+def test_every_cell_of_a_page_leads_to_its_command_its_config_and_its_records(results: Path) -> None:
+    filled(results)
+    found = findings("lra_e", tables.read_records(results), results)
+    page, files = site.page(found, {}), site.files(found)
+    links, ids = set(re.findall(r'<a href="#([^"]+)"', page)), re.findall(r' id="(cell-[^"]+)"', page)
+    assert len(links) == 6
+    assert links == set(ids)
+    named = re.findall(r'<a href="\.\./(cells/[^"]+)"', page)
+    assert set(named) == set(files)
+    assert len(named) == 12
+    for name, content in files.items():
+        if name.endswith("config.yaml"):
+            run = files[name.replace("config.yaml", "records.jsonl")].splitlines()[0]
+            assert json.loads(run)["config"] == yaml.safe_load(content)
+    assert "<!-- verdicts: lra_e -->" in page
+    assert page.index("What we find") < page.index("Every verdict") < page.index("### MNIST, 2 epochs, 2 seeds")
 
 
-CHECKS = """
-<pre id="checked"></pre><script>
-const said = [];
-const check = (what, so) => said.push(`${so ? "ok" : "FAILED"} ${what}`);
-const table = document.querySelector("#lra_e-mnist ~ .wide table");
-const column = [...table.tHead.rows[0].cells].findIndex(cell => cell.textContent.trim() === "RULE");
-const values = () => [...table.tBodies[0].rows].map(row => +row.cells[column].dataset.value);
-const sorted = (list, sign) => list.every((v, i) => i === 0 || sign * (v - list[i - 1]) >= 0);
-const button = table.tHead.rows[0].cells[column].querySelector("button");
-button.click(); check("descending", sorted(values(), -1) && values().length === 3);
-button.click(); check("ascending", sorted(values(), 1));
-const link = table.querySelector("td a"), target = document.getElementById(link.hash.slice(1));
-check("closed", !target.closest("details").open);
-location.hash = link.hash;
-const box = document.querySelector("nav input[value=RULE]"); box.click();
-const parts = [...document.querySelectorAll("svg .rule-RULE")];
-check("hidden", parts.length > 0 && parts.every(part => part.style.display === "none"));
-check("drawn", document.querySelector("svg").getBoundingClientRect().width > 200);
-check("no wider than the window", document.documentElement.scrollWidth <= innerWidth);
-setTimeout(() => {
-  check("opened", target.closest("details").open);
-  const bar = document.querySelector("nav").getBoundingClientRect().bottom;
-  check("below the bar", target.getBoundingClientRect().top >= Math.max(0, bar));
-  document.getElementById("checked").textContent = said.join("\\n");
-}, 100);
-</script>
-""".replace("RULE", RULE)
-CHROMIUM = next(filter(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome", "chrome")), None)
+def test_a_figure_takes_the_colours_of_its_page_and_has_each_name_at_its_line(results: Path) -> None:
+    filled(results)
+    drawn = figures.figures(findings("lra_e", tables.read_records(results), results))
+    svg = drawn["mnist_curves"].decode()
+    assert "prefers-color-scheme:dark" in svg
+    assert "currentColor" in svg
+    assert svg.count(f">{RULE}</text>") == svg.count(">bp</text>") == 3  # a panel for each depth
+    assert "<style>svg" not in figures.within_a_page(drawn["mnist_curves"])
 
 
-@pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium-headless-shell, chromium or google-chrome")
-@pytest.mark.parametrize("width", [1440, 390])
-def test_the_page_works_in_a_browser(results: Path, width: int) -> None:
-    page = report.everything(results, filled(results))[results / "report.html"].decode()
-    path = results / "checked.html"
-    path.write_text(page.replace("</body>", CHECKS + "</body>"))
-    options = ["--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom"]
-    profile = f"--user-data-dir={results / 'profile'}"
-    command = [str(CHROMIUM), "--headless", *options, profile, f"--window-size={width},900", path.as_uri()]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert "CONSOLE" not in ended.stderr
-    (said,) = re.findall(r'<pre id="checked">(.*?)</pre>', ended.stdout, re.DOTALL)
-    lines = said.splitlines()
-    assert len(lines) == 8
-    assert [line for line in lines if not line.startswith("ok ")] == []
+def test_a_new_rule_has_a_colour_of_its_own() -> None:
+    assert re.fullmatch("#[0-9a-f]{6}", colours.colour("my_rule"))
+    assert colours.colour("my_rule") == colours.colour("my_rule") != colours.colour("another_rule")
+    assert len({*colours.COLOURS.values()}) == len(colours.COLOURS)
+
+
+def test_names_beside_a_panel_keep_apart_and_within_it() -> None:
+    canvas, (ax,) = figures._axes(1, "", "", ["a"] * 5)
+    ax.set_ylim(0, 10)
+    figures._names(ax, [(str(i), (1.0, 0.1 * i), "red") for i in range(5)])
+    heights = [text.get_position()[1] for text in ax.texts]
+    gap = figures.LINE / (ax.get_position().height * canvas.get_figheight())
+    assert heights[0] >= 0
+    assert all(b - a >= gap - 1e-9 for a, b in pairwise(heights))
+    assert [text.get_text() for text in ax.texts] == list("01234")

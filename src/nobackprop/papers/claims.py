@@ -12,8 +12,8 @@ m the margin:
 | `gap_grows` | (a - b at `end`) - (a - b at `start`) > 0 | a is ahead of b by more at the end |
 
 Each contrast is tested by a one-sided t-test on its n numbers. The claim needs all of them (an intersection-union
-test), so its p is the largest. Against the claim speaks any contrast whose mean lies *below* its bound: that p is the
-smallest of the opposite tests, times their number (Bonferroni). Each is adjusted over all tests of the file (Holm);
+test), so its p is the largest. One contrast whose mean lies *below* its bound is enough against the claim: that p is
+the smallest of the opposite tests, times their number (Bonferroni). Each is adjusted over all tests of the file (Holm);
 those whose runs are missing count too, with p = 1, so no verdict hangs on which others were run. The verdict is `holds`
 or `fails` where the adjusted p is at most alpha, and otherwise `undecided at n seeds`; `not run` where records are
 missing. The runs of a test are all of the same images and have the same number of epochs: of those with which its cells

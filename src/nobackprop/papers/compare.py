@@ -21,11 +21,12 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from rich.console import Console
 from rich.table import Table
 
 from nobackprop.mistakes import Missing, Mistake
+from nobackprop.papers.colours import colour
 from nobackprop.records.gathering import collect, learning_curves
 from nobackprop.records.identity import rule_name
 from nobackprop.records.literal import literal, plain
@@ -149,23 +150,56 @@ class Curves(Figure):
         return content.getvalue()
 
 
+def _paints(rules: Mapping[str, str]) -> dict[str, str | None]:
+    """A colour for each run: its rule's, where each rule has one run."""
+    if len(set(rules.values())) < len(rules):
+        return dict.fromkeys(rules)
+    return {run: colour(rule) for run, rule in rules.items()}
+
+
 def curves(runs: Runs) -> Curves:
-    """Validation accuracy against epochs: the mean over seeds, and a band from the lowest seed to the highest."""
+    """Validation error against epochs, and the test accuracy of each run, the best first; a run has one colour in both.
+
+    A curve is the mean over seeds, in a band from the lowest seed to the highest. Beside it each small dot is a seed,
+    and the large one their mean.
+    """
+    names = labels(runs)
+    best_first = sorted(runs, key=lambda run: mean(tested(runs[run]) or [-1]), reverse=True)
+    paints = _paints({run: rule_name(runs[run][0].config["rule"]) for run in best_first})
     with mpl.rc_context(AS_THEY_ARE):
-        canvas = Curves(figsize=(7, 4.5), layout="constrained")
-        ax = canvas.subplots()
-        for run, name in labels(runs).items():
-            values = learning_curves(runs[run])
-            epochs = np.arange(1, len(values) + 1)
-            # A label that begins with an underscore would not be shown.
-            (line,) = ax.plot(epochs, values.mean(axis=1), label=plain(f" {name}" if name.startswith("_") else name))
-            band = values.min(axis=1), values.max(axis=1)
-            ax.fill_between(epochs, *band, color=line.get_color(), alpha=0.15, linewidth=0)
-        ax.set(xlabel="epoch", ylabel="validation accuracy", title="mean over seeds; band: lowest to highest seed")
-        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        ax.grid(alpha=0.3)
-        ax.legend().set_in_layout(False)  # long names would leave no room for the curves
+        # The axes have no room for long names by themselves.
+        beside = 0.6 + 0.075 * min(max(len(plain(name)) for name in names.values()), 60)
+        canvas = Curves(figsize=(8 + beside, max(3.6, 0.8 + 0.26 * len(runs))), layout="constrained")
+        left, right = canvas.subplots(1, 2, width_ratios=(5, 3))
+        for place, run in enumerate(best_first):
+            errors = np.maximum(100 - 100 * learning_curves(runs[run]), LEAST)
+            epochs = np.arange(1, len(errors) + 1)
+            (line,) = left.plot(epochs, errors.mean(axis=1), color=paints[run])
+            left.fill_between(epochs, errors.min(axis=1), errors.max(axis=1), color=line.get_color(), alpha=0.15, lw=0)
+            reached = [100 * accuracy for accuracy in tested(runs[run])]
+            right.plot(reached, [place] * len(reached), "o", color=line.get_color(), alpha=0.4, markersize=4)
+            right.plot([mean(reached)] if reached else [], [place] if reached else [], "o", color=line.get_color())
+        means = np.concatenate([line.get_ydata() for line in left.lines])
+        means = means[np.isfinite(means)] if np.isfinite(means).any() else np.array([100.0])  # NaN where all diverged
+        limits = means.min() / 1.3, means.max() * 1.15
+        left.set(xlabel="epoch", ylabel="validation error, %", yscale="log", ylim=limits)
+        left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        left.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        left.yaxis.set_minor_formatter(NullFormatter())
+        left.xaxis.set_major_locator(MaxNLocator(integer=True))
+        left.set_title("mean over seeds; band: lowest to highest", fontsize=9)
+        right.set_title("each seed, and their mean", fontsize=9)
+        right.set(xlabel="test accuracy, %", ylim=(len(runs) - 0.5, -0.5))
+        right.yaxis.tick_right()
+        right.set_yticks(range(len(runs)), [plain(names[run]) for run in best_first])
+        for tick, line in zip(right.get_yticklabels(), left.lines, strict=True):
+            tick.set_color(line.get_color())
+        for ax in (left, right):
+            ax.grid(alpha=0.3)
     return canvas
+
+
+LEAST = 0.01  # percent: what an error of 0 is drawn as, on a logarithmic axis
 
 
 def figure(runs: Runs, path: Path) -> None:

@@ -1,8 +1,11 @@
-"""Figures of a paper's results, as SVG: the same records give the same bytes."""
+"""Figures of a paper's results, as SVG: the same records give the same bytes.
+
+A rule has one colour in every figure, and each line has its name beside it. Text, axes and backprop are drawn in the
+colour of the page's text, so a figure suits a light page and a dark one.
+"""
 
 import io
 import re
-from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import ceil
@@ -13,32 +16,13 @@ import numpy as np
 import pandas as pd
 from matplotlib import ticker
 from matplotlib.figure import Figure as Canvas
+from matplotlib.lines import Line2D
+from scipy.optimize import isotonic_regression
 
+from nobackprop.papers.colours import INK, colour
 from nobackprop.papers.results import ANGLE, Findings, Found, Row, Table, described, rules_run
 from nobackprop.records.gathering import learning_curves
 
-# A rule has the same colour in every figure; the first seven are Okabe & Ito's, which the colour-blind can tell apart.
-COLOURS = {
-    "bp": "#000000",
-    "fa": "#E69F00",
-    "dfa": "#56B4E9",
-    "lra_e": "#D55E00",
-    "lra_e_plain": "#F2A46B",
-    "mdfa": "#009E73",
-    "dtp": "#CC79A7",
-    "equilibrium_propagation": "#0072B2",
-    "predictive_coding": "#C9B800",
-    "usf": "#8C6D1F",
-    "brsf": "#7F7F7F",
-    "frsf": "#A020F0",
-    "kolen_pollack": "#7A0019",
-    "weight_mirror": "#7FC97F",
-    "drtp": "#F781BF",
-    "pepita": "#1B4F72",
-    "forward_forward": "#A65628",
-    "dfa_two_pass": "#00CED1",
-}
-OTHER = "#B0B0B0"  # a rule that has no colour yet
 STYLE: Any = {
     "svg.hashsalt": "nobackprop",
     "svg.fonttype": "none",
@@ -48,30 +32,47 @@ STYLE: Any = {
     "axes.titlesize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
     "axes.grid": True,
-    "grid.alpha": 0.25,
+    "grid.alpha": 0.15,
+    "grid.color": INK,
     "lines.linewidth": 1.5,
 }
+STYLE |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+ALONE = (  # of a figure that stands in no page of ours
+    "<style>svg{color:#1f2328;background:#fff}"
+    "@media(prefers-color-scheme:dark){svg{color:#e6edf3;background:#0d1117}}</style>"
+)
+NAME, LINE = 0.07, 0.155  # inches: the width of a letter of a name, and the height of a line of names
+
+
+def within_a_page(svg: bytes) -> str:
+    """A figure as an element of a page, whose colours it takes."""
+    text = svg.decode().replace(ALONE, "")
+    return text[text.index("<svg") :]
 
 
 def figures(found: Findings) -> dict[str, bytes]:
     """Every figure there is something to draw for.
 
-    Their names: `<table>_error` or `_accuracy`, `_rules`, `_curves`, `_time` and `_angles`.
+    Their names: `<table>_error` or `_accuracy`, `_rules`, `_cost`, `_curves`, `_time` and `_angles`.
     """
     made: dict[str, bytes] = {}
-    colour = defaultdict(lambda: OTHER, COLOURS)
     for table in found.layout.tables:
         rows = [row for row in found.tables[table.name] if row.run]
         if not rows:
             continue
         kinds: dict[str, Callable[[], Canvas]] = {}
         if table.against and len({row.labels[table.against] for row in rows}) > 1:
-            kinds[table.drawn] = partial(_against, table, rows, colour)
-        for kind, line, x in (("curves", _curve, "epoch"), ("time", _time, "seconds of training")):
-            kinds[kind] = partial(_panels, table, rows, colour, line, x, "validation accuracy, %")
+            kinds[table.drawn] = partial(_against, table, rows)
         if table.by_rule:
-            kinds["rules"] = partial(_by_rule, found, rows, colour)
+            kinds["rules"] = partial(_by_rule, found, rows)
+            if priced := [row for row in rows if found.costs_of(row)]:
+                kinds["cost"] = partial(_cost, found, priced)
+        for kind, line, x in (("curves", _curve, "epoch"), ("time", _time, "seconds of training")):
+            kinds[kind] = partial(_panels, rows, line, x)
         if measured := [(row, rule, c) for row in rows for rule, c in row.cells.items() if rule != "bp" and c.layers]:
             kinds["angles"] = partial(_angles, measured)
         for kind, draw in kinds.items():
@@ -84,7 +85,9 @@ def _svg(draw: Callable[[], Canvas]) -> bytes:
         canvas, file = draw(), io.BytesIO()
         canvas.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     svg = re.sub(r"<[^>]*>", _rounded, file.getvalue().decode())
-    return re.sub(r'<g id="rule:(\w+)">', r'<g class="rule-\1">', svg).encode()
+    svg = re.sub(r' id="[a-z][\w.]*_\d+"', "", svg)  # numbers of parts, which two figures of a page would share
+    svg = re.sub(r'<g id="rule:(\w+)">', r'<g class="rule-\1">', svg).replace(INK, "currentColor")
+    return re.sub(r"(<svg[^>]*>)", rf"\1{ALONE}", svg, count=1).encode()
 
 
 def _rounded(tag: re.Match[str]) -> str:
@@ -94,105 +97,138 @@ def _rounded(tag: re.Match[str]) -> str:
 
 def _axes(
     number: int,
-    columns: int,
     x: str,
     y: str,
-    legend: Sequence[str],
-    height: float = 1.5,
+    names: Sequence[str] = (),
+    wide: float = 2.5,
+    height: float = 1.7,
     left: float = 0.65,
-    between: tuple[float, float] = (0.4, 0.5),
+    columns: int | None = None,
+    apart: float = 0.45,
 ) -> tuple[Canvas, list[Any]]:
-    """Panels in a grid with a common name for each axis and room for a legend of these names. Sizes are in inches."""
-    columns = min(number, columns)
+    """Panels in a grid, with a common name for each axis and room for names right of each. Sizes are in inches."""
+    beside = 0.2 + NAME * max(map(len, names), default=0)
+    between = (beside + apart, 0.6)
+    height = max(height, LINE * len(names))
+    columns = min(number, columns or max(1, int((10.7 - left) / (wide + between[0]))))
     lines = ceil(number / columns)
-    right, below, wide = 0.15, 0.5, 2.2
-    width = left + columns * wide + (columns - 1) * between[0] + right
-    above = 0.45 + 0.2 * ceil(len(legend) / _across(width, legend)) if legend else 0.3
+    below, above = 0.55, 0.45
+    width = left + columns * wide + (columns - 1) * between[0] + beside
     tall = below + lines * height + (lines - 1) * between[1] + above
     canvas = Canvas(figsize=(width, tall))
     axes = canvas.subplots(lines, columns, squeeze=False).flatten()
     # By hand, since matplotlib's own layouts draw everything several times.
     canvas.subplots_adjust(
         left=left / width,
-        right=1 - right / width,
+        right=1 - beside / width,
         bottom=below / tall,
         top=1 - above / tall,
         wspace=between[0] / wide,
         hspace=between[1] / height,
     )
-    canvas.text((left + width - right) / 2 / width, 0.1 / tall, x, ha="center", va="bottom")
-    canvas.text(0.1 / width, (below + tall - above) / 2 / tall, y, ha="left", va="center", rotation=90)
+    canvas.text((left + width - beside) / 2 / width, 0.1 / tall, x, ha="center", va="bottom")
+    canvas.text(0.08 / width, (below + tall - above) / 2 / tall, y, ha="left", va="center", rotation=90)
     for ax in axes[number:]:
         ax.remove()
     for ax in axes[:number]:
-        ax.locator_params("x", nbins=4, integer=True)
+        ax.locator_params("x", nbins=5, integer=True)
         ax.locator_params("y", nbins=4)
     return canvas, list(axes[:number])
 
 
-def _legend(canvas: Canvas, axes: Sequence[Any]) -> None:
-    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    canvas.legend(
-        handles.values(),
-        handles,
-        loc="upper center",
-        ncols=_across(canvas.get_figwidth(), list(handles)),
-        frameon=False,
-    )
+STEPS = [(1,), (1, 3), (1, 2, 5), (1, 2, 3, 5, 7), (1, 2, 3, 4, 5, 6, 8), tuple(n / 10 for n in range(10, 100, 2))]
 
 
-def _across(width: float, names: Sequence[str]) -> int:
-    """How many names of a legend go side by side in so many inches."""
-    return max(2, int(width / (0.45 + 0.075 * max(map(len, names)))))
+def _logarithmic(ax: Any, which: str) -> None:
+    """A logarithmic axis, "x" or "y", with as many round numbers as stand apart: at most five."""
+    getattr(ax, f"set_{which}scale")("log")
+    axis = getattr(ax, f"{which}axis")
+    low, high = axis.get_view_interval()
+    low, high = low / (high / low) ** 0.05, high * (high / low) ** 0.05
+    for steps in STEPS:
+        places = [m * 10.0**e for e in range(-5, 7) for m in steps if low <= m * 10.0**e <= high]
+        if 3 <= len(places) <= 5:
+            break
+    places = places[:: ceil(len(places) / 5)]
+    axis.set_minor_locator(ticker.NullLocator())
+    axis.set_ticks(places, [f"{place:g}" for place in places])
+    axis.set_view_interval(low, high, ignore=True)
 
 
-def _panels(
-    table: Table, rows: Sequence[Row], colour: dict[str, str], line: Callable[..., None], x: str, y: str
-) -> Canvas:
-    """One panel a row of the table, one line a rule; those along `against` stand beside each other."""
-    choices = len({row.labels[table.against] for row in rows}) if table.against else 0
-    columns = choices if 2 < choices < 6 else 4
-    canvas, axes = _axes(len(rows), columns, x, y, rules_run(rows))
+def _around(ax: Any, margin: float) -> None:
+    """Puts the limits of a logarithmic y axis around the lines, whatever their bands do."""
+    values = np.concatenate([line.get_ydata() for line in ax.lines])
+    values = values[np.isfinite(values)]
+    if len(values):
+        ax.set_ylim(values.min() / margin, values.max() * margin)
+
+
+def _names(ax: Any, ends: Sequence[tuple[str, tuple[float, float], Any]]) -> None:
+    """Names beside a panel, each at the height of its line's end or as near to it as others let it be."""
+    to_panel = ax.transData + ax.transAxes.inverted()
+    placed = [(to_panel.transform(at), name, paint) for name, at, paint in ends if np.isfinite(at).all()]
+    placed.sort(key=lambda end: end[0][1])
+    if not placed:  # or all diverged
+        return
+    gap = LINE / (ax.get_position().height * ax.figure.get_figheight())
+    order = np.arange(len(placed))
+    lowest = isotonic_regression([at[1] for at, *_ in placed] - gap * order).x
+    heights = np.clip(lowest, 0, max(0, 1 - gap * order[-1])) + gap * order
+    for (at, name, paint), y in zip(placed, heights, strict=True):
+        leader = Line2D((at[0], 1.03), (at[1], y), color=paint, linewidth=0.6, alpha=0.6, transform=ax.transAxes)
+        ax.add_artist(leader).set_clip_on(False)
+        ax.text(1.04, y, name, color=paint, fontsize=8, ha="left", va="center", transform=ax.transAxes)
+
+
+def _panels(rows: Sequence[Row], line: Callable[..., tuple[float, float]], x: str) -> Canvas:
+    """One panel a row of the table, one line a rule, named at its end."""
+    canvas, axes = _axes(len(rows), x, "validation error, %", rules_run(rows))
     for ax, row in zip(axes, rows, strict=True):
-        for rule, cell in row.cells.items():
-            if cell.records:
-                line(ax, cell, colour[rule], rule)
-        ax.set_title(described(row.labels))
-    _legend(canvas, axes)
+        ends = [(rule, line(ax, c, colour(rule), rule), colour(rule)) for rule, c in row.cells.items() if c.records]
+        _around(ax, 1.15)
+        _logarithmic(ax, "y")
+        if line is _time:
+            _logarithmic(ax, "x")
+        _names(ax, ends)
+        ax.set_title(described(row.labels), loc="left")
     return canvas
 
 
-def _curve(ax: Any, cell: Found, colour: str, label: str) -> None:
-    """The mean over seeds, and a band from the lowest seed to the highest."""
-    values = 100 * learning_curves(cell.records)
-    epochs = np.arange(1, len(values) + 1)
-    ax.plot(epochs, values.mean(axis=1), color=colour, label=label, gid=f"rule:{label}")
-    if values.shape[1] > 1:
-        low, high = values.min(axis=1), values.max(axis=1)
-        ax.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0, gid=f"rule:{label}")
+LEAST = 0.01  # percent: what an error of 0 is drawn as, on a logarithmic axis
 
 
-def _time(ax: Any, cell: Found, colour: str, label: str) -> None:
-    """Against the wall time of the fastest seed, taken to be the same for each of its epochs."""
-    values = 100 * learning_curves(cell.records)
-    epochs = np.arange(1, len(values) + 1)
-    ax.set_xscale("log")
-    ax.plot(cell.seconds * epochs, values.mean(axis=1), color=colour, label=label, gid=f"rule:{label}")
+def _curve(ax: Any, cell: Found, paint: str, name: str) -> tuple[float, float]:
+    """The mean over seeds, and a band from the lowest seed to the highest. Gives the line's end."""
+    errors = np.maximum(100 - 100 * learning_curves(cell.records), LEAST)
+    epochs = np.arange(1, len(errors) + 1)
+    means = errors.mean(axis=1)
+    ax.plot(epochs, means, color=paint, gid=f"rule:{name}")
+    if errors.shape[1] > 1:
+        low, high = errors.min(axis=1), errors.max(axis=1)
+        ax.fill_between(epochs, low, high, color=paint, alpha=0.15, linewidth=0, gid=f"rule:{name}")
+    return float(epochs[-1]), float(means[-1])
 
 
-def _against(table: Table, rows: Sequence[Row], colour: dict[str, str]) -> Canvas:
+def _time(ax: Any, cell: Found, paint: str, name: str) -> tuple[float, float]:
+    """Against the wall time of the fastest seed, taken to be the same for each of its epochs. Gives the line's end."""
+    means = np.maximum(100 - 100 * learning_curves(cell.records), LEAST).mean(axis=1)
+    seconds = cell.seconds * np.arange(1, len(means) + 1)
+    ax.plot(seconds, means, color=paint, gid=f"rule:{name}")
+    return float(seconds[-1]), float(means[-1])
+
+
+def _against(table: Table, rows: Sequence[Row]) -> Canvas:
     """What is `drawn` against an axis of the table, with 95 % intervals: one panel for each choice of the others."""
     x = table.against
     assert x is not None
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(choice for axis, choice in row.labels.items() if axis != x), []).append(row)
-    canvas, axes = _axes(len(groups), 4, x.replace("_", " "), f"test {table.drawn}, %", rules_run(rows), height=2)
+    canvas, axes = _axes(len(groups), x.replace("_", " "), f"test {table.drawn}, %", rules_run(rows), height=2.1)
     ticks = list(dict.fromkeys(row.labels[x] for row in rows))
     for ax, (group, members) in zip(axes, groups.items(), strict=True):
-        rules = list(
-            dict.fromkeys(rule for row in members for rule, cell in row.cells.items() if cell.mean is not None)
-        )
+        rules = list(dict.fromkeys(rule for row in members for rule, c in row.cells.items() if c.mean is not None))
+        ends = []
         for i, rule in enumerate(rules):
             cells = [(row.labels[x], row.cells[rule]) for row in members if rule in row.cells]
             points = [(ticks.index(at), cell) for at, cell in cells if cell.mean is not None]
@@ -201,71 +237,105 @@ def _against(table: Table, rows: Sequence[Row], colour: dict[str, str]) -> Canva
             accuracies = [100 * (cell.mean or 0) for _, cell in points]
             values = accuracies if table.drawn == "accuracy" else [100 - accuracy for accuracy in accuracies]
             half = [50 * (cell.interval[1] - cell.interval[0]) if cell.interval else 0 for _, cell in points]
-            _points(ax, rule, colour[rule], at, values, yerr=half, label=rule)
+            _points(ax, rule, at, values, yerr=half)
+            ends.append((rule, (at[-1], values[-1]), colour(rule)))
         ax.set_xticks(range(len(ticks)), ticks)
         if table.drawn == "error":
             ax.set_ylim(0, 1.08 * ax.get_ylim()[1])
-        ax.set_title(", ".join(choice.replace("_", " ") for choice in group))
-    _legend(canvas, axes)
+        _names(ax, ends)
+        ax.set_title(", ".join(choice.replace("_", " ") for choice in group), loc="left")
     return canvas
 
 
-def _points(ax: Any, rule: str, colour: str, x: Any, y: Any, **bars: Any) -> None:
-    """A rule's points with error bars, which its box in the report hides."""
-    line, caps, lines = ax.errorbar(x, y, color=colour, marker="o", markersize=4, capsize=2, **bars)
+def _points(ax: Any, rule: str, x: Any, y: Any, **bars: Any) -> None:
+    """A rule's points with error bars."""
+    line, caps, lines = ax.errorbar(x, y, color=colour(rule), **{"marker": "o", "markersize": 4, "capsize": 2} | bars)
     for artist in (line, *caps, *lines):
         artist.set_gid(f"rule:{rule}")
 
 
-def _by_rule(found: Findings, rows: Sequence[Row], colour: dict[str, str]) -> Canvas:
-    """A line for each rule: test error and angle to the gradient in each row, and what a step costs."""
-    rules = rules_run(rows)
-    panels: list[tuple[str, Mapping[str, tuple[float, float]]]] = []  # values and half the interval, by rule
-    for row in rows:
-        name, costs = described(row.labels), found.costs_of(row)
-        cells = {rule: cell for rule, cell in row.cells.items() if cell.mean is not None}
-        half = {rule: (c.interval[1] - c.interval[0]) / 2 if c.interval else 0 for rule, c in cells.items()}
-        errors = {rule: (100 - 100 * (c.mean or 0), 100 * half[rule]) for rule, c in cells.items()}
-        panels.append((f"{name}: test error, %", errors))
-        angles = {rule: (c.angle, 0) for rule, c in cells.items() if c.angle is not None}
-        panels.append((f"{name}: angle, degrees", angles))
-        panels.append((f"{name}: time of a step, of bp's", {rule: (1 / c.speed, 0) for rule, c in costs.items()}))
-        panels.append((f"{name}: memory of a step, of bp's", {rule: (c.memory, 0) for rule, c in costs.items()}))
-    left = 0.25 + 0.08 * max(map(len, rules))
-    canvas, axes = _axes(len(panels), 2, "", "", (), height=0.19 * len(rules) + 0.2, left=left)
-    for i, (ax, (name, values)) in enumerate(zip(axes, panels, strict=True)):
-        for place, rule in enumerate(rules):
-            if value := values.get(rule):
-                _points(ax, rule, colour[rule], value[0], place, xerr=value[1] or None)
-        ax.set_yticks(range(len(rules)), rules if i % 2 == 0 else [])
+Value = tuple[float, float]  # and half its interval, or 0
+
+
+def _by_rule(found: Findings, rows: Sequence[Row]) -> Canvas:
+    """A line for each rule, the best first: the error in each row, and the angle, the time and the memory in all."""
+    rules = sorted(rules_run(rows), key=lambda rule: -(rows[0].cells[rule].mean or 0) if rule in rows[0].cells else 1)
+    first, *_ = names = [described(row.labels) for row in rows]
+    panels: list[tuple[str, Sequence[Mapping[str, Value]]]] = []  # a title, and for each row the values by rule
+    for row, name in zip(rows, names, strict=True):
+        tested = {rule: cell for rule, cell in row.cells.items() if cell.mean is not None}
+        errors: dict[str, Value] = {
+            rule: (100 - 100 * (c.mean or 0), 50 * (c.interval[1] - c.interval[0]) if c.interval else 0)
+            for rule, c in tested.items()
+        }
+        panels.append((f"{name}: test error, %", [errors]))
+    angles = [{rule: (c.angle, 0) for rule, c in row.cells.items() if c.angle is not None} for row in rows]
+    costs = [found.costs_of(row) for row in rows]
+    panels.append(("angle, degrees", angles))
+    panels.append(("time (bp = 1)", [{rule: (1 / c.speed, 0) for rule, c in cost.items()} for cost in costs]))
+    panels.append(("memory (bp = 1)", [{r: (c.memory, 0) for r, c in cost.items()} for cost in costs]))
+    panels = [(title, values) for title, values in panels if any(values)]
+    left = 0.25 + NAME * max(map(len, rules))
+    canvas, axes = _axes(len(panels), "", "", (), 1.4, 0.21 * len(rules) + 0.2, left, len(panels), 0.3)
+    for ax, (title, values) in zip(axes, panels, strict=True):
+        for i, each in enumerate(values):
+            fill = {} if i == 0 else {"markerfacecolor": "none"}
+            for place, rule in enumerate(rules):
+                if value := each.get(rule):
+                    _points(ax, rule, value[0], place, xerr=value[1] or None, **fill)
+        ax.set_yticks(range(len(rules)), rules if ax is axes[0] else [])
         ax.set_ylim(len(rules) - 0.5, -0.5)
-        ax.set_title(name)
-        if not name.endswith("degrees"):
-            ax.set_xscale("log")
-            ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-            ax.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-            ax.xaxis.set_minor_formatter(ticker.NullFormatter())
+        ax.set_title(title, loc="left")
+        if "angle" in title:
+            ax.set_xticks([0, 30, 60, 90])
+        else:
+            _logarithmic(ax, "x")
+    for tick, rule in zip(axes[0].get_yticklabels(), rules, strict=True):
+        tick.set_color(colour(rule))
+    if len(rows) > 1:
+        told = f"angle, time and memory: filled circles {first}, open circles {', '.join(names[1:])}"
+        canvas.text(0.99, 0.01, told, ha="right", va="bottom", fontsize=8)
+    return canvas
+
+
+def _cost(found: Findings, rows: Sequence[Row]) -> Canvas:
+    """Test error against the time of a training step; the best are at the bottom left."""
+    rules = rules_run(rows)
+    canvas, axes = _axes(len(rows), "time of a training step (bp = 1)", "test error, %", rules, height=3)
+    for ax, row in zip(axes, rows, strict=True):
+        ends = []
+        for rule, cost in found.costs_of(row).items():
+            if (cell := row.cells.get(rule)) and cell.mean is not None:
+                at = 1 / cost.speed, 100 - 100 * cell.mean
+                _points(ax, rule, *at)
+                ends.append((rule, at, colour(rule)))
+        _logarithmic(ax, "x")
+        _logarithmic(ax, "y")
+        _names(ax, ends)
+        ax.set_title(described(row.labels), loc="left")
     return canvas
 
 
 def _angles(measured: Sequence[tuple[Row, str, Found]]) -> Canvas:
     """The angle of each layer's update to backpropagation's gradient: one panel a cell, a darker line the deeper."""
-    columns = min(5, max(Counter(id(row) for row, _, _ in measured).values()))
     deepest = max(cell.layers[-1] for _, _, cell in measured)
-    layers = [f"layer {l}" for l in range(1, deepest + 1)]
-    canvas, axes = _axes(len(measured), columns, "epoch", "angle to the gradient, degrees", layers, between=(0.4, 0.65))
-    shades = mpl.colormaps["viridis"](np.linspace(0.9, 0.0, deepest))
+    canvas, axes = _axes(
+        len(measured), "epoch", "angle to the gradient, degrees; each line has the number of its layer", ["9"], wide=1.8
+    )
+    shades = mpl.colormaps["viridis"](np.linspace(0.85, 0.25, deepest))
     for ax, (row, rule, cell) in zip(axes, measured, strict=True):
-        seeds = set()
+        seeds, ends = set(), []
         for l in cell.layers:
             by_seed = {r.seed: {e["epoch"]: e.get(f"{ANGLE}{l}") for e in r.epochs} for r in cell.all_seeds}
             angles = pd.DataFrame(by_seed, dtype=float).dropna(axis=1, how="all")
             seeds.add(angles.shape[1])
-            ax.plot(angles.index, angles.mean(axis=1), color=shades[l - 1], label=f"layer {l}", linewidth=1.1)
+            means = angles.mean(axis=1)
+            ax.plot(angles.index, means, color=shades[l - 1], linewidth=1.1)
+            ends.append((str(l), (float(angles.index[-1]), float(means.iloc[-1])), shades[l - 1]))
         ax.axhline(90, color="#888888", linestyle=":", linewidth=1)
         ax.set_ylim(0, max(100, ax.get_ylim()[1]))
         ax.set_yticks([0, 30, 60, 90])
+        _names(ax, ends)
         n = " to ".join(str(count) for count in sorted({min(seeds), max(seeds)}))  # layers may differ
-        ax.set_title(f"{rule}, n = {n}\n{described(row.labels)}", fontsize=8)
-    _legend(canvas, axes)
+        ax.set_title(f"{rule}, {n} seeds\n{described(row.labels)}", fontsize=8, loc="left")
     return canvas

@@ -516,9 +516,9 @@ def _showing(cell: Found, at: Conditions, records: Sequence[Record], seeds: Sequ
     if not recorded:
         reason = cell.reason
     elif at in cell.by_conditions:
-        reason = "no seed in common"
+        reason = "no seed in common with the other rules"
     elif at.epochs in recorded:
-        reason = "run on other images"
+        reason = "trained on other images"
     else:
-        reason = f"run with {', '.join(map(str, recorded))} epochs, not with {at.epochs}"
+        reason = f"trained for {', '.join(map(str, recorded))} epochs, not for {at.epochs}"
     return replace(cell, records=(), stand_in=None, reason=reason)

@@ -1,17 +1,17 @@
 """Makes every table and figure of the papers from recorded runs, and says of each claim whether we find the same.
 
-    python scripts/tables.py [--results results] [--readme README.md]
+    python scripts/tables.py [--results results]
 
 Nothing is trained and nothing is downloaded: all comes from results/records, papers/, results/not_run.yaml,
-results/benchmark.csv and conf/. The same files give the same bytes. Writes results/tables/<paper>.md, .csv, .tex and
-<paper>_verdicts.csv, results/figures/<paper>/*.svg, and in README.md and results/README.md what stands between
-`<!-- tables: <paper> -->` or `<!-- verdicts: <paper> -->` and `<!-- end -->`.
+results/benchmark.csv and conf/. The same files give the same bytes. The command writes results/tables/<paper>.md, .csv,
+.tex and <paper>_verdicts.csv, results/figures/<paper>/*.svg, and in papers/*/README.md what stands between
+`<!-- verdicts: <paper> -->` and `<!-- end -->`.
 """
 
 import argparse
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,14 +70,14 @@ def comparison(cell: Found, figure: Figure) -> str:
     return f"{told} ({apart})" if (apart := difference(cell, figure)) else told
 
 
-def text(cell: Found | str | None, signs: Mapping[str, str], intervals: bool) -> str:
+def text(cell: Found | str | None, signs: Mapping[str, str]) -> str:
     """What a table's cell says."""
     if isinstance(cell, str):
         return cell
     if cell is None:
         return "-"
     ours = signed(cell, signs)
-    if intervals and cell.interval:
+    if cell.interval:
         low, high = cell.interval
         ours += f" ({percent(low)} to {percent(high)})"
     return "; ".join([ours, *(comparison(cell, figure) for figure in cell.figures)])
@@ -101,7 +101,7 @@ def missing(rows: Iterable[Row]) -> list[str]:
             if not cell.records:
                 place = _choices(row.labels)
                 reasons.setdefault(cell.reason, []).append(place if whole else f"{place} rule={rule}")
-    return [f"{reason}: {_together(places)}" for reason, places in reasons.items()]
+    return [f"{_together(places)} ({reason})" for reason, places in reasons.items()]
 
 
 def _choices(labels: Mapping[str, str]) -> str:
@@ -162,9 +162,10 @@ def sheet(found: Findings, table: Table) -> Sheet | None:
     if table.by_rule:
         names = [described(row.labels) for row in shown]
         sizes = [
-            f"{name}: seeds {row.seeds}, epochs {epochs(row, signs)}" for name, row in zip(names, shown, strict=True)
+            f"{name}, {epochs(row, signs)} epochs, {_count([int(row.seeds)], 'seed')}"
+            for name, row in zip(names, shown, strict=True)
         ]
-        further = ("angle", "images/s of bp's", "memory of bp's")
+        further = ("angle", "speed (bp = 1)", "memory (bp = 1)")
         head = ["rule", *sizes, *(f"{name}: {what}" for what in further for name in names)]
         return Sheet(head, 1, [[rule, *_across(found, shown, rule)] for rule in rules], signs)
     lines = [
@@ -186,31 +187,42 @@ def notes(found: Findings, table: Table, shown: Sheet | None) -> list[str]:
     """What is to be said under a table as it is shown: what departs from the paper, and what was not run."""
     signs = shown.signs if shown else {}
     told = [f"{sign} {mark}" for mark, sign in signs.items()] + ([table.note] if table.note else [])
-    return told + [f"Without runs, {line}" for line in missing(found.tables[table.name])]
+    return told + [f"No results for {line}" for line in missing(found.tables[table.name])]
 
 
-def caption(table: Table, intervals: bool) -> str:
-    what = "Test accuracy in %: mean ± standard deviation over seeds" + (
-        ", 95 % interval of the mean" if intervals else ""
-    )
+def heading(found: Findings, table: Table) -> str:
+    """A table's title with the number of epochs and seeds of its runs, as in `MNIST, 10 epochs, 3 to 10 seeds`."""
+    run = [row for row in found.tables[table.name] if row.run]
+    lengths = [int(row.epochs) for row in run] or ([table.epochs] if table.epochs else [])
+    counted = [_count(lengths, "epoch"), _count([int(row.seeds) for row in run], "seed")]
+    return ", ".join([table.title, *filter(None, counted)])
+
+
+def _count(numbers: Sequence[int], what: str) -> str:
+    several = " to ".join(str(n) for n in sorted({min(numbers), max(numbers)})) if numbers else ""
+    return f"{several} {what}{'s' * (max(numbers) > 1)}" if numbers else ""
+
+
+def caption(table: Table) -> str:
+    what = "Test accuracy in %: mean ± standard deviation over seeds, and the 95 % interval of the mean."
     if table.by_rule:
         what += (
-            "; the angle of the update to backprop's gradient after the last epoch, mean over hidden layers and seeds; "
-            "speed of a training step, and its memory above weights and gradients, both relative to backprop's on the "
-            "same net (results/benchmark.csv)"
+            " The angle is that between a rule's update and backprop's gradient after the last epoch, the mean over "
+            "hidden layers and seeds. Speed is in images a second, memory is what a training step needs besides "
+            "weights and gradients; both are relative to backprop's on the same net (results/benchmark.csv)."
         )
-    return f"{what}."
+    return what
 
 
-def accuracy_table(found: Findings, table: Table, intervals: bool = True) -> str:
+def accuracy_table(found: Findings, table: Table) -> str:
     """A table's section in Markdown: accuracies, what departs from the paper, and what was not run."""
     shown = sheet(found, table)
     listed = "\n".join(f"- {note}" for note in notes(found, table, shown))
     if shown is None:
-        return f"**{table.title}**: no runs yet.\n{listed}"
-    lines = ([text(cell, shown.signs, intervals) for cell in line] for line in shown.lines)
+        return f"### {heading(found, table)}\n\nNo runs yet.\n\n{listed}".rstrip()
+    lines = ([text(cell, shown.signs) for cell in line] for line in shown.lines)
     body = markdown(shown.head, lines, shown.left)
-    return f"**{table.title}.** {caption(table, intervals)}\n\n{body}\n\n{listed}".rstrip()
+    return f"### {heading(found, table)}\n\n{caption(table)}\n\n{body}\n\n{listed}".rstrip()
 
 
 def place(result: Result) -> str:
@@ -234,8 +246,15 @@ def about(found: Findings) -> list[str]:
     ]
     if each := {(r.signature, r.seed): r.seconds * r.machine.threads for r in records}:
         runs, hours = f"{len(each)} run{'s' * (len(each) > 1)}", sum(each.values()) / 3600
-        told.append(f"The {runs} behind the tables took {hours:.1f} core hours.")
+        days = [r.finished[:10] for r in records]
+        told.append(f"The {runs} behind the tables took {hours:.1f} core hours; they {between(days)}.")
     return told
+
+
+def between(days: Sequence[str]) -> str:
+    """As in `finished from 2026-01-31 to 2026-02-03`."""
+    first, last = min(days), max(days)
+    return f"finished on {first}" if first == last else f"finished from {first} to {last}"
 
 
 def departures(found: Findings) -> list[str]:
@@ -287,10 +306,14 @@ def readings(found: Findings) -> str:
 
 
 def lengths(found: Findings) -> str:
-    """How long the runs were trained that tests are of, and what they depart in, as sentences."""
+    """How long the runs of the tests were trained, when a paper's runs finished, and what they depart in: sentences."""
     counts = Counter(r.epochs for r in found.verdicts if r.epochs)
     parts = [f"{count} of runs of {epochs} epochs" for epochs, count in sorted(counts.items(), reverse=True)]
-    return " ".join([*([f"Tests: {', '.join(parts)}."] if parts else []), *departures(found)])
+    days = [
+        r.finished[:10] for rows in found.tables.values() for row in rows for c in row.cells.values() for r in c.records
+    ]
+    told = [f"Tests: {', '.join(parts)}. The paper's runs {between(days)}."] if parts else []
+    return " ".join([*told, *departures(found)])
 
 
 def verdict_summary(found: Findings) -> str:
@@ -310,13 +333,14 @@ def tests_not_run(found: Findings) -> list[str]:
 
 def how(claims: Claims) -> str:
     """How verdicts come about."""
+    points = f"{claims.margin:g} percentage point{'s' * (claims.margin != 1)}"
     return (
-        f"Tests are paired over seeds; alpha is {claims.alpha:g}, the margin {claims.margin:g} percentage points of "
-        "accuracy. The difference is that of the comparison hardest to show, its interval not adjusted, over all seeds "
-        "that its two sides share, which may be more than the tables show. The two p are those of the test for the "
-        "claim and of the one against it, each adjusted over all tests of the paper, run or not (Holm). "
-        "src/nobackprop/papers/claims.py defines the tests, papers/<paper>/claims.yaml fixes them; results/README.md "
-        "says what was changed since."
+        f"Each test compares test accuracies seed by seed, at the level alpha = {claims.alpha:g} and with a margin "
+        f"of {points}. The difference is that of the comparison hardest to show: its mean over all seeds that its "
+        "two sides share, which may be more than the tables show, and its 95 % interval, which is not adjusted. "
+        "One p-value is of the test for the claim, the other of the test against it. Both are adjusted over all "
+        "tests of the paper, run or not (Holm). `src/nobackprop/papers/claims.py` defines the tests, and "
+        "`papers/<paper>/claims.yaml` fixes them; `results/README.md` says what has changed since then."
     )
 
 
@@ -333,14 +357,6 @@ def page(found: Findings, drawn: Iterable[str]) -> str:
         own = [name for name in drawn if name.rpartition("_")[0] == table.name]
         parts += [accuracy_table(found, table), *(f"![{name}](../figures/{found.paper}/{name}.svg)" for name in own)]
     return "\n\n".join(parts) + "\n"
-
-
-def readme_tables(found: Findings) -> str:
-    """What README.md shows of a paper's tables."""
-    shown = [table for table in found.layout.tables if sheet(found, table)]
-    if not shown:
-        return "No runs are recorded yet."
-    return "\n\n".join([" ".join(about(found)), *(accuracy_table(found, table, intervals=False) for table in shown)])
 
 
 def rows_of(found: Findings) -> pd.DataFrame:
@@ -404,7 +420,7 @@ def latex(found: Findings) -> str:
             continue
         lines = [f"\\begin{{tabular}}{{{'l' * shown.left}{'r' * (len(shown.head) - shown.left)}}}", "\\toprule"]
         lines += [" & ".join(name.translate(TEX) for name in shown.head) + r" \\", "\\midrule"]
-        rows = ([text(cell, shown.signs, intervals=True).translate(TEX) for cell in line] for line in shown.lines)
+        rows = ([text(cell, shown.signs).translate(TEX) for cell in line] for line in shown.lines)
         lines += [" & ".join(row) + r" \\" for row in rows]
         lines += ["\\bottomrule", "\\end{tabular}"]
         below = [f"\\par{{\\footnotesize {note.translate(TEX)}}}" for note in notes(found, table, shown)]
@@ -418,7 +434,7 @@ def every_paper(results: Path) -> list[Findings]:
     return [findings(paper, records, results) for paper in papers()]
 
 
-def generated(every: Sequence[Findings], results: Path, readme: Path) -> dict[Path, bytes]:
+def generated(every: Sequence[Findings], results: Path) -> dict[Path, bytes]:
     """The content of every table and figure that shows these findings, by path."""
     files: dict[Path, bytes] = {}
     for found in every:
@@ -432,15 +448,14 @@ def generated(every: Sequence[Findings], results: Path, readme: Path) -> dict[Pa
             files[tables / f"{found.paper}_verdicts.csv"] = verdicts.encode()
         for name, svg in drawn.items():
             files[results / "figures" / found.paper / f"{name}.svg"] = svg
-    sections = {f"tables: {found.paper}": readme_tables(found) for found in every}
-    sections |= {f"verdicts: {found.paper}": verdict_summary(found) for found in every if found.claims}
-    for text in (readme, results / "README.md"):
-        files[text] = with_sections(text.read_text(), sections).encode()
+    sections = {f"verdicts: {found.paper}": verdict_summary(found) for found in every if found.claims}
+    for readme in sorted((results.parent / "papers").glob("*/README.md")):
+        files[readme] = with_sections(readme.read_text(), sections).encode()
     return files
 
 
 def with_sections(text: str, sections: Mapping[str, str]) -> str:
-    """A text with what stands between a place such as `<!-- tables: lra_e -->` and `<!-- end -->` replaced."""
+    """A text with what stands between a place such as `<!-- verdicts: lra_e -->` and `<!-- end -->` replaced."""
 
     def section(match: re.Match[str]) -> str:
         if match[1] not in sections:
@@ -463,15 +478,9 @@ def replace_with(files: Mapping[Path, bytes], results: Path) -> None:
             print(path)
 
 
-def command(description: str | None, make: Callable[[Path, Path], Mapping[Path, bytes]]) -> None:
-    """A command that writes the files which `make` gives for a results folder and a README."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--readme", type=Path, default=RESULTS.with_name("README.md"))
     options = parser.parse_args()
     with answering(parser.prog):
-        replace_with(make(options.results, options.readme), options.results)
-
-
-def main() -> None:
-    command(__doc__, lambda results, readme: generated(every_paper(results), results, readme))
+        replace_with(generated(every_paper(options.results), options.results), options.results)

@@ -1,0 +1,336 @@
+"""The reference: keys from conf/ and its comments, rules from their docstrings and from running them, the interface."""
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib import import_module
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import nobackprop
+from generate.results import cell, element, raw, sortable
+from nobackprop import usage
+from nobackprop.core.initializers import Normal, initial_weights
+from nobackprop.core.losses import SoftmaxCrossEntropy
+from nobackprop.core.network import Network, mlp
+from nobackprop.core.rule import Batch, Rule
+from nobackprop.mistakes import Mistake
+from nobackprop.papers.figures import within_a_page
+from nobackprop.papers.results import Cost, Findings
+from nobackprop.places import CONF, RESULTS
+
+
+def pages(every: Sequence[Findings], drawn: Mapping[str, Mapping[str, bytes]]) -> dict[str, str]:
+    """The pages by name; `drawn` are the figures by paper and name."""
+    return {
+        "keys": keys(),
+        "rules": rules(every, drawn),
+        "interface": interface(),
+        "costs": costs(RESULTS / "benchmark.csv"),
+    }
+
+
+# Keys
+
+
+def keys() -> str:
+    """Every group and key, with the files of conf/ as they are: their comments say what each key means."""
+    train = (CONF / "train.yaml").read_text()
+    groups, _ = usage._commented(train)
+    parts = [
+        "# Keys",
+        "Every run is composed of the files below. A group is chosen by `group=choice`, a key is set by `key=value`, "
+        "and a key of a group by `group.key=value`, as in `optimizer.lr=0.01`. `nobackprop --help` shows the same in "
+        "two screens, `nobackprop rule=dtp --help` the keys of a choice, and `nobackprop --cfg job` the whole config.",
+        "## train.yaml",
+        _yaml(train.partition("\nhydra:")[0]),
+    ]
+    for group, (choice, comment) in groups.items():
+        name = group.lstrip("+")
+        parts += [f"## {group}=", f"What it chooses: {comment}. If you say nothing: `{choice}`."]
+        paths = sorted((CONF / name).rglob("*.yaml"))
+        if name == "tuned":
+            parts.append(
+                f"There are {len(paths)} files of settings that were searched; `tuned=none` takes none of them."
+            )
+        else:
+            named = [(str(path.relative_to(CONF / name).with_suffix("")), path.read_text()) for path in paths]
+            parts += [f"`{group}={each}`\n\n{_yaml(text)}" for each, text in named]
+        if name == "dataset":
+            parts += ["For every data set:", _yaml((CONF / "dataset_options.yaml").read_text())]
+    return "\n\n".join(parts) + "\n"
+
+
+def _yaml(text: str) -> str:
+    return f"```yaml\n{text.strip()}\n```"
+
+
+# Rules
+
+
+class Pushed(Batch):
+    """A batch whose error at the output does not depend on what the net says."""
+
+    def error(self, z: Tensor) -> Tensor:
+        return torch.ones_like(z) * torch.tensor([0.3, -0.2, -0.4, 0.3], dtype=z.dtype)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a rule needs, found by running it on small nets."""
+
+    derivative: str  # of f
+    above: str  # what it uses of the weights above a layer
+    own: str  # weights
+    noise: str
+    work: float  # of a step, in forward passes
+
+    @property
+    def family(self) -> str:
+        if self.work > 10:
+            return "The net relaxes"
+        if self.above in ("values", "signs"):
+            return "Errors come down through the forward weights"
+        if "as W" in self.own:
+            return "Errors or targets come down through weights of their own"
+        if "units x outputs" in self.own:
+            return "The output's error or the label reaches each layer at once"
+        return "No path downward"
+
+
+def needs(rule: Rule) -> Needs:
+    names, total = _own(rule), _work(rule)
+    noise = "yes" if rule.noise(_net("tanh"), 6) else "no"
+    return Needs(_derivative(rule), _above(rule), names, noise, total)
+
+
+def _net(activation: str, hidden: Sequence[int] = (7, 6)) -> Network:
+    return mlp((12,), 4, hidden=list(hidden), activation=activation)
+
+
+def _batch(rule: Rule, net: Network, kind: type[Batch] = Batch, samples: int = 6) -> Batch:
+    numbers = torch.Generator().manual_seed(0)
+    inputs, outputs = prod(net.in_shape), net.units(net.L)
+    x = torch.rand(samples, inputs, dtype=torch.float64, generator=numbers)
+    loss = SoftmaxCrossEntropy(outputs)
+    noise = {
+        name: torch.randn(shape, dtype=torch.float64, generator=numbers)
+        for name, shape in rule.noise(net, samples).items()
+    }
+    return kind(x, loss.target(torch.arange(samples) % outputs, x.dtype), loss, noise)
+
+
+def _weights(rule: Rule, net: Network) -> dict[str, Tensor]:
+    normal = Normal(0.3)
+    drawn = initial_weights(net, rule, forward=normal, backward=normal, seed=0)
+    return {name: tensor.detach().double() for name, tensor in drawn.items()}
+
+
+def _derivative(rule: Rule) -> str:
+    """Whether it needs f': sign has none, and says so when it is asked."""
+    net = _net("sign")
+    try:
+        rule.all_grads(net, _weights(rule, net), _batch(rule, net))
+    except Mistake:
+        return "yes"
+    return "no"
+
+
+def _above(rule: Rule) -> str:
+    """What W1's gradient in a linear net takes of the weights above, where the error at the output is given."""
+    net = _net("identity")
+    w, batch = _weights(rule, net), _batch(rule, net, Pushed)
+
+    def changed(**others: Tensor) -> bool:
+        before, after = (rule.all_grads(net, each, batch)[0]["W1"] for each in (w, w | others))
+        return not torch.allclose(before, after, rtol=1e-6)
+
+    if changed(W2=2 * w["W2"]):
+        return "values"
+    if changed(W2=-w["W2"]):
+        return "signs"
+    return "values, at the output" if changed(W3=2 * w["W3"]) else "nothing"
+
+
+def _own(rule: Rule) -> str:
+    """Its own weights by letter: fixed or learned, and of which shape."""
+    net = _net("tanh")
+    w, sizes = _weights(rule, net), {12: "inputs", 7: "units", 6: "units", 4: "outputs"}
+    grads, _ = rule.all_grads(net, w, _batch(rule, net))
+    told = {}
+    for name in w:
+        letter, layer = name.rstrip("0123456789"), int(re.sub(r"\D", "", name) or 0)
+        if letter in ("W", "b") or letter in told:
+            continue
+        shape = w[name].shape
+        as_w = layer and tuple(shape) == tuple(net.weight_shape(layer)) and layer < net.L
+        kind = "as W" if as_w else " x ".join(sizes.get(n, str(n)) for n in shape)
+        told[letter] = f"{'learned' if name in grads else 'fixed'} {letter}, {kind}"
+    return "; ".join(told.values()) or "none"
+
+
+def _work(rule: Rule) -> float:
+    """The products of a step on a net of four hidden layers of 256, in forward passes."""
+    net = mlp((784,), 10, hidden=[256] * 4, activation="tanh")
+    w, batch = _weights(rule, net), _batch(rule, net, samples=50)
+    with torch.no_grad(), FlopCounterMode(display=False) as step:
+        rule.all_grads(net, w, batch)
+    return step.get_total_flops() / (2 * 50 * sum(t.numel() for name, t in w.items() if re.fullmatch(r"W\d+", name)))
+
+
+def rules(every: Sequence[Findings], drawn: Mapping[str, Mapping[str, bytes]]) -> str:
+    """Every rule that has a file in conf/rule, in families."""
+    found = {path.stem: instantiate(OmegaConf.load(path)) for path in sorted((CONF / "rule").glob("*.yaml"))}
+    known = {name: needs(rule) for name, rule in found.items()}
+    families = dict.fromkeys(each.family for each in known.values())
+    experiment, costs = _costs(every)
+    parts = [RULES.format(experiment=f"`{experiment}`"), raw(_table(known, costs)), *_field(every, drawn)]
+    for family in sorted(families, key=lambda f: (f.startswith("The net"), f.startswith("No"), f)):
+        parts.append(f"## {family}")
+        for name, rule in found.items():
+            if known[name].family == family:
+                parts.append(_rule(name, rule))
+    return "\n\n".join(parts) + "\n"
+
+
+RULES = """# Rules
+
+A learning rule says which error reaches each layer. The layer turns its input and that error into the gradient of its
+weights, and does so in the same way for every rule. So a rule is one short file, to be read beside its paper.
+
+The table says what each rule needs. It is made by running the rule on small nets when this page is built. *f'* says
+whether the rule needs the derivative of the activation. *Uses of W above* says what a layer's error takes of the
+weights above it: backprop needs their values. *Own weights* are those besides W and b; "as W" means that they have the
+shapes of W. *Work* is the arithmetic of a training step, where a forward pass is 1. *Time* and *memory* are those of a
+step of {experiment} (`results/benchmark.csv`), where backprop has 1."""
+
+
+def _costs(every: Sequence[Findings]) -> tuple[str, Mapping[str, Cost]]:
+    """The experiment in which the most rules were measured, and what they cost there."""
+    known = {experiment: costs for found in every for experiment, costs in found.costs.items()}
+    return max(known.items(), key=lambda each: (len(each[1]), each[0]), default=("", {}))
+
+
+def _table(known: Mapping[str, Needs], costs: Mapping[str, Cost]) -> str:
+    rows = []
+    for name, n in known.items():
+        cost = costs.get(name)
+        texts = [element("a", name, href=f"#{name.replace('_', '-')}"), n.derivative, n.above, escape(n.own), n.noise]
+        measured = ["-", "-"] if cost is None else [f"{1 / cost.speed:.2f}", f"{cost.memory:.2f}"]
+        rows.append([*map(cell, texts), *(cell(text, True) for text in [f"{n.work:.1f}", *measured])])
+    head = ["rule", "f'", "uses of W above", "own weights", "noise", "work", "time", "memory"]
+    return sortable(head, rows, 3)
+
+
+def _field(every: Sequence[Findings], drawn: Mapping[str, Mapping[str, bytes]]) -> list[str]:
+    """The figure of the whole field, of each table with a line for each rule."""
+    parts = []
+    for found in every:
+        for name, svg in drawn[found.paper].items():
+            if name.endswith("_cost"):
+                parts += ["## Error against cost", raw(element("figure", within_a_page(svg), _class="drawn"))]
+                told = "The best rules are at the bottom left. The runs are those of"
+                parts.append(f"{told} [{found.layout.title}](../results/{found.paper}.md).")
+    return parts
+
+
+def _rule(name: str, rule: Rule) -> str:
+    module = type(rule).__module__.replace(".", "/")
+    told = inspect.getdoc(type(rule)) or ""
+    chosen = _yaml((CONF / "rule" / f"{name}.yaml").read_text())
+    return "\n\n".join([f"### {name}", told, f"The file is `src/{module}.py`; `rule={name}` has these keys:", chosen])
+
+
+# Costs
+
+
+def costs(path: Path) -> str:
+    """What benchmarks/benchmark.py measured, a table for each measure."""
+    frame = pd.read_csv(path)
+    parts = [COSTS]
+    for measure, rows in frame.groupby("measure", sort=False):
+        body = [
+            [
+                cell(escape(what)),
+                cell(f"{value:,.4g}", True),
+                cell(escape(unit)),
+                cell(_ratio(ratio), True),
+            ]
+            for what, value, unit, ratio in rows[["what", "value", "unit", "ratio"]].itertuples(index=False)
+        ]
+        threads = " and ".join(f"{n:g}" for n in rows.threads.unique())
+        title = str(measure)[0].upper() + str(measure)[1:]
+        parts += [f"## {title}", f"{rows.processor.iloc[0]}, threads: {threads}."]
+        parts.append(raw(sortable(["what", "value", "unit", "ratio"], body, 0)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _ratio(ratio: float) -> str:
+    return "" if pd.isna(ratio) else f"{ratio:.2f}"
+
+
+COSTS = """# Speed and memory
+
+All figures are those of `results/benchmark.csv`, which `python benchmarks/benchmark.py` makes. What is compared is
+measured in turn on one machine, so the ratio of two figures says more than a figure alone. The ratio is to the first
+line of a table, or to backprop. *Plain PyTorch* is backprop by modules, autograd and torch's optimizer, not compiled.
+
+A step here has no autograd graph. The optimizer is one kernel, and memory is kept between steps. On a GPU nothing has
+been measured yet."""
+
+
+# Interface
+
+
+def interface() -> str:
+    """All public names, from their docstrings."""
+    parts = [
+        "# Interface",
+        "`import nobackprop` gives all these names, and imports torch when the first of them that needs it is used. "
+        "Learning rules are public too, as `nobackprop.LRAE`; the [rules](rules.md) have a page of their own.",
+    ]
+    parts += ["```{py:module} nobackprop\n```"]
+    known = nobackprop._PUBLIC  # what one starts with comes first
+    for module in sorted(known, key=lambda name: name.startswith(("core.", "data."))):
+        title = (inspect.getdoc(import_module(f"nobackprop.{module}")) or module).partition("\n")[0].rstrip(".")
+        parts += [
+            f"## {re.split('[:;,]', title)[0]}",
+            *(_member(name, getattr(nobackprop, name)) for name in known[module].split()),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _member(name: str, member: Any) -> str:
+    kind = "class" if inspect.isclass(member) else "function" if callable(member) else "data"
+    inner = []
+    if kind == "class":
+        for own, each in vars(member).items():
+            function = each.fget if isinstance(each, property) else getattr(each, "__func__", each)
+            told = inspect.getdoc(getattr(member, own)) if inspect.isfunction(function) and own[0] != "_" else None
+            if told:
+                directive = "property" if isinstance(each, property) else "method"
+                text = f"{own}{'' if directive == 'property' else _signature(function, bound=True)}"
+                inner.append(f":::{{py:{directive}}} {text}\n{told}\n:::")
+    signature = "" if kind == "data" else _signature(member)
+    return "\n".join([f"::::{{py:{kind}}} {name}{signature}", inspect.getdoc(member) or "", "", *inner, "::::"])
+
+
+def _signature(function: Any, bound: bool = False) -> str:
+    """Names and default values; of a method without `self`."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        return "()"
+    parameters = list(signature.parameters.values())[bound:]
+    shown = [p.replace(annotation=p.empty) for p in parameters]
+    return str(signature.replace(parameters=shown, return_annotation=signature.empty))

@@ -1,0 +1,34 @@
+"""The colour of each learning rule, the same in every figure, to be seen on a light page and on a dark one."""
+
+import colorsys
+from zlib import crc32
+
+INK = "#010203"  # becomes the colour of the page's text
+COLOURS = {  # all of a middle lightness, to be seen on white and on black
+    "bp": INK,
+    "fa": "#E08A00",
+    "dfa": "#3B9BD9",
+    "lra_e": "#E0442B",
+    "lra_e_plain": "#F08A6E",
+    "mdfa": "#00A878",
+    "dtp": "#D264A5",
+    "equilibrium_propagation": "#5B6CD9",
+    "predictive_coding": "#B59B00",
+    "usf": "#A67C3B",
+    "brsf": "#8A8A8A",
+    "frsf": "#A64BD6",
+    "kolen_pollack": "#C2334D",
+    "weight_mirror": "#6FAE3D",
+    "drtp": "#F05FA8",
+    "pepita": "#2E8C9A",
+    "forward_forward": "#B4623F",
+    "dfa_two_pass": "#00B3B3",
+}
+
+
+def colour(rule: str) -> str:
+    """A rule's colour; one that is not listed has one of its own all the same."""
+    if rule in COLOURS:
+        return COLOURS[rule]
+    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(crc32(rule.encode()) % 360 / 360, 0.65, 0.75))
+    return f"#{red:02x}{green:02x}{blue:02x}"
