@@ -36,7 +36,8 @@ class BlockDFA(Rule):
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
         z, h = net.forward(w, batch.x)
         d = e = batch.error(z[net.L])  # (N, outputs)
-        g, skipped = net.hebbian(net.L, h[net.L - 1], e), dict[int, Tensor]()
+        g = net.hebbian(net.L, h[net.L - 1], e)
+        skipped: dict[int, Tensor] = {}
         for l in range(net.L - 1, 0, -1):
             if l in self._ends(net):
                 skipped.pop(l, None)
