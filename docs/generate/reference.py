@@ -93,6 +93,7 @@ class Needs:
     above: str  # what it uses of the weights above a layer
     own: str  # weights
     noise: str
+    refuses: str  # kinds of parts of a net
     work: float  # of a step, in forward passes
 
     @property
@@ -111,7 +112,7 @@ class Needs:
 def needs(rule: Rule) -> Needs:
     names, total = _own(rule), _work(rule)
     noise = "yes" if rule.noise(_net("tanh"), 6) else "no"
-    return Needs(_derivative(rule), _above(rule), names, noise, total)
+    return Needs(_derivative(rule), _above(rule), names, noise, ", ".join(rule.refuses) or "nothing", total)
 
 
 def _net(activation: str, hidden: Sequence[int] = (7, 6)) -> Network:
@@ -211,8 +212,9 @@ weights, and does so in the same way for every rule. So a rule is one short file
 The table says what each rule needs. It is made by running the rule on small nets when this page is built. *f'* says
 whether the rule needs the derivative of the activation. *Uses of W above* says what a layer's error takes of the
 weights above it: backprop needs their values. *Own weights* are those besides W and b; "as W" means that they have the
-shapes of W. *Work* is the arithmetic of a training step, where a forward pass is 1. *Time* and *memory* are those of a
-step of {experiment} (`results/benchmark.csv`), where backprop has 1."""
+shapes of W. *Refuses* names the parts of nets for which the rule has no form; below it says why. *Work* is the
+arithmetic of a training step, where a forward pass is 1. *Time* and *memory* are those of a step of {experiment}
+(`results/benchmark.csv`), where backprop has 1."""
 
 
 def _costs(every: Sequence[Findings]) -> tuple[str, Mapping[str, Cost]]:
@@ -225,10 +227,17 @@ def _table(known: Mapping[str, Needs], costs: Mapping[str, Cost]) -> str:
     rows = []
     for name, n in known.items():
         cost = costs.get(name)
-        texts = [element("a", name, href=f"#{name.replace('_', '-')}"), n.derivative, n.above, escape(n.own), n.noise]
+        texts = [
+            element("a", name, href=f"#{name.replace('_', '-')}"),
+            n.derivative,
+            n.above,
+            escape(n.own),
+            n.noise,
+            n.refuses,
+        ]
         measured = ["-", "-"] if cost is None else [f"{1 / cost.speed:.2f}", f"{cost.memory:.2f}"]
         rows.append([*map(cell, texts), *(cell(text, True) for text in [f"{n.work:.1f}", *measured])])
-    head = ["rule", "f'", "uses of W above", "own weights", "noise", "work", "time", "memory"]
+    head = ["rule", "f'", "uses of W above", "own weights", "noise", "refuses", "work", "time", "memory"]
     return sortable(head, rows, 3)
 
 
@@ -248,7 +257,11 @@ def _rule(name: str, rule: Rule) -> str:
     module = type(rule).__module__.replace(".", "/")
     told = inspect.getdoc(type(rule)) or ""
     chosen = _yaml((CONF / "rule" / f"{name}.yaml").read_text())
-    return "\n\n".join([f"### {name}", told, f"The file is `src/{module}.py`; `rule={name}` has these keys:", chosen])
+    parts = [f"### {name}", told]
+    if rule.refuses:
+        parts.append("Nets that it refuses:")
+        parts.append("\n".join(f"- with {kind}: {reason}." for kind, reason in rule.refuses.items()))
+    return "\n\n".join([*parts, f"The file is `src/{module}.py`; `rule={name}` has these keys:", chosen])
 
 
 # Costs
