@@ -112,7 +112,7 @@ def test_tuned_settings_are_taken_and_announced_as_by_the_command(console: Conso
         ([], {"rule": "dfa", "optimizer": {"lr": -1}}, "optimizer: lr is -1: it must not be below 0"),
         ([], {"max_epochs": "3"}, "max_epochs: Input should be a valid integer, got '3'"),
         ([], {"rule": object()}, "rule is of type object; allowed: a text, a number, True, False, None, and lists"),
-        ([], {"rule": None}, "rule=null: a run needs a rule; choose one of bp"),
+        ([], {"rule": None}, "rule=null: a run needs a rule; choose one of block_dfa, bp"),
         (["bp"], {}, "'bp' is no key=value"),
         (["optimizer.lr=interval(0.1,1)"], {}, "an interval is for a search"),
         (["launcher=slurm"], {}, "launcher, .sweep and dry_run are the command's alone"),
@@ -324,12 +324,14 @@ def test_the_readmes_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_pages_lines_on_own_images_and_modules_run() -> None:
     here: dict[str, Any] = {}
-    (images,), module = blocks("docs/how_to/dataset.md"), blocks("docs/how_to/own_loop.md")[0]
+    (images,), modules = blocks("docs/how_to/dataset.md"), blocks("docs/how_to/own_loop.md")[:2]
     assert images.count("seeds=3") == 1
     exec(images.replace("seeds=3", "seeds=3, logger='none', max_epochs=2"), here)
     assert len(here["runs"]) == 3
-    exec(module, here)
+    for module in modules:
+        exec(module, here)
     assert here["logits"].shape == (50, 3)
-    (net,) = blocks("docs/how_to/net.md")
-    exec(net, here)
-    assert here["net"].shapes[-1] == (10,)
+    assert here["module"][0].weight.grad.abs().sum() > 0
+    for net in blocks("docs/how_to/net.md"):
+        exec(net, here)
+        assert here["net"].shapes[-1] == (10,)

@@ -47,6 +47,12 @@ def test_every_config_composes(config: Config, tmp_path: Path, group: str, optio
         overrides = ["dataset=cifar10", *overrides]
         if option == "allconv_224":
             overrides.append("arch.filters=[[4,9,4],[4,3,2]]")
+    if option == "lenet":
+        overrides = ["dataset=cifar10", *overrides]
+    if option in ("resnet", "vit"):
+        overrides.append("rule=bp")
+    if option == "module":
+        overrides.append("arch._target_=test_module_arch.make_net")
     if option == "sigmoid":
         overrides.append("dataset.classes=2")
     images = torch.zeros(2, 4), torch.arange(2)

@@ -85,7 +85,7 @@ class Network:
     def differentiable(self) -> bool:
         """Whether all activations have a derivative."""
         within = [m for layer in self.layers for m in (*layer.read, *(layer.shortcut.maps if layer.shortcut else ()))]
-        all_of_them = [*self.activations[1:-1]]
+        all_of_them = [*self.activations[:-1]]
         all_of_them += [m.activation for m in within if isinstance(m, maps.Elementwise)]
         return all(f.derivative is not None for f in all_of_them)
 
