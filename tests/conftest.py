@@ -286,8 +286,10 @@ def refuses(rule: str, net: Network) -> bool:
     return any(part in kind.refuses for _, part, _ in net.parts())
 
 
-def _pairs() -> Iterator[Any]:
+@cache
+def _pairs() -> list[Any]:
     """Every rule with every small net and loss, but for what it refuses."""
+    pairs = []
     for rule in options("rule"):
         for name in NETS | MAPPED:
             sampled = name in NETS or rule in SAMPLE[name].split()
@@ -296,7 +298,8 @@ def _pairs() -> Iterator[Any]:
             for loss in LOSSES:
                 often = sampled and (name in NETS or loss == "softmax")
                 marks = () if often else (pytest.mark.slow,)
-                yield pytest.param(rule, (name, loss), marks=marks, id=f"{rule}-{name}-{loss}")
+                pairs.append(pytest.param(rule, (name, loss), marks=marks, id=f"{rule}-{name}-{loss}"))
+    return pairs
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -305,7 +308,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     own = {name for mark in marks for name in re.findall(r"\w+", str(mark.args[0]))}  # a string, or several in a tuple
     asked = {"rule", "problem"} & {*metafunc.fixturenames} - own
     if asked == {"rule", "problem"}:
-        metafunc.parametrize(("rule", "problem"), list(_pairs()), indirect=True)
+        metafunc.parametrize(("rule", "problem"), _pairs(), indirect=True)
     elif asked == {"rule"}:
         metafunc.parametrize("rule", options("rule"), indirect=True)
     elif asked == {"problem"}:

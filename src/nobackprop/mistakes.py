@@ -39,6 +39,15 @@ def _plain(name: str) -> str:
 
 
 @contextmanager
+def at(where: str) -> Iterator[None]:
+    """Within, a Mistake begins with where it is."""
+    try:
+        yield
+    except Mistake as e:
+        raise Mistake(f"{where}: {e}") from e
+
+
+@contextmanager
 def answering(name: str) -> Iterator[None]:
     """Ends a script of that name in a sentence, with status 1, for a mistake or a file that can't be used.
 

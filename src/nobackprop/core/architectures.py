@@ -23,7 +23,7 @@ from nobackprop.core.maps import (
     Shrink,
 )
 from nobackprop.core.network import Network
-from nobackprop.mistakes import Mistake, close
+from nobackprop.mistakes import Mistake, at, close
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,13 @@ def assemble(in_shape: Shape, parts: Sequence[Part], *, where: Sequence[str] | N
     """
     built = _Row(tuple(in_shape))
     for number, part in enumerate(parts):
-        try:
+        with at(where[number] if where else f"part {number + 1} of the net, {_named(part)}"):
             built.add(part)
-        except Mistake as e:
-            name = where[number] if where else f"part {number + 1} of the net, {_named(part)}"
-            raise Mistake(f"{name}: {e}") from e
     if not built.layers or built.pending or built.layers[-1].activation is not LINEAR or built.layers[-1].shortcut:
         raise Mistake("a net ends with a layer without an activation: the loss applies softmax or sigmoid")
     *hidden, last = built.layers
-    own = [layer.activation for layer in hidden if layer.activation is not LINEAR]
-    return Network(tuple(in_shape), (*hidden, replace(last, activation=None)), (own or [LINEAR])[-1] or LINEAR)
+    own = (layer.activation for layer in reversed(hidden) if layer.activation not in (None, LINEAR))
+    return Network(tuple(in_shape), (*hidden, replace(last, activation=None)), next(own, None) or LINEAR)
 
 
 LINEAR = ACTIVATIONS["identity"]
@@ -185,10 +182,8 @@ def _made(kind: type[Layer] | type[Map], name: str, given: Any, place: str) -> L
     if not fits:
         takes = ", ".join(f"{f.name} ({getattr(f.type, '__name__', f.type)})" for f in own)
         raise Mistake(f"{place}: {name} takes {takes}, and {given!r} is not that")
-    try:
+    with at(place):
         return kind(**values)
-    except Mistake as e:
-        raise Mistake(f"{place}: {e}") from e
 
 
 def lenet(in_shape: Shape, outputs: int, *, activation: str) -> Network:

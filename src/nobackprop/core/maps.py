@@ -366,6 +366,9 @@ def pulled(maps: Sequence[Map], h: Tensor, e: Tensor) -> Tensor:
 
 def difference(maps: Sequence[Map], h: Tensor, u: Tensor) -> Tensor:
     """What maps in a row make of h, minus what they make of h - u."""
-    for m in maps:
+    if not maps:
+        return u
+    *below, last = maps
+    for m in below:
         h, u = m(h), m.difference(h, u)
-    return u
+    return last.difference(h, u)

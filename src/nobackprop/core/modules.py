@@ -5,7 +5,6 @@ What torch has no module for is a `MapModule` or a `ResidualModule`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from nobackprop.core.maps import (
     Shrink,
 )
 from nobackprop.core.network import Network, Weights
-from nobackprop.mistakes import Mistake
+from nobackprop.mistakes import Mistake, at
 
 Product = nn.Linear | nn.Conv2d  # a module that holds W and b of a layer
 
@@ -143,12 +142,12 @@ class _Walk:
             if type(module).forward is ResidualModule.forward:
                 begin = self.shape
                 inner = self.row(_within(module, place), added_to=True)
-                with _at(where):
+                with at(where):
                     if self.shape != begin:
                         shrink(begin, self.shape)
                 row.append((where, Residual(tuple(part for _, part in inner))))
                 continue
-            with _at(where):
+            with at(where):
                 if added_to and getattr(module, "inplace", False) and all(_hands_on(part) for _, part in row):
                     raise Mistake("it would change what the block's output is added to: leave out inplace=True")
                 if type(module) is nn.AdaptiveAvgPool2d and type(behind) is not nn.Flatten:
@@ -183,15 +182,6 @@ class _Walk:
         if (given := tuple(product.weight.shape)) != fits:
             raise Mistake(f"has a weight of shape {given}; what comes from below, of shape {self.shape}, needs {fits}")
         self.products.append(product)
-
-
-@contextmanager
-def _at(where: str) -> Iterator[None]:
-    """Within, a Mistake begins with where it is."""
-    try:
-        yield
-    except Mistake as e:
-        raise Mistake(f"{where}: {e}") from e
 
 
 def _hands_on(part: Part) -> bool:
@@ -403,7 +393,7 @@ def _of_layer(net: Network, l: int, weights: Weights) -> list[nn.Module]:
         raise Mistake(f"layer {l}: there is no torch module for {layer}")
     product.weight = _copied(weights, f"W{l}", net.weight_shape(l))
     product.register_parameter("bias", _copied(weights, f"b{l}", (outputs,)) if net.has_bias(l) else None)
-    f = layer.activation or net.activation
+    f = net.activations[l]
     return [
         *([nn.Flatten()] if type(layer) is Dense and len(read) > 1 else []),
         product,

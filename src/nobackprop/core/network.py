@@ -161,10 +161,14 @@ class Network:
             return layer.feedback(M, e, h)
         return maps.pulled(layer.read, h, layer.feedback(M, e, maps.through(layer.read, h)))
 
+    def direct_shape(self, l: int) -> Shape:
+        """The shape of B for `direct`: (units of what layer l + 1 reads of h[l], outputs)."""
+        return (prod(self.read_shapes[l + 1]), self.units(self.L))
+
     def direct(self, l: int, B: Tensor, e: Tensor, h: Tensor) -> Tensor:
         """The output's error e (N, outputs), sent through B to h, the activation of hidden layer l: `B e`.
 
-        B is (units, outputs) for what the layer above reads of h, so that where this is pooled, the pooled h.
+        B has the `direct_shape`; where the layer above reads h pooled, its units are those of the pooled h.
         """
         read = self.layers[l].read
         like = maps.through(read, h)

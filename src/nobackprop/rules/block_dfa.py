@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 from torch import Tensor
 
@@ -37,9 +36,9 @@ class BlockDFA(Rule):
         z, h = net.forward(w, batch.x)
         d = e = batch.error(z[net.L])  # (N, outputs)
         g = net.hebbian(net.L, h[net.L - 1], e)
-        skipped: dict[int, Tensor] = {}
+        ends, skipped = self._ends(net), {}
         for l in range(net.L - 1, 0, -1):
-            if l in self._ends(net):
+            if l in ends:
                 skipped.pop(l, None)
                 below = net.direct(l, w[f"B{l}"], e, h[l])
             else:
@@ -52,7 +51,7 @@ class BlockDFA(Rule):
         return {}
 
     def feedback(self, net: Network, draw: Draw) -> dict[str, Tensor]:
-        return {f"B{l}": draw(f"B{l}", (prod(net.read_shapes[l + 1]), net.units(net.L))) for l in self._ends(net)}
+        return {f"B{l}": draw(f"B{l}", net.direct_shape(l)) for l in self._ends(net)}
 
     def _ends(self, net: Network) -> Sequence[int]:
         hidden = range(1, net.L)

@@ -1,7 +1,6 @@
 """Direct feedback alignment."""
 
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
@@ -54,4 +53,4 @@ class DFA(Rule):
         return found
 
     def feedback(self, net: Network, draw: Draw) -> dict[str, Tensor]:
-        return {f"B{l}": draw(f"B{l}", (prod(net.read_shapes[l + 1]), net.units(net.L))) for l in range(1, net.L)}
+        return {f"B{l}": draw(f"B{l}", net.direct_shape(l)) for l in range(1, net.L)}

@@ -26,7 +26,7 @@ from nobackprop.core.modules import from_torch
 from nobackprop.core.network import Network
 from nobackprop.core.rule import Batch, Rule
 from nobackprop.data.sources import Source
-from nobackprop.mistakes import Mistake
+from nobackprop.mistakes import Mistake, at
 from nobackprop.records.identity import digest
 from nobackprop.training import hardware
 from nobackprop.training.config import Component, Settings, build, told_once
@@ -191,10 +191,8 @@ def _net(node: Component, in_shape: Shape, outputs: int) -> Network:
     """
     made = build(node, "arch", in_shape, outputs)
     if isinstance(made, nn.Module):
-        try:
+        with at("arch"):
             made, _ = from_torch(made, in_shape)
-        except Mistake as e:
-            raise Mistake(f"arch: {e}") from e
     net = _checked(Network, made, node, "arch")
     if net.units(net.L) != outputs:
         raise Mistake(f"arch: {node['_target_']} makes a net of {net.units(net.L)} outputs, and {outputs} are needed")
