@@ -67,7 +67,7 @@ def test_a_dataset_that_validates_on_its_test_images_trains_on_all_others(toy: D
     literal = replace(toy, validate_on_test=True)
     assert literal.validation is toy.test
     for classes in (None, 3):
-        ours, t = task(toy, 3, classes=classes), task(literal, 3, classes=classes, validation=10_000)
+        ours, t = task(toy, 3, classes=classes), task(literal, 3, classes=classes, validation="test")
         assert t.classes == ours.classes
         assert torch.equal(t.validation, t.test)
         assert torch.equal(t.test, ours.test)

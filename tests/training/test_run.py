@@ -96,7 +96,7 @@ def test_every_config_composes(config: Config, tmp_path: Path, group: str, optio
         (["max_epochs=0"], "max_epochs: Input should be greater than 0, got 0"),
         (["update=median"], "update: Input should be 'mean', 'sum', 'unit_norm' or 'unit_norm_relative', got 'median'"),
         (["optimizer.lr=-1"], "optimizer: lr is -1: it must not be below 0"),
-        (["dataset.validation=0"], "dataset.validation: write a fraction between 0 and 1, or how many images, got 0"),
+        (["dataset.validation=0"], "dataset.validation: write a fraction between 0 and 1, or how many images, or test"),
         (["trainer.precision=16-true"], "trainer.precision: Input should be '64-true', '32-true' or 'bf16-mixed'"),
         (["rule.learn_E=no"], "rule.learn_E: Input should be a valid boolean, got 'no'"),
         (["rule.beta=abc"], "rule.beta: Input should be a valid number, got 'abc'"),
@@ -172,6 +172,12 @@ def test_a_record_says_what_was_run(config: Config) -> None:
     assert record.machine.threads == 1
     assert torch.__version__.startswith(record.versions["torch"])
     assert str(Path.cwd()) not in record.model_dump_json()  # a record may be published
+
+
+def test_the_test_images_may_choose_the_epoch_where_that_is_asked_for(config: Config) -> None:
+    (record,) = train(config("dataset.validation=test", "max_epochs=2"))
+    assert record.data.validation == record.data.test == 1797 - record.data.train
+    assert record.test["accuracy"] == record.validation == max(e["val/accuracy"] for e in record.epochs)
 
 
 def test_the_commit_is_looked_up_before_training(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

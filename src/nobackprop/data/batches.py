@@ -57,14 +57,15 @@ def task(
     *,
     classes: int | None = None,
     classes_seed: int | None = None,
-    validation: float = 0.1,
+    validation: float | str = 0.1,
     split: str = "random",
 ) -> Task:
     """The task of a seed: all classes, or `classes` of them drawn from `classes_seed` (the seed itself if None).
 
     `validation` is a fraction of the training images of these classes, or how many; the rest trains. They are drawn by
     the seed, or (`split`) they are the "first" or "last" of the file. A data set that validates on its test images has
-    no use for either: all training images train. Raises Mistake where no image is left on one side.
+    no use for either, whatever `validation` says: all training images train. Raises Mistake where no image is left on
+    one side.
     """
     if classes is None:
         chosen = torch.arange(dataset.num_classes)
@@ -75,14 +76,14 @@ def task(
     relabel[chosen] = torch.arange(len(chosen))
     selected, test = ((relabel[images.labels] >= 0).nonzero().flatten() for images in (dataset.train, dataset.test))
     n = len(selected)
-    count = round(validation * n) if isinstance(validation, float) else validation
-    if dataset.validate_on_test:
-        count = 0
-    elif not 0 < count < n:
-        raise Mistake(
-            f"validation is {validation}, {count} of the {n} training images of {dataset.name}; it must leave at least "
-            "one image for training and one for validation"
-        )
+    count = 0
+    if not dataset.validate_on_test:
+        count = round(validation * n) if isinstance(validation, float) else int(validation)
+        if not 0 < count < n:
+            raise Mistake(
+                f"validation is {validation}, {count} of the {n} training images of {dataset.name}; it must leave at "
+                "least one image for training and one for validation"
+            )
     if len(test) == 0:
         raise Mistake(f"{dataset.name} has no test image of the classes {chosen.tolist()}")
     mixed = selected[SPLITS[split](n, seed)]

@@ -16,7 +16,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -67,10 +66,11 @@ def _seed_list(seeds: Any) -> Any:
     raise Mistake(f"write how many, 1 to {MOST_SEEDS}, or a list such as [0,4,7]")
 
 
-def _fraction_or_count(value: float) -> float:
-    if 0 < value < 1 or (isinstance(value, int) and value > 0):
+def _held_out(value: Any) -> Any:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value == "test" or (number and (0 < value < 1 or (isinstance(value, int) and value > 0))):
         return value
-    raise Mistake("write a fraction between 0 and 1, or how many images")
+    raise Mistake("write a fraction between 0 and 1, or how many images, or test for the test images themselves")
 
 
 class _Strict(BaseModel):
@@ -84,7 +84,7 @@ class DatasetSettings(_Strict):
     source: Component
     classes: int | None
     classes_seed: NonNegativeInt | None
-    validation: Annotated[float | int, AfterValidator(_fraction_or_count)]
+    validation: Annotated[float | int | Literal["test"], BeforeValidator(_held_out)]
     split: Literal["random", "first", "last"]
     normalize: bool
     flip: bool

@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -104,7 +105,7 @@ def train(run: Run, console: Console | None = None, wait_for_others: bool = True
             )
         if s.compile:
             hardware.check_compiler(run.device)
-        dataset = run.source.load()
+        dataset = _images(run)
         _check_data(run, done.values(), dataset.fingerprint)
         tasks = _tasks(run, dataset, missing)
         for t in tasks:
@@ -153,11 +154,17 @@ def _train_as_rank(settings: Settings, quiet: bool) -> None:
     run = configure(settings)
     check(run)
     _start_computing(run)
-    dataset = run.source.load()
+    dataset = _images(run)
     with Screen(Console(quiet=quiet or run.rank > 0)) as screen:
         for group in _groups(run, [[t] for t in _tasks(run, dataset, run.settings.seeds)]):
             _fit(run, dataset, group, screen)
             screen.finish(group.title)
+
+
+def _images(run: Run) -> Dataset:
+    """The data set of a run, marked where `dataset.validation` has it select on the images that it reports on."""
+    dataset = run.source.load()
+    return replace(dataset, validate_on_test=True) if run.settings.dataset.validation == "test" else dataset
 
 
 def _tasks(run: Run, dataset: Dataset, seeds: Iterable[int]) -> list[Task]:
