@@ -17,6 +17,7 @@ from nobackprop.core.maps import Attention, AvgPool, Dropout, Elementwise, Group
 from nobackprop.core.network import Network, Weights
 from nobackprop.core.random import normal
 from nobackprop.core.rule import Batch, Rule
+from nobackprop.mistakes import Mistake
 from nobackprop.rules.block_dfa import BlockDFA
 from nobackprop.rules.bp import BP
 from nobackprop.rules.dfa import DFA
@@ -272,6 +273,8 @@ PARTS: dict[str, list[Part]] = {
 def test_a_rule_says_why_it_refuses_a_part_of_a_net(rule: Rule, kind: str) -> None:
     parts: list[Part] = [*PARTS.get(kind, []), Dense(4)]
     net = assemble((2, 4, 4), parts)
+    if isinstance(rule, PredictiveCoding):
+        rule = replace(rule, form="errors")  # the form for nets that normalize
     if kind == "attention":
         net = assemble((4, 6), [Tokens(6), Attention(2), Dense(4)])
     if kind in rule.refuses:
@@ -285,6 +288,15 @@ def test_a_rule_says_why_it_refuses_a_part_of_a_net(rule: Rule, kind: str) -> No
 @pytest.mark.parametrize("name", options("rule"))
 def test_every_rule_trains_nets_in_a_row(name: str) -> None:
     assert not any(refuses(name, make(outputs=4, activation="tanh")) for make in NETS.values())
+
+
+def test_predictive_coding_says_which_of_its_forms_a_net_that_normalizes_needs() -> None:
+    net = MAPPED["vit"](outputs=4, activation="tanh")
+    with pytest.raises(Mistake, match=r"rule.form is 'states', and layer 2 has LayerNorm.*use rule.form=errors"):
+        PredictiveCoding().check(net)
+    PredictiveCoding(form="errors").check(net)
+    PredictiveCoding(fixed_prediction=True).check(net)
+    PredictiveCoding().check(MAPPED["lenet"](outputs=4, activation="tanh"))
 
 
 def test_every_kind_that_a_rule_refuses_is_one_that_there_is() -> None:

@@ -45,8 +45,9 @@ class PredictiveCoding(Rule):
       where the states do, in as many steps at any depth (Goemaere, Oliviers, Bogacz & Demeester, "Error optimization:
       overcoming exponential signal decay in deep predictive coding networks", arXiv 2505.20137, 2025).
 
-    Where a net normalizes, small states have large derivatives, and `states` and `subtracted` may need a much smaller
-    `rate` to come to rest; `errors` does not. A layer predicts from what comes through its maps and shortcuts.
+    Where a net normalizes, small states have large derivatives: states do not come to rest, and updates grow to a
+    thousand times the gradient. There `errors` or `fixed_prediction` is needed. A layer predicts from what comes
+    through its maps and shortcuts.
 
     `scaling="mupc"` multiplies products by 1 / sqrt(fan-in), the output's by 1 / fan-in, for weights that start with
     variance 1 (`init=normal init.forward.std=1`), as Innocenti, Achour & Buckley, "muPC: scaling predictive coding to
@@ -59,7 +60,7 @@ class PredictiveCoding(Rule):
     to 82 (256 units, U1 or N0.05, tanh or relu).
 
     Raises Mistake for `steps` below 1, a `rate` that is not above 0 and at most 1, a `variance` of 0 or less, or
-    another `form` or `scaling`.
+    another `form` or `scaling`, or states that would not come to rest.
 
     Departs from the paper: the target is not clamped to the output but reaches it through the loss, the same thing for
     `squared_error`; the input is not sent through f.
@@ -83,6 +84,16 @@ class PredictiveCoding(Rule):
             raise Mistake(f"rule.form is {self.form!r}: write states, errors or subtracted")
         if self.scaling not in ("none", "mupc"):
             raise Mistake(f"rule.scaling is {self.scaling!r}: write none or mupc")
+
+    def check(self, net: Network) -> None:
+        super().check(net)
+        normalizing = [(l, part) for l, kind, part in net.parts() if kind == "normalization"]
+        if normalizing and self.form != "errors" and not self.fixed_prediction:
+            l, part = normalizing[0]
+            raise Mistake(
+                f"rule.form is {self.form!r}, and layer {l} has {part}: where a net normalizes, states do not come to "
+                "rest, and updates grow to a thousand times the gradient: use rule.form=errors"
+            )
 
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
         w = self._scaled(net, w)
