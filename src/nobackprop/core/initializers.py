@@ -199,10 +199,6 @@ def initial_weights(
             )
         return tensor.abs()
 
-    w = {}
-    for l in range(1, net.L + 1):
-        shape = net.weight_shape(l)
-        w[f"W{l}"] = draw(forward, f"W{l}", shape)
-        if net.has_bias(l):
-            w[f"b{l}"] = torch.zeros(shape[0])
+    shapes = net.weight_shapes
+    w = {name: draw(forward, name, s) if name[0] == "W" else torch.zeros(s) for name, s in shapes.items()}
     return w | rule.feedback(net, lambda name, shape: draw(backward, name, shape))

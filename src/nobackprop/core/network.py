@@ -97,6 +97,16 @@ class Network:
         """The shape of W of layer l, and of everything that stands in for it."""
         return self.layers[l - 1].weight_shape(self.read_shapes[l])
 
+    @property
+    def weight_shapes(self) -> dict[str, Shape]:
+        """The shapes of all W and b, by name."""
+        shapes: dict[str, Shape] = {}
+        for l in range(1, self.L + 1):
+            shapes[f"W{l}"] = self.weight_shape(l)
+            if self.has_bias(l):
+                shapes[f"b{l}"] = shapes[f"W{l}"][:1]
+        return shapes
+
     def has_bias(self, l: int) -> bool:
         """Whether layer l has b."""
         own = self.layers[l - 1].bias

@@ -25,8 +25,12 @@ class DFA(Rule):
         g = net.hebbian(net.L, h[net.L - 1], e)
         for l in range(net.L - 1, 0, -1):
             d = net.direct(l, w[f"B{l}"], e, h[l]) * net.df(l, z[l], h[l])  # (N, *shape of layer l)
-            g |= net.hebbian(l, h[l - 1], d)
+            g |= net.hebbian(l, h[l - 1], d) | self.learned(net, l, h[l], e)
         return g, z[net.L]
+
+    def learned(self, net: Network, l: int, h: Tensor, e: Tensor) -> dict[str, Tensor]:
+        """The gradient of B[l], by name, where it learns: here it does not."""
+        return {}
 
     def going_up(self, net: Network, w: Weights, x: Tensor, e: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """The gradients of all hidden layers from an error e (N, outputs) that is there beforehand, and h[L-1].

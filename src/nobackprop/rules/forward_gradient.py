@@ -1,0 +1,97 @@
+"""Forward gradients."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nobackprop.core.maps import Shape
+from nobackprop.core.network import Network, Weights
+from nobackprop.core.rule import Batch, Grads, Rule
+from nobackprop.mistakes import Mistake
+
+with warnings.catch_warnings():  # torch warns of itself where it differentiates forward for the first time
+    warnings.simplefilter("ignore", FutureWarning)
+    torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
+
+
+@dataclass(frozen=True)
+class ForwardGradient(Rule):
+    """Forward gradients: the derivative of the loss along a random direction, times that direction.
+
+    Baydin, Pearlmutter, Syme, Wood & Torr, "Gradients without backpropagation", arXiv 2202.08587 (2022): for v standard
+    normal, `g = (dloss/dw v) v` is on average the gradient, and dloss/dw v comes with the forward pass (forward-mode
+    differentiation), so that no error comes down. `perturb` says what moves:
+
+    - `weights`: all W and b, as there. The same direction serves all samples.
+    - `activities`: all z, each sample's its own way, so that `d[l] = (dloss/dz v) v[l]` (Ren, Kornblith, Liao & Hinton,
+      "Scaling forward gradient with local losses", ICLR 2023), which has less variance, since there are fewer units
+      than weights.
+
+    The mean over `directions` is taken; in as many orthogonal ones as there are numbers to move it is the gradient.
+    Derivatives along a direction need f', and no loss but the net's is used here: Ren et al. have losses for each layer
+    and patch besides, which `local_errors` has exact gradients of. Raises Mistake for another `perturb`, or fewer
+    `directions` than one.
+    """
+
+    perturb: Literal["activities", "weights"] = "activities"
+    directions: int = 1
+
+    def __post_init__(self) -> None:
+        if self.perturb not in ("activities", "weights"):
+            raise Mistake(f"rule.perturb is {self.perturb!r}: write activities or weights")
+        if self.directions < 1:
+            raise Mistake(f"rule.directions is {self.directions}: the loss is followed along 1 direction or more")
+
+    def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
+        return (self._of_weights if self.perturb == "weights" else self._of_activities)(net, w, batch)
+
+    def _of_weights(self, net: Network, w: Weights, batch: Batch) -> Grads:
+        moving = {name: w[name] for name in self._shapes(net)}
+        logits = net.logits(w, batch.x)
+        slopes = self._slopes(lambda moved: net.logits({**w, **moved}, batch.x), moving, batch.noise, batch)
+        slope = slopes.mean(1)  # (K,), of the mean loss
+        return {name: torch.tensordot(slope, batch.noise[name], 1) / self.directions for name in moving}, logits
+
+    def _of_activities(self, net: Network, w: Weights, batch: Batch) -> Grads:
+        z, h = net.forward(w, batch.x)
+        layers = range(1, net.L + 1)
+
+        def moved(u: Mapping[str, Tensor]) -> Tensor:
+            below = {0: batch.x}
+            for l in layers:
+                at = net.preactivation(l, w, below[l - 1]) + u[f"z{l}"]
+                below[l] = at if l == net.L else net.output(l, at, below)
+            return below[net.L]
+
+        v = {name: t.movedim(1, 0) for name, t in batch.noise.items() if name in self._shapes(net)}  # (K, N, ...)
+        slopes = self._slopes(moved, {f"z{l}": torch.zeros_like(z[l]) for l in layers}, v, batch)  # (K, N)
+        d = {l: torch.einsum("kn,kn...->n...", slopes, v[f"z{l}"]) / self.directions for l in layers}
+        return {name: t for l in layers for name, t in net.hebbian(l, h[l - 1], d[l]).items()}, z[net.L]
+
+    def _slopes(
+        self,
+        logits: Callable[[Mapping[str, Tensor]], Tensor],
+        at: Mapping[str, Tensor],
+        directions: Mapping[str, Tensor],
+        batch: Batch,
+    ) -> Tensor:
+        """The derivative of each sample's loss along each direction, (K, N), by forward-mode differentiation."""
+
+        def along(direction: dict[str, Tensor]) -> Tensor:
+            return torch.func.jvp(lambda moved: batch.loss.value(logits(moved), batch.y), (dict(at),), (direction,))[1]
+
+        return torch.func.vmap(along)({name: directions[name] for name in at})
+
+    def _shapes(self, net: Network) -> dict[str, Shape]:
+        """What moves, by name: the shape of one sample's z, or of the weights."""
+        if self.perturb == "activities":
+            return {f"z{l}": net.shapes[l] for l in range(1, net.L + 1)}
+        return net.weight_shapes
+
+    def noise(self, net: Network, samples: int) -> dict[str, Shape]:
+        first = (samples, self.directions) if self.perturb == "activities" else (self.directions,)
+        return {name: (*first, *shape) for name, shape in self._shapes(net).items()}
