@@ -202,7 +202,7 @@ def vgg(in_shape: Shape, outputs: int, *, depth: int, width: int, activation: st
     """Convolutions of 3x3 with max pooling between them, then fully connected layers: 8 or 11 layers with weights.
 
     Simonyan & Zisserman, "Very deep convolutional networks for large-scale image recognition", ICLR 2015, its net A
-    (11 layers, there of width 64, with hidden fully connected layers of 4096); with 8 layers the VGG8B of Nokland &
+    (11 layers, there of width 64, with hidden fully connected layers of 4096); with 8 layers the VGG8B of Nøkland &
     Eidnes, "Training neural networks with local error signals", ICML 2019 (there of width 128). `width` is the channels
     of the first layer, and an eighth of the width of hidden fully connected layers. Feature maps that are too small to
     be pooled are not.

@@ -13,7 +13,7 @@ from nobackprop.core.rule import Batch, Draw, Grads, Rule
 class DFA(Rule):
     """Direct feedback alignment: the output's error reaches every hidden layer at once through a fixed random B.
 
-    Nokland, "Direct feedback alignment provides learning in deep neural networks", NeurIPS 2016:
+    Nøkland, "Direct feedback alignment provides learning in deep neural networks", NeurIPS 2016:
     `d[l] = (B[l] e) * f'(z[l])`, with e the error at the output.
 
     `B1 ... B(L-1)` are (units of layer l, outputs); a convolutional layer's units are all its channels and positions.
