@@ -29,9 +29,9 @@ class DFA(Rule):
         return g, z[net.L]
 
     def going_up(self, net: Network, w: Weights, x: Tensor, e: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The gradients of all hidden layers from an error e (N, outputs) that is there beforehand, and h[L-1].
+        """The gradients of all hidden layers from an error e (N, outputs) that is known beforehand, and h[L-1].
 
-        A layer's input is freed as soon as its gradient is there.
+        A layer's input is freed as soon as its gradient has been computed.
         """
         h, g = {0: x}, {}
         for l in range(1, net.L):
