@@ -177,7 +177,7 @@ class Found:
 
     @property
     def angle(self) -> float | None:
-        """The angle of update to backprop's gradient after the last epoch, in degrees: mean of hidden layers and seeds."""
+        """The update's angle to backprop's gradient after the last epoch, degrees: mean over hidden layers and seeds."""
         last = [record.epochs[-1] for record in self.records if record.test]
         found = []
         for layer in self.layers[:-1]:
