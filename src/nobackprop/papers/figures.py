@@ -285,7 +285,7 @@ def _by_rule(found: Findings, rows: Sequence[Row]) -> Canvas:
                     _points(ax, rule, value[0], place, xerr=value[1] or None, **fill)
         ax.set_yticks(range(len(rules)), rules if ax is axes[0] else [])
         ax.set_ylim(len(rules) - 0.5, -0.5)
-        ax.set_title(title, loc="left")
+        ax.set_title(title if len(title) <= 24 else title.replace(": ", "\n"), loc="left")  # else it meets the next
         if "angle" in title:
             ax.set_xticks([0, 30, 60, 90])
         else:

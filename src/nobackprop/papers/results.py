@@ -177,7 +177,7 @@ class Found:
 
     @property
     def angle(self) -> float | None:
-        """The update's angle to backprop's gradient after the last epoch, degrees: mean over hidden layers and seeds."""
+        """The last update's angle to backprop's gradient in degrees: the mean over hidden layers and seeds."""
         last = [record.epochs[-1] for record in self.records if record.test]
         found = []
         for layer in self.layers[:-1]:

@@ -167,7 +167,9 @@ def sheet(found: Findings, table: Table) -> Sheet | None:
         ]
         further = ("angle", "speed (bp = 1)", "memory (bp = 1)")
         head = ["rule", *sizes, *(f"{name}: {what}" for what in further for name in names)]
-        return Sheet(head, 1, [[rule, *_across(found, shown, rule)] for rule in rules], signs)
+        lines = [[rule, *_across(found, shown, rule)] for rule in rules]
+        kept = [i for i in range(len(head)) if any(line[i] != "-" for line in lines)]  # a column of dashes says nothing
+        return Sheet([head[i] for i in kept], 1, [[line[i] for i in kept] for line in lines], signs)
     lines = [
         [*row.labels.values(), *(row.cells.get(rule) for rule in rules), row.seeds, epochs(row, signs)] for row in shown
     ]
@@ -203,13 +205,17 @@ def _count(numbers: Sequence[int], what: str) -> str:
     return f"{several} {what}{'s' * (max(numbers) > 1)}" if numbers else ""
 
 
-def caption(table: Table) -> str:
+def caption(shown: Sheet) -> str:
     what = "Test accuracy in %: mean ± standard deviation over seeds, and the 95 % interval of the mean."
-    if table.by_rule:
+    if any(name.endswith(": angle") for name in shown.head):
         what += (
             " The angle is that between a rule's update and backprop's gradient after the last epoch, the mean over "
-            "hidden layers and seeds. Speed is in images a second, memory is what a training step needs besides "
-            "weights and gradients; both are relative to backprop's on the same net (results/benchmark.csv)."
+            "hidden layers and seeds."
+        )
+    if any("(bp = 1)" in name for name in shown.head):
+        what += (
+            " Speed is in images a second, memory is what a training step needs besides weights and gradients; both "
+            "are relative to backprop's on the same net (results/benchmark.csv)."
         )
     return what
 
@@ -222,7 +228,7 @@ def accuracy_table(found: Findings, table: Table) -> str:
         return f"### {heading(found, table)}\n\nNo runs yet.\n\n{listed}".rstrip()
     lines = ([text(cell, shown.signs) for cell in line] for line in shown.lines)
     body = markdown(shown.head, lines, shown.left)
-    return f"### {heading(found, table)}\n\n{caption(table)}\n\n{body}\n\n{listed}".rstrip()
+    return f"### {heading(found, table)}\n\n{caption(shown)}\n\n{body}\n\n{listed}".rstrip()
 
 
 def place(result: Result) -> str:
