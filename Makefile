@@ -7,7 +7,7 @@ demo: .venv/ready
 	.venv/bin/python scripts/compare.py $(RUNS) --against bp
 
 test: .venv/ready
-	.venv/bin/python -m pytest -n 2
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 # Tables, figures and verdicts, from results/records: nothing is trained.
 results: .venv/ready

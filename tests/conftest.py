@@ -1,6 +1,8 @@
 """What several test files use: small runs, config files as objects, every rule, small problems, a learner to step."""
 
+import atexit
 import io
+import json
 import os
 import re
 import signal
@@ -11,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -50,9 +53,32 @@ Config = Callable[..., DictConfig]
 
 def nobackprop(*overrides: str, cwd: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
     """The command in a folder of its own, of this checkout, or of the package that is installed at `path`."""
-    environment = {**os.environ, "PYTHONPATH": "" if path is None else str(path)}
-    command = [sys.executable, "-m", "nobackprop", *overrides]
+    if path is None:
+        return started("-m", "nobackprop", *overrides, cwd=cwd)
+    command, environment = [sys.executable, "-m", "nobackprop", *overrides], {**os.environ, "PYTHONPATH": str(path)}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def started(*run: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`python -m module ...` or `python -c code`, where torch and Lightning have been imported as by the command."""
+    with TemporaryDirectory() as shown:
+        out, err = Path(shown, "out"), Path(shown, "err")
+        asked = {"run": run, "cwd": str(cwd), "environment": {**os.environ}, "out": str(out), "err": str(err)}
+        starter = _starter()
+        assert starter.stdin
+        assert starter.stdout
+        print(json.dumps(asked), file=starter.stdin, flush=True)
+        status = int(starter.stdout.readline())
+        return subprocess.CompletedProcess(run, status, out.read_text(), err.read_text())
+
+
+@cache
+def _starter() -> "subprocess.Popen[str]":
+    """One for all tests of this process, so that torch is imported once and not for each start."""
+    command, pipe = [sys.executable, str(ROOT / "tests" / "started.py")], subprocess.PIPE
+    starter = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+    atexit.register(starter.communicate)  # without input it ends
+    return starter
 
 
 def train(cfg: DictConfig, console: Console | None = None, wait_for_others: bool = True) -> list[Record]:
@@ -273,7 +299,9 @@ MAPPED = {
     "residual": partial(resnet, (2, 7, 6), depth=6, widths=[4, 6], groups=2),
     "vit": partial(vit, (2, 8, 6), patch=2, width=6, depth=2, heads=2, hidden=5, dropout=0.0),
 }
-# Which rules train them is tested whole where the slow tests are, and else of each way through the code one.
+# The slow tests have every rule with every net and loss. The others have each rule with each net in a row and with each
+# loss, and of the rules that train a net with maps one for each way through the code.
+PAIRED = {"linear": "softmax", "mlp": "softmax sigmoid", "strided_conv": "sigmoid", "padded_conv": "softmax"}
 SAMPLE = {
     "lenet": "bp dfa dfa_two_pass equilibrium_propagation forward_forward lra_e pepita predictive_coding weight_mirror",
     "residual": "bp dfa dfa_two_pass predictive_coding",
@@ -288,16 +316,16 @@ def refuses(rule: str, net: Network) -> bool:
 
 
 @cache
-def _pairs() -> list[Any]:
-    """Every rule with every small net and loss, but for what it refuses."""
+def _pairs(few: bool) -> list[Any]:
+    """Every rule with every small net and loss that it does not refuse; `few` of them often."""
     pairs = []
     for rule in options("rule"):
         for name in NETS | MAPPED:
-            sampled = name in NETS or rule in SAMPLE[name].split()
             if name in MAPPED and refuses(rule, MAPPED[name](outputs=4, activation="tanh")):
                 continue
             for loss in LOSSES:
-                often = sampled and (name in NETS or loss == "softmax")
+                often = loss in PAIRED[name] if name in NETS else loss == "softmax" and rule in SAMPLE[name].split()
+                often = often and (not few or name == "mlp" or rule == "bp")
                 marks = () if often else (pytest.mark.slow,)
                 form = " form=errors" * (rule == "predictive_coding" and name in ("residual", "vit"))  # they normalize
                 pairs.append(pytest.param(rule + form, (name, loss), marks=marks, id=f"{rule}-{name}-{loss}"))
@@ -305,12 +333,16 @@ def _pairs() -> list[Any]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Over every rule, every small net in a row, or the pairs of rules and nets, as a test asks for."""
+    """Over every rule, every small net in a row, or the pairs of rules and nets, as a test asks for.
+
+    A test with the mark `few` often takes each rule with the MLP, and bp with each net. The slow tests have all pairs.
+    """
     marks = metafunc.definition.iter_markers("parametrize")
     own = {name for mark in marks for name in re.findall(r"\w+", str(mark.args[0]))}  # a string, or several in a tuple
     asked = {"rule", "problem"} & {*metafunc.fixturenames} - own
     if asked == {"rule", "problem"}:
-        metafunc.parametrize(("rule", "problem"), _pairs(), indirect=True)
+        few = metafunc.definition.get_closest_marker("few") is not None
+        metafunc.parametrize(("rule", "problem"), _pairs(few), indirect=True)
     elif asked == {"rule"}:
         metafunc.parametrize("rule", options("rule"), indirect=True)
     elif asked == {"problem"}:

@@ -108,7 +108,7 @@ def accuracies(found: Findings, table: Table) -> str:
             ]
             for line in shown.lines
         ]
-        parts += [caption(table), raw(sortable(shown.head, body, len(shown.head) - shown.left))]
+        parts += [caption(shown), raw(sortable(shown.head, body, len(shown.head) - shown.left))]
     else:
         parts.append("No runs are recorded yet.")
     return "\n\n".join([*parts, *listed(notes(found, table, shown))])

@@ -5,11 +5,11 @@
     runs = nobackprop.train("rule=lra_e,bp", "dataset=digits", seeds=3, max_epochs=20)
     runs.plot()
 
-`train` does what the command `nobackprop` does, and gives a `Record` a seed; `runs` is a table of all that is recorded,
-`load` a trained net, `Trained`. `gradients` brings a learning rule for a torch module into a training loop of your own;
-`from_torch` makes a net of a torch module, and `to_torch` the way back. What runs are made of is here too: nets (`mlp`,
-`allconv`, or a `Network` of `Dense` and `Conv` layers), learning rules, losses, initializers and data sets. Mistakes of
-the user are a `Mistake`, which says what to do.
+`train` does what the command `nobackprop` does, and gives a `Record` for each seed. `runs` gives a table of all that is
+recorded, and `load` a trained net, `Trained`. `gradients` brings a learning rule for a torch module into a training
+loop of your own. `from_torch` makes a net of a torch module, and `to_torch` makes a torch module of a net. The parts of
+runs are here, too: nets (`mlp`, `allconv`, or a `Network` of `Dense` and `Conv` layers), learning rules, losses,
+initializers and data sets. A mistake of the user raises `Mistake`, whose message says what to do.
 """
 
 import re
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 if sys.version_info >= (3, 14):
     sys.exit("nobackprop runs on Python 3.11, 3.12 and 3.13; hydra-core does not start on 3.14 yet")
 
-if TYPE_CHECKING:  # for editors and type checkers: the same as below; a rule that is not here is found all the same
+if TYPE_CHECKING:  # for editors and type checkers; a rule that is not listed is found all the same
     from nobackprop.core.activations import Activation as Activation, activation as activation
     from nobackprop.core.architectures import Residual as Residual, assemble as assemble
     from nobackprop.core.initializers import (
@@ -102,7 +102,7 @@ if TYPE_CHECKING:  # for editors and type checkers: the same as below; a rule th
     from nobackprop.training.own_loop import Gradients as Gradients, gradients as gradients
     from nobackprop.training.saved import Trained as Trained, load as load
 
-# Where each public name is. torch takes seconds to import, so only when one of them is asked for.
+# The module of each public name. torch takes seconds to import, so it waits until one of them is asked for.
 _PUBLIC = {
     "core.activations": "Activation activation",
     "core.initializers": "GlorotNormal GlorotUniform HeNormal HeUniform Initializer LecunNormal NonnegativeNormal "

@@ -28,9 +28,9 @@ FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 def answered(work: Callable[..., Any]) -> Callable[..., Any]:
-    """Ends the command where `work`, which Hydra calls, fails: a Mistake in a sentence, all else in a traceback.
+    """Ends the command where `work`, which Hydra calls, fails: with a sentence for a Mistake, else with a traceback.
 
-    So what Hydra itself raises is about the command line and the yaml files.
+    So all errors that Hydra itself raises are about the command line and the yaml files.
     """
 
     @wraps(work)
@@ -39,7 +39,7 @@ def answered(work: Callable[..., Any]) -> Callable[..., Any]:
             return work(*args, **kwargs)
         try:
             return work(*args, **kwargs)
-        except (Mistake, ChildProcessError) as e:  # the latter: a process that trained a seed was killed
+        except (Mistake, ChildProcessError) as e:  # ChildProcessError: a process that trained a seed was killed
             sys.exit(f"nobackprop: {e}")
         except Exception as e:
             sys.excepthook(type(e), e, e.__traceback__)
@@ -66,7 +66,7 @@ def run(cfg: DictConfig) -> None:
 
 
 def _settings(cfg: DictConfig, runtime: Any) -> "Settings":
-    """Raises Mistake for what needs no torch to be found; of a file that can't be a choice it names the file."""
+    """Raises Mistake for what can be found without torch. For a file that can't be a choice it names the file."""
     from nobackprop.training.config import Settings
 
     try:
@@ -82,10 +82,10 @@ def _settings(cfg: DictConfig, runtime: Any) -> "Settings":
 def _train(settings: "Settings", cfg: DictConfig, tuned: Mapping[str, Path]) -> None:
     from nobackprop import quick_start
 
-    quick_start.start()  # before all that imports Lightning
+    quick_start.start()  # before anything imports Lightning
     from nobackprop.training.build import configure
 
-    run = configure(settings)  # tells the other mistakes before Lightning is imported
+    run = configure(settings)  # finds the other mistakes before Lightning is imported
     from pytorch_lightning.utilities import rank_zero_only
     from rich.console import Console
 
@@ -106,7 +106,7 @@ def _train(settings: "Settings", cfg: DictConfig, tuned: Mapping[str, Path]) -> 
 
 
 def _files(runtime: Any, group: str) -> dict[str, Path]:
-    """The yaml files of a group by their names, those of the user's own folders before ours."""
+    """The yaml files of a group by their names. Files in the user's own folders replace ours."""
     folders = [Path(source.path) / group for source in runtime.config_sources if source.schema == "file"]
     return {str(path.relative_to(f).with_suffix("")): path for f in reversed(folders) for path in f.rglob("*.yaml")}
 
@@ -114,7 +114,7 @@ def _files(runtime: Any, group: str) -> dict[str, Path]:
 def tuned_files(runtime: Any) -> dict[str, Path]:
     """The files of tuned settings in use, by the key that chooses each.
 
-    Raises Mistake for a name that is no file's: to Hydra `tuned` is optional.
+    Raises Mistake for a name without a file, since Hydra does not: to it, `tuned` is optional.
     """
     choices, files = runtime.choices, _files(runtime, "tuned")
     default = f"{choices.rule}_{choices.arch}_{choices.dataset}_{choices.optimizer}"
@@ -126,7 +126,7 @@ def tuned_files(runtime: Any) -> dict[str, Path]:
 
 
 def announce_tuned(used: Mapping[str, Path], cfg: DictConfig, console: Any) -> None:
-    """Says which files of tuned settings are in use, and what of them is not in effect."""
+    """Says which files of tuned settings are in use, and which of their settings are overridden."""
     for key, path in used.items():
         set_there = leaves(OmegaConf.to_container(OmegaConf.load(path)))
         others = [key for key, value in set_there if OmegaConf.select(cfg, key) != value]
@@ -137,17 +137,17 @@ def announce_tuned(used: Mapping[str, Path], cfg: DictConfig, console: Any) -> N
 
 
 def announce_mode(cfg: DictConfig, console: Any) -> None:
-    """Says so where the environment, not the command, chooses whether W&B is online."""
+    """Tells the user where the environment, not the command, chooses whether W&B is online."""
     if "WANDB_MODE" in os.environ and "mode" in cfg.logger and OmegaConf.is_interpolation(cfg.logger, "mode"):
         text = f"W&B is {cfg.logger.mode} by WANDB_MODE; logger.mode=... overrides it"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> None:
-    """The command. A user's mistake ends in a sentence, all else in a traceback (with HYDRA_FULL_ERROR=1 both do).
+    """The command. It ends with a sentence for a user's mistake, and with a traceback for any other error.
 
-    The exit status is 0 if all went well, 1 for a mistake or a job that failed, 2 for an option that is none, 130 for
-    Ctrl-C and 143 for SIGTERM.
+    With HYDRA_FULL_ERROR=1 a mistake gives a traceback, too. The exit status is 0 if all went well, 1 for a mistake or
+    a job that failed, 2 for an unknown option, 130 for Ctrl-C and 143 for SIGTERM.
     """
     warnings.formatwarning = _told
     texts = [home("dry_run=true" if text == "--dry-run" else text) for text in sys.argv[1:]]
@@ -169,13 +169,13 @@ def main() -> None:
             raise
         except COMPOSING as e:
             raise Mistake(composing(e, args.overrides, folders, args.config_name or "train")) from e
-    launcher: Any = sys.modules.get("hydra_plugins.nobackprop_launcher")  # where a multirun has counted
+    launcher: Any = sys.modules.get("hydra_plugins.nobackprop_launcher")  # the multirun has counted its failures
     if launcher and launcher.SweepLauncher.failed:
         sys.exit(1)
 
 
 def _told(message: Warning | str, category: type[Warning], *place: Any, formatted: Any = warnings.formatwarning) -> str:
-    """A warning as it is shown: what is for the user without the place in the code."""
+    """A warning as it is shown. One for the user is shown without its place in the code."""
     return f"nobackprop: {message}\n" if issubclass(category, Notice) else formatted(message, category, *place)
 
 
@@ -187,7 +187,7 @@ def _do(args: Namespace, folders: Sequence[Path]) -> None:
 
 
 def _in_order(texts: Sequence[str]) -> tuple[Namespace, list[str]]:
-    """What the arguments mean, and the same with all overrides first: Hydra takes none on both sides of an option."""
+    """The parsed arguments, and the arguments with all overrides first, since Hydra wants them together."""
     parser = get_args_parser()
     wrong = [text for text in texts if re.match(r"-\w{3,}=", text)]  # argparse would take -rule=bp as -r
     if not wrong:

@@ -1,4 +1,4 @@
-"""What Hydra, YAML and the system say of a user's mistake, as a sentence with what to do. It imports little."""
+"""Turns what Hydra, YAML and the system say of a user's mistake into a sentence with a remedy. It imports little."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +16,7 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from nobackprop.mistakes import Mistake, close
 from nobackprop.places import CONF
 
-# What Hydra raises while it composes a config: all of it is about the command line or a yaml file.
+# The errors that Hydra raises while it composes a config. All are about the command line or a yaml file.
 COMPOSING = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError)
 
 
@@ -24,12 +24,12 @@ COMPOSING = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError,
 
 
 def home(text: str) -> str:
-    """An argument with the home folder for a ~ after its first =, where no shell puts it."""
+    """An argument with the home folder in place of a ~ after its first =, which no shell replaces."""
     return re.sub(r"^([^=]*=)~(?=/|$)", lambda match: f"{match[1]}{Path.home()}", text)
 
 
 def check(overrides: Iterable[str]) -> None:
-    """Raises Mistake for an override that can't be read, and for one that leaves a group without its one choice."""
+    """Raises Mistake for an override that can't be read, and for one that leaves a group without exactly one choice."""
     for text in overrides:
         try:
             override = OverridesParser.create().parse_override(text)
@@ -71,13 +71,13 @@ def _unreadable(text: str) -> str:
 
 
 def options(group: str, folders: Iterable[Path] = (CONF,)) -> list[str]:
-    """The choices of a group, those in folders within it too, as `lra_e/deviation`."""
+    """The choices of a group. Those in folders within it are named like `lra_e/deviation`."""
     files = {path.relative_to(f / group).with_suffix("") for f in folders for path in (f / group).rglob("*.yaml")}
     return sorted(map(str, files))
 
 
 def first(override: Override) -> str:
-    """An override; of one that a multirun sweeps over its first choice."""
+    """An override; if a multirun sweeps over several choices, the override with the first of them."""
     if not override.is_sweep_override():
         return str(override.input_line)
     return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
@@ -95,9 +95,9 @@ def composed(overrides: Sequence[str]) -> tuple[DictConfig, Any]:
 
 
 def compose(overrides: Iterable[str], folders: Sequence[Path] = (), config: str = "train") -> tuple[DictConfig, Any]:
-    """The config of overrides, with the configs in these folders besides, and Hydra's own `runtime` of it.
+    """The config that overrides make, also of the configs in these folders, and Hydra's own `runtime` of it.
 
-    Raises one of `COMPOSING` where they make none.
+    Raises one of `COMPOSING` where they make no config.
     """
     main = next((f for f in folders if (f / f"{config}.yaml").exists()), CONF)
     others = ",".join(repr(f"file://{f}") for f in folders if f != main)
@@ -167,7 +167,7 @@ def _of_a_file(error: Any, message: str, overrides: Sequence[str], folders: Sequ
 
 
 def _no_such_key(path: str, overrides: Iterable[str], folders: Sequence[Path], config: str) -> str:
-    """The sentence on a key that is not there, as `rule.bta`; empty where another mistake comes first."""
+    """The sentence on a key that does not exist, such as `rule.bta`; empty where another mistake comes first."""
     *parents, key = path.split(".")
     others = [text for text in overrides if not re.match(rf"[~+]*{re.escape(path)}=", text)]
     try:
@@ -192,7 +192,7 @@ def _no_such_key(path: str, overrides: Iterable[str], folders: Sequence[Path], c
 
 
 def leaves(tree: Any, *parents: str) -> Iterator[tuple[str, Any]]:
-    """The keys of a nested mapping that are none themselves, as `optimizer.lr`, with their values."""
+    """The keys of a nested mapping whose values are no mappings, such as `optimizer.lr`, with their values."""
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from leaves(value, *parents, name)
@@ -207,7 +207,7 @@ UNREADABLE = (UnicodeDecodeError, yaml.YAMLError, GrammarParseError)
 
 
 def load(path: Path) -> Any:
-    """A YAML file's content. Raises Mistake, naming file and line, where it is none, or has a key twice."""
+    """A YAML file's content. Raises Mistake, naming file and line, where it is not YAML or has a key twice."""
     try:
         content = path.read_bytes()
         content.decode()
@@ -221,7 +221,7 @@ def load(path: Path) -> Any:
 
 
 def _fault(error: Any, content: bytes) -> tuple[int, str]:
-    """In which line of a YAML file something is wrong, counted from 0, and what."""
+    """The line of a YAML file in which something is wrong, counted from 0, and what is wrong."""
     if isinstance(error, UnicodeDecodeError):
         return content[: error.start].count(b"\n"), "this is no UTF-8; save the file in that encoding"
     text = content.decode()
@@ -246,7 +246,7 @@ def _scalars(node: yaml.Node | None) -> Iterator[yaml.ScalarNode]:
 
 
 def _interpolates(scalar: yaml.ScalarNode) -> bool:
-    """Whether all that looks like an interpolation is one."""
+    """Whether everything in a text that looks like an interpolation is one."""
     try:
         OmegaConf.create([scalar.value])
     except GrammarParseError:

@@ -32,10 +32,10 @@ if TYPE_CHECKING:  # they take a while to import
 
 
 class Runs(Sequence[Record]):
-    """The records of some runs, one a seed, in the order in which they were asked for.
+    """The records of some runs, one for each seed, in the order in which they were asked for.
 
-    A terminal and a notebook show their `summary`; `plot` their learning curves. `folders` is where each run is kept,
-    by `record.run`.
+    A terminal and a notebook show their `summary`. `plot` draws their learning curves. `folders` has the folder of each
+    run, by `record.run`.
     """
 
     def __init__(self, records: Sequence[Record], folders: Mapping[str, Path]) -> None:
@@ -48,7 +48,7 @@ class Runs(Sequence[Record]):
         return len(self.records)
 
     def folder(self, record: Record) -> Path:
-        """Where a seed is kept, as `nobackprop.load` takes it."""
+        """The folder of a seed, as `nobackprop.load` takes it."""
         return self.folders[record.run] / f"seed{record.seed}"
 
     @property
@@ -57,14 +57,14 @@ class Runs(Sequence[Record]):
         return {run: [record for record in self.records if record.run == run] for run in self.folders}
 
     def table(self) -> "pd.DataFrame":
-        """One row a seed: its settings (`config.<key>`), where it was trained, what it reached. Times are seconds."""
+        """A row for each seed: its settings (`config.<key>`), where it was trained, its result. Times are seconds."""
         return table(self.records)
 
     def summary(self) -> "pd.DataFrame":
-        """One row a run: how many seeds, means over them of validation and test accuracy, fractions, and seconds.
+        """A row for each run: the number of seeds, their mean validation and test accuracy (fractions), and seconds.
 
-        `deviation` is that of the test accuracy over seeds; NaN stands for what there is none of. Runs are named by the
-        settings in which they differ. Seconds are of all seeds.
+        `deviation` is the standard deviation of the test accuracy over seeds. A value that does not exist is NaN. Runs
+        are named by the settings in which they differ. `seconds` is the sum over all seeds.
         """
         import pandas as pd
 
@@ -114,20 +114,20 @@ def train(*overrides: str, data: Any = None, test: Any = None, **settings: Any) 
         runs = nobackprop.train("rule=lra_e,bp", "dataset=digits", seeds=3, max_epochs=20)
         runs = nobackprop.train("rule=dfa", data=(x, y), test=(x2, y2), seeds=3)
 
-    An override is a text as the command takes it; of several values, as in `rule=lra_e,bp`, each is a run, and runs are
+    An override is a text as the command takes it. Of several values, as in `rule=lra_e,bp`, each makes a run. Runs are
     trained one after another. A setting by keyword is a Python value: `max_epochs=20`, `seeds=[0, 4, 7]`,
-    `paths={"runs": "my runs"}`, `**{"optimizer.lr": 0.1}`. Seeds and files are those of the command: what is
-    recorded in `paths.runs` (`./runs` unless set) is not trained again, and an interrupted run goes on from its
-    checkpoint. Files of tuned settings count too, and it says so (`tuned="none"` keeps the defaults). Progress is shown
-    in a terminal, and in a notebook where ipywidgets are installed.
+    `paths={"runs": "my runs"}`, `**{"optimizer.lr": 0.1}`. Seeds and files are those of the command. So runs recorded
+    in `paths.runs` (by default `./runs`) are not trained again, and an interrupted run goes on from its checkpoint.
+    Files of tuned settings are used, too, and named on the screen (`tuned="none"` keeps the defaults). Progress is
+    shown in a terminal, and in a notebook if ipywidgets is installed.
 
     `data` and `test` are images to train on and to test with: a pair (x, y) of tensors or arrays, or a torch Dataset of
     such pairs. x is (N, D), (N, H, W) or (N, C, H, W), uint8 (divided by 255) or floats (float32, taken as they are);
-    y (N,) are class numbers from 0. Validation images are held out of `data`, as always (`dataset.validation`). What
-    identifies the runs is the content.
+    y (N,) are class numbers from 0. Validation images are held out of `data`, as always (`dataset.validation`). The
+    content of the images identifies the runs.
 
-    Raises Mistake, in a sentence, for whatever can't work, before anything is trained; and KeyboardInterrupt, after a
-    checkpoint, where it is interrupted.
+    Raises Mistake for whatever can't work, before anything is trained. Raises KeyboardInterrupt when it is interrupted,
+    after it has written a checkpoint.
     """
     from nobackprop.training.build import prepare
     from nobackprop.training.run import train as train_one
@@ -140,7 +140,7 @@ def train(*overrides: str, data: Any = None, test: Any = None, **settings: Any) 
             texts = [*_own_data(texts), "dataset=given", f"dataset.source.fingerprint='{fingerprint}'"]
         jobs = [(each, _config(each, console)) for each in _jobs(texts)]
         prepared, records = [], {}
-        for _, cfg in jobs:  # all, before any is trained
+        for _, cfg in jobs:  # all of them before any is trained
             with about_files(cfg):
                 prepared.append(run := prepare(cfg))
                 check_writable(Path(run.settings.paths.runs))
@@ -156,11 +156,12 @@ def train(*overrides: str, data: Any = None, test: Any = None, **settings: Any) 
 
 
 def runs(folder: str | Path = "runs") -> "pd.DataFrame":
-    """All records below a folder of runs, or in a file of records, as one table: a row a seed.
+    """All records below a folder of runs, or in a file of records, as one table with a row for each seed.
 
-    Columns are the settings (`config.<key>`), where it was trained, and what it reached: `test.accuracy` and
-    `best.val/accuracy` are fractions, `wall_s` seconds. Empty where there is no record yet. Raises Missing where there
-    is no such folder. Warns of records that can't be read, or contradict others, and leaves them out.
+    The columns are the settings (`config.<key>`), where the seed was trained, and what it reached: `test.accuracy` and
+    `best.val/accuracy` are fractions, `wall_s` is in seconds. The table is empty where there is no record yet. Records
+    that can't be read, or that contradict others, are left out with a warning. Raises Missing where there is no such
+    folder.
     """
     found = collect([folder])
     for problem in found.unreadable + found.conflicts:
@@ -169,7 +170,7 @@ def runs(folder: str | Path = "runs") -> "pd.DataFrame":
 
 
 def _override(key: str, value: Any) -> str:
-    """A setting by keyword as the command takes it. Raises Mistake for what is no setting's value."""
+    """A setting by keyword as the command takes it. Raises Mistake for a value that no setting can have."""
     if (CONF / key).is_dir() and isinstance(value, str | list | tuple):  # one choice, or several
         return f"{key}={value if isinstance(value, str) else ','.join(map(str, value))}"
     if not isinstance(value, str | Path):
@@ -204,7 +205,7 @@ def _word(key: str, value: Any) -> str:
 
 
 def _own_data(texts: Sequence[str]) -> Sequence[str]:
-    """The same. Raises Mistake where they choose a data set besides."""
+    """The same overrides. Raises Mistake where they choose a data set, too."""
     for text in texts:
         if text.lstrip("+").partition("=")[0] == "dataset":
             raise Mistake(f"{text}: the images are those of data=... and test=...: leave one of both out")
@@ -230,7 +231,7 @@ def _jobs(texts: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _config(overrides: Sequence[str], console: Console) -> DictConfig:
-    """What a run's overrides make. Says what the command says of it. Raises Mistake for what only the command does."""
+    """The run that overrides make. It prints what the command prints. Raises Mistake for what only the command does."""
     cfg, runtime = composed(overrides)
     used = tuned_files(runtime)
     if runtime.choices.launcher != "basic" or "sweep" in runtime.choices or cfg.get("dry_run"):
@@ -245,7 +246,7 @@ def _config(overrides: Sequence[str], console: Console) -> DictConfig:
 
 @contextmanager
 def _as_command(overrides: Sequence[str]) -> Iterator[None]:
-    """Within, records say the command that does the same, not how a notebook was started."""
+    """Within, records name the command that does the same, not the command that started a notebook."""
     before, sys.argv = sys.argv, ["nobackprop", *overrides]
     try:
         yield
@@ -255,7 +256,7 @@ def _as_command(overrides: Sequence[str]) -> Iterator[None]:
 
 @contextmanager
 def _as_found() -> Iterator[None]:
-    """Leaves torch's settings as they were: a run chooses its own."""
+    """Restores torch's settings afterwards, since a run chooses its own."""
     threads, products = torch.get_num_threads(), torch.get_float32_matmul_precision()
     tf32 = torch.backends.cudnn.allow_tf32
     try:

@@ -13,7 +13,7 @@ from typing import Any
 
 
 class Mistake(ValueError):
-    """What the user gave can't work. The message says what was given, what is allowed and what to do."""
+    """The user gave something that can't work. The message says what was given, what is allowed and what to do."""
 
 
 class Missing(Mistake, FileNotFoundError):
@@ -21,7 +21,7 @@ class Missing(Mistake, FileNotFoundError):
 
 
 class Notice(UserWarning):
-    """What goes another way than the user may think, and does not end the work. The message is a sentence for them."""
+    """Something happens that the user may not expect, and the work goes on. The message is a sentence for the user."""
 
 
 def close(name: str, names: Iterable[str]) -> str:
@@ -40,7 +40,7 @@ def _plain(name: str) -> str:
 
 @contextmanager
 def at(where: str) -> Iterator[None]:
-    """Within, a Mistake begins with where it is."""
+    """Within, the message of a Mistake begins with its place."""
     try:
         yield
     except Mistake as e:
@@ -49,9 +49,9 @@ def at(where: str) -> Iterator[None]:
 
 @contextmanager
 def answering(name: str) -> Iterator[None]:
-    """Ends a script of that name in a sentence, with status 1, for a mistake or a file that can't be used.
+    """Ends a script of that name with a sentence and status 1, for a mistake or a file that can't be used.
 
-    Anything else is a program's fault and keeps its traceback. Ctrl-C: status 130.
+    Any other error is a program's fault and keeps its traceback. Ctrl-C gives status 130.
     """
     try:
         yield
@@ -82,7 +82,7 @@ REMEDIES = {
     errno.ENAMETOOLONG: ELSEWHERE,
 }
 
-UNNAMED = {errno.ENOSPC, errno.EDQUOT, errno.ENOLCK}  # come from a file that is open, so without its name
+UNNAMED = {errno.ENOSPC, errno.EDQUOT, errno.ENOLCK}  # these come from a file that is open, so without its name
 KEPT = {"runs": "records, weights and checkpoints", "data": "images"}
 
 

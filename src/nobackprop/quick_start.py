@@ -1,9 +1,9 @@
-"""A quick start of the command: without what Lightning and torch import at once and this training never uses.
+"""A quick start of the command, without modules that Lightning and torch import at once and a run never uses.
 
 torchmetrics, which Lightning imports, imports torchvision, SciPy and matplotlib where they are installed, for metrics
-of pictures and sounds. Lightning and torch's optimizers import torch's compiler, only to keep out of its way. That is
-more than half of all the time until the first step. Only the command's own process does without; whoever imports
-`nobackprop` as a library finds everything as usual.
+of pictures and sounds. Lightning and torch's optimizers import torch's compiler, only to keep out of its way. These
+imports take more than half of the time until the first step. Only the command's own process leaves them out. A program
+that imports `nobackprop` as a library finds everything as usual.
 """
 
 import importlib
@@ -16,14 +16,14 @@ from types import ModuleType
 from typing import Any
 
 LIGHTNING = {"pytorch_lightning", "lightning_fabric", "torchmetrics"}
-UNUSED = {"torchvision", "scipy", "matplotlib"}  # what torchmetrics must not find
+UNUSED = {"torchvision", "scipy", "matplotlib"}  # packages that torchmetrics must not find
 COMPILER = "torch._dynamo"
 
 
 def start() -> None:
-    """Has Lightning, when it is imported, come without its unused company.
+    """Makes a later import of Lightning leave out the modules that a run never uses.
 
-    Does nothing where Lightning or the compiler is there already.
+    Does nothing where Lightning or the compiler has been imported already.
     """
     if (LIGHTNING | {COMPILER}) & sys.modules.keys():
         return
@@ -36,9 +36,9 @@ def start() -> None:
 
 @contextmanager
 def _not_found(packages: set[str]) -> Iterator[None]:
-    """Within, Lightning's and torchmetrics' questions whether one of these packages is installed are answered by no.
+    """Within, Lightning and torchmetrics are told that these packages are not installed.
 
-    They can be imported all the same, within and after.
+    The packages can be imported all the same, within and after.
     """
     from lightning_utilities.core import imports
 
@@ -52,12 +52,12 @@ def _not_found(packages: set[str]) -> Iterator[None]:
 
 
 class Compiler(ModuleType):
-    """Stands for torch's compiler while nothing is compiled, and makes way for it when asked for anything else."""
+    """Stands in for torch's compiler while nothing is compiled. Asked for anything else, it loads the compiler."""
 
     __path__: Sequence[str] = ()  # it is a package
 
     class OptimizedModule:
-        """The type of a compiled module: there is none."""
+        """The type of a compiled module, of which there is none."""
 
     @staticmethod
     def disable(function: Callable[..., Any], *_: Any, **__: Any) -> Callable[..., Any]:
@@ -68,7 +68,7 @@ class Compiler(ModuleType):
         pass
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # the import system's questions
+        if name.startswith("__"):  # the import system asks for these
             raise AttributeError(name)
         return getattr(make_way(), name)
 
@@ -84,7 +84,7 @@ def make_way() -> ModuleType:
 
 
 class Submodules(MetaPathFinder, Loader):
-    """Where one of the compiler's own modules is imported, loads the compiler first."""
+    """Loads the compiler before any of its own modules is imported."""
 
     @classmethod
     def find_spec(cls, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
@@ -99,7 +99,7 @@ class Submodules(MetaPathFinder, Loader):
 
 
 class Lightning(MetaPathFinder):
-    """Where one of Lightning's packages is imported, has it not find what is unused."""
+    """Hides the unused packages from Lightning's packages while these are imported."""
 
     @classmethod
     def find_spec(cls, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:

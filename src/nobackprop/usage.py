@@ -13,7 +13,7 @@ from nobackprop.composing import compose, first, options
 from nobackprop.places import CONF
 
 WIDTH, COLUMN = 100, 23
-MOST = 8  # choices of a folder that are named; of more only their number is
+MOST = 8  # so many choices of a folder are named; of more only the number is shown
 
 HEAD = """\
 nobackprop trains deep nets without backpropagation: nobackprop [group=choice] [key=value] [option]
@@ -28,9 +28,9 @@ Read on: docs/tutorial.md, docs/how_to/ (sweeps, nets, ...), CONTRIBUTING.md (a 
 
 
 def text(overrides: Sequence[str], folders: Sequence[Path] = (CONF,)) -> str:
-    """The help; with choices of groups among the overrides, that on their keys. `folders` are those of the configs.
+    """The help. With choices of groups among the overrides, it is the help on the keys of these choices.
 
-    Raises what Hydra raises for overrides that can't be composed.
+    `folders` are those of the configs. Raises what Hydra raises for overrides that can't be composed.
     """
     overrides = [first(override) for override in OverridesParser.create().parse_overrides(list(overrides))]
     parsed = OverridesParser.create().parse_overrides(overrides)
@@ -47,11 +47,11 @@ def text(overrides: Sequence[str], folders: Sequence[Path] = (CONF,)) -> str:
     return "\n".join(lines) + "\n" + TAIL
 
 
-Commented = dict[str, tuple[str, str]]  # by a group or key: its value, and what the comment behind it says
+Commented = dict[str, tuple[str, str]]  # a group or key: its value, and the comment behind it
 
 
 def _commented(yaml: str) -> tuple[Commented, Commented]:
-    """The groups and keys of conf/train.yaml in its order, but for what is Hydra's own."""
+    """The groups and keys of conf/train.yaml in its order, without Hydra's own."""
     groups, keys, within = {}, {}, ""
     for line in yaml.partition("\nhydra:")[0].splitlines():
         if group := re.fullmatch(r"  (?:- (?:optional )?|# )(\+?\w+): (.*?)  +# (.*)", line):
@@ -65,7 +65,7 @@ def _commented(yaml: str) -> tuple[Commented, Commented]:
 
 
 def _default(value: str) -> str:
-    """What a value is if nothing is said, without what the environment may say instead."""
+    """The default value, without the variable of the environment that may replace it."""
     return re.sub(r"\$\{oc\.env:\w+,(.*)\}", r"\1", value)
 
 
@@ -77,7 +77,7 @@ def _row(left: str, right: str) -> list[str]:
 
 
 def _short(names: Sequence[str]) -> Iterator[str]:
-    """Names, those in one folder together, as mdfa/{allconv,base}."""
+    """Names, with those in one folder together, such as mdfa/{allconv,base}."""
     within = defaultdict(list)
     for name in names:
         folder, _, own = name.rpartition("/")
@@ -89,7 +89,7 @@ def _short(names: Sequence[str]) -> Iterator[str]:
 
 
 def _choices(overrides: Sequence[str], folders: Sequence[Path], chosen: Mapping[str, object]) -> Iterator[str]:
-    """For each chosen file what its first comment says, and the keys that it sets."""
+    """The first comment of each chosen file, and the keys that it sets."""
     cfg, _ = compose(overrides, folders)
     for group, choice in chosen.items():
         (path, *_) = [path for f in folders if (path := f / group / f"{choice}.yaml").exists()]

@@ -152,6 +152,7 @@ def test_activations_computed_again_give_the_same_gradients(rule: Rule, problem:
         torch.testing.assert_close(again, kept, rtol=0, atol=0)
 
 
+@pytest.mark.few
 def test_compiled_whole_equals_eager(rule: Rule, problem: Problem) -> None:
     torch.compiler.reset()  # else the nets before this one count as recompilations
     w, batch = problem.weights(rule), problem.noisy(rule)

@@ -12,9 +12,9 @@ from nobackprop.mistakes import Mistake
 
 @dataclass(frozen=True)
 class Activation:
-    """`h = f(z)`; where it exists `df(z, h)`, the derivative at z; and `difference(z, h, u)`, `f(z) - f(z - u)`.
+    """An activation function f with its derivative, where it has one, and its difference `f(z) - f(z - u)`.
 
-    h is often the cheaper input of the last two.
+    `df` and `difference` take h = f(z) besides z, since many of them are cheaper to compute from h.
     """
 
     name: str
@@ -36,11 +36,11 @@ class Activation:
         return self.derivative(z, h)
 
     def difference(self, z: Tensor, h: Tensor, u: Tensor) -> Tensor:
-        """f(z) - f(z - u), elementwise, given h = f(z); also exact where u is so small that the two are nearly equal.
+        """f(z) - f(z - u), elementwise, given h = f(z). It is exact also where the two are nearly equal.
 
-        Subtracting them would leave a rounding error of the size of h; here it is of the size of the difference. Under
-        tanh and sigmoid it is of the size of u times the rounding error of h, as that of the derivative is: it shows
-        only where f is flat.
+        Subtracting the two would leave a rounding error of the size of h's. Here the rounding error is that of the
+        difference itself. Under tanh and sigmoid it is u times the rounding error of h, as for the derivative, so it
+        matters only where f is flat.
         """
         if self.without_cancellation is None:
             return h - self.f(z - u)
@@ -48,7 +48,7 @@ class Activation:
 
 
 def activation(name: str) -> Activation:
-    """The activation of that name. Raises Mistake, with the names there are, for another one."""
+    """The activation of that name. Raises Mistake, which lists all names, for a name that it does not know."""
     if name not in ACTIVATIONS:
         raise Mistake(f"unknown activation {name!r}: choose one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
@@ -70,12 +70,12 @@ def _sigmoid_difference(z: Tensor, h: Tensor, u: Tensor) -> Tensor:
 def _softsign_difference(z: Tensor, h: Tensor, u: Tensor) -> Tensor:
     v = z - u
     y = F.softsign(v)
-    # The last part is 0 where z and v have one sign, to the bit, and else where the two differ most.
+    # The last part is exactly 0 where z and v have the same sign. It matters where their signs differ.
     return u / (1 + z.abs()) / (1 + v.abs()) + (h * y.abs() - y * h.abs())
 
 
 def _relu_difference(z: Tensor, h: Tensor, u: Tensor) -> Tensor:
-    return torch.minimum(u - (z - h), h)  # clipping, at 0 alone
+    return torch.minimum(u - (z - h), h)  # clips at 0 alone
 
 
 def _clip(z: Tensor) -> Tensor:
@@ -83,12 +83,12 @@ def _clip(z: Tensor) -> Tensor:
 
 
 def _clipped_difference(low: float, high: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """That of clipping to low..high: u, less the part of it that is past an end."""
+    """The difference of clipping to low..high: u without the part of it that lies beyond an end."""
     return lambda z, h, u: torch.clamp(u - (z - h), h - high, h - low)
 
 
-# At the kinks relu, relu6 and pl take the slope 1, as the mDFA program does (torch takes 0): with all weights zero and
-# relu, DFA learns under the one and stands still under the other.
+# At their kinks relu, relu6 and pl have the slope 1, as in the mDFA program, where torch's have 0. It matters when all
+# weights start at zero: with relu, DFA then learns if the slope is 1, and stands still if it is 0.
 ACTIVATIONS = {
     a.name: a
     for a in (

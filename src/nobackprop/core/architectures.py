@@ -1,4 +1,4 @@
-"""Nets of any parts: a list of layers and maps in the order in which an image meets them, and the nets made of it."""
+"""Nets made of a list of layers and maps, in the order in which an image passes through them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
@@ -37,11 +37,13 @@ Part = Layer | Map | Activation | Residual
 
 
 def assemble(in_shape: Shape, parts: Sequence[Part], *, where: Sequence[str] | None = None) -> Network:
-    """The net of parts in a row, of which the last is its output layer.
+    """The net of parts in a row. The last part is its output layer.
 
-    An activation right behind a layer becomes the layer's own; all other maps are read by the layer that follows. The
-    net's own activation is that of the last layer that has one, for rules in which the output layer has one too.
-    Raises Mistake for a row that can't be such a net, naming the part (as `where` names them) that can't stay.
+    An activation right behind a layer becomes the layer's own. The layer that follows reads through all other maps. The
+    net's own activation, which some rules use at the output, is that of the last layer that has one.
+
+    Raises Mistake for a row that can't be such a net. The message names the part that does not fit; `where` has a name
+    for each part.
     """
     built = _Row(tuple(in_shape))
     for number, part in enumerate(parts):
@@ -98,7 +100,7 @@ class _Row:
 
 
 def shrink(shape: Shape, to: Shape) -> Shrink:
-    """What makes an image of one shape one of the other. Raises Mistake where nothing without weights does."""
+    """The map from images of one shape to images of another. Raises Mistake where none without weights does that."""
     if len(shape) == len(to) == 3 and to[0] >= shape[0]:
         stride = -(-shape[1] // to[1])
         shrunk = Shrink(stride, to[0])
@@ -115,9 +117,9 @@ def _named(part: Part) -> str:
 
 
 def row(in_shape: Shape, outputs: int, *, layers: Sequence[Any]) -> Network:
-    """A net written as a list, from the image up; a fully connected layer with the outputs is put at its end.
+    """A net written as a list, from the image up. A fully connected layer for the outputs is added at its end.
 
-    Each part is a name, or a name with what it takes, by place or by name:
+    Each part is a name, or a name with its arguments, by position or by name:
 
         [{conv: [20, 5]}, tanh, {max_pool: 2}, {residual: [{group_norm: 4}, relu, {conv: {channels: 20, kernel: 3,
         padding: 1}}]}, {dense: 500}, tanh]
@@ -125,7 +127,7 @@ def row(in_shape: Shape, outputs: int, *, layers: Sequence[Any]) -> Network:
     Layers: conv, dense, tokens. Maps: max_pool, avg_pool, mean, group_norm, layer_norm, attention, patches, positions,
     flatten, dropout. Activations: those of `nobackprop.activation`. `residual` takes a list of parts.
 
-    Raises Mistake for another name, or where a part does not fit what comes from those before it.
+    Raises Mistake for an unknown name, and for a part that does not fit the output of the parts before it.
     """
     parts = list(_parts(layers, "arch.layers"))
     where = [place for place, _ in parts]
@@ -164,7 +166,7 @@ def _part(item: Any, place: str) -> Part:
 
 
 def _made(kind: type[Layer] | type[Map], name: str, given: Any, place: str) -> Layer | Map:
-    """The layer or map of a class with the values given, by place, by name or one alone."""
+    """The layer or map of a class with the given values: a list, a mapping, or a single value."""
     own = [f for f in fields(kind) if not f.kw_only] + [f for f in fields(kind) if f.name == "bias"]
     values: dict[Any, Any]
     if isinstance(given, Mapping):
@@ -190,8 +192,8 @@ def lenet(in_shape: Shape, outputs: int, *, activation: str) -> Network:
     """LeNet-5: three convolutions of 5x5, of which two are pooled, and two fully connected layers.
 
     LeCun, Bottou, Bengio & Haffner, "Gradient-based learning applied to document recognition", Proceedings of the IEEE
-    1998, with max pooling and a linear output, as public programs have it (such as BioTorch). Images of 28x28 get a
-    border of two pixels of zeros, where it has them made 32x32.
+    1998, with max pooling and a linear output, as in public programs such as BioTorch. The paper's images are 32x32.
+    Here images of 28x28 get a border of zeros two pixels wide.
     """
     f = named(activation)
     below = [Conv(6, kernel=5, padding=2), f, MaxPool(2), Conv(16, kernel=5), f, MaxPool(2)]
@@ -201,11 +203,11 @@ def lenet(in_shape: Shape, outputs: int, *, activation: str) -> Network:
 def vgg(in_shape: Shape, outputs: int, *, depth: int, width: int, activation: str) -> Network:
     """Convolutions of 3x3 with max pooling between them, then fully connected layers: 8 or 11 layers with weights.
 
-    Simonyan & Zisserman, "Very deep convolutional networks for large-scale image recognition", ICLR 2015, its net A
-    (11 layers, there of width 64, with hidden fully connected layers of 4096); with 8 layers the VGG8B of Nokland &
-    Eidnes, "Training neural networks with local error signals", ICML 2019 (there of width 128). `width` is the channels
-    of the first layer, and an eighth of the width of hidden fully connected layers. Feature maps that are too small to
-    be pooled are not.
+    With 11 layers it is net A of Simonyan & Zisserman, "Very deep convolutional networks for large-scale image
+    recognition", ICLR 2015, whose width is 64, with hidden fully connected layers of 4096. With 8 layers it is VGG8B of
+    Nøkland & Eidnes, "Training neural networks with local error signals", ICML 2019, whose width is 128. `width` is the
+    number of channels of the first layer. Hidden fully connected layers are eight times as wide. Feature maps that are
+    too small are not pooled.
     """
     multiples = {8: [1, 2, 0, 2, 4, 0, 4, 0, 4, 0], 11: [1, 0, 2, 0, 4, 4, 0, 8, 8, 0, 8, 8, 0]}
     if depth not in multiples:
@@ -227,10 +229,10 @@ def resnet(
     """A residual net for small images: a convolution, a stage of residual blocks for each width, the mean, the output.
 
     He, Zhang, Ren & Sun, "Deep residual learning for image recognition", CVPR 2016, section 4.2, with shortcuts without
-    weights (option A), in the form of their "Identity mappings in deep residual networks", ECCV 2016: each convolution
-    reads its input normalized and through the activation. Of `depth` layers with weights all but two are shared out
-    evenly to the stages, two a block. Group norm, in `groups` groups, is in the place of batch norm, which would make
-    samples depend on each other.
+    weights (option A). It has the form of their "Identity mappings in deep residual networks", ECCV 2016: each
+    convolution reads its input through a norm and the activation. `depth` counts the layers with weights. All but two
+    of them are divided evenly among the stages, two to a block. Group norm, with `groups` groups, replaces batch norm,
+    which would make samples depend on each other.
     """
     blocks, left = divmod(depth - 2, 2 * len(widths))
     if left or blocks < 1:
@@ -264,8 +266,8 @@ def vit(
 
     Dosovitskiy et al., "An image is worth 16x16 words", ICLR 2021. A block has attention with `heads` heads and a
     layer of `hidden` features, each behind a layer norm and with a shortcut. Positions are fixed sines and cosines, and
-    the mean takes the place of a class token: learned positions and tokens would be weights outside of a product.
-    `patch` is the side of a patch in pixels; None: a quarter of the image's height.
+    the mean over tokens replaces a class token, since learned positions and tokens would be weights outside of a
+    product. `patch` is the side of a patch in pixels; None means a quarter of the image's height.
     """
     drop = [Dropout(dropout)] if dropout else []
     parts: list[Part] = [Patches(patch or max(1, in_shape[1] // 4)), Tokens(width), Positions()]

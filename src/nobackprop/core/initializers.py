@@ -1,8 +1,8 @@
 """How weights start: by name (`init=orthogonal`), or by the mDFA program's strings (`init.forward=U1`).
 
 Every tensor is drawn in float32 on the CPU from a stream of its own, `stream(seed, name)`, so it does not depend on the
-device, the rule or the other tensors. Fan-in is that of the tensor's shape: for a matrix its second axis, for a kernel
-(input channels x positions); DFA's B, (units, outputs), has the number of outputs.
+device, the rule or the other tensors. The fan-in follows from the tensor's shape. That of a matrix is its second axis,
+so that of DFA's B, (units, outputs), is the number of outputs. That of a kernel is input channels times positions.
 """
 
 import re
@@ -26,7 +26,7 @@ LARGEST = 1e30  # bound or standard deviation of a draw: torch draws in float32
 
 @dataclass(frozen=True)
 class Initializer(ABC):
-    """Draws a tensor of a shape. `may_be_absolute`: whether the draw may be replaced by its absolute value."""
+    """Draws a tensor of a shape. `may_be_absolute` says whether the draw may be replaced by its absolute value."""
 
     may_be_absolute: ClassVar[bool] = True
     # True for the strings P and A: every draw but the first forward layer's is replaced by its absolute value.
@@ -83,20 +83,20 @@ class Normal(Initializer):
 
 
 class NonnegativeUniform(Uniform):
-    """As Uniform, of which `initial_weights` takes the absolute value; the first forward layer stays signed."""
+    """Uniform, whose absolute value `initial_weights` takes, except in the first forward layer."""
 
     nonnegative = True
 
 
 class NonnegativeNormal(Normal):
-    """As Normal, of which `initial_weights` takes the absolute value; the first forward layer stays signed."""
+    """Normal, whose absolute value `initial_weights` takes, except in the first forward layer."""
 
     nonnegative = True
 
 
 @dataclass(frozen=True)
 class _Scaled(Initializer):
-    """One of torch's, times `gain`."""
+    """One of torch's initializers, times `gain`."""
 
     gain: float = 1.0
 
@@ -180,9 +180,10 @@ def from_string(text: str | float) -> Initializer:
 def initial_weights(
     net: Network, rule: Rule, forward: Initializer, backward: Initializer, seed: int
 ) -> dict[str, Tensor]:
-    """All weights a run of this seed starts from, by name: W from `forward`, b zero, the rule's own from `backward`.
+    """All weights that a run of this seed starts from, by name.
 
-    Raises Mistake where the rule needs non-negative weights and an initializer's draw can't be made so.
+    W is drawn by `forward`, the rule's own weights by `backward`, and b is zero. Raises Mistake where the rule needs
+    non-negative weights and an initializer's draw may not be replaced by its absolute value.
     """
     absolute = rule.nonnegative(net)
 

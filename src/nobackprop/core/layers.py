@@ -1,4 +1,4 @@
-"""Layers: a product with weights, of three local operations, and what stands around it.
+"""Layers: a product with weights, which has three local operations, and the parts around the product.
 
 | operation | Dense, Tokens | Conv |
 | --- | --- | --- |
@@ -6,11 +6,11 @@
 | `feedback(M, e, like)` | M^T e | transposed convolution with M, a tensor in the shape of W |
 | `hebbian(r, d)` | d r^T, d | correlation of r and d, summed over positions; both are means over the samples |
 
-A learning rule decides which error d reaches a layer and which M stands in for W; the rest is here, once for all rules.
-r is what the layer reads: the activation below, through the maps of `read`.
+A learning rule decides which error d reaches a layer and which M replaces W. The rest is here, once for all rules. r is
+what the layer reads: the activation below, through the maps of `read`.
 
-Under torch's autocast the products alone are computed in its shorter type; what comes out is in the type of what went
-in. Rules live by small differences, such as LRA-E's h - f(z - beta d), which are zero between numbers of eight bits.
+Under torch's autocast only the products are computed in the shorter type. Their results are converted back to the type
+of the inputs. Rules depend on small differences, such as LRA-E's h - f(z - beta d), which a shorter type loses.
 """
 
 from abc import ABC, abstractmethod
@@ -31,9 +31,10 @@ from nobackprop.mistakes import Mistake
 
 @dataclass(frozen=True)
 class Shortcut:
-    """What is added to a layer's activation: that of `over` layers below (1: of the one below), through `maps`.
+    """A shortcut: it adds, to a layer's activation, the activation of `over` layers below, through `maps`.
 
-    Raises Mistake for dropout among the maps: it would have to be the same that the layers below read through.
+    With `over` 1 that is the layer right below. Raises Mistake for dropout among the maps, since it would have to drop
+    the same values as the dropout that the layers below read through.
     """
 
     over: int
@@ -46,9 +47,9 @@ class Shortcut:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer(ABC):
-    """A product, the maps through which it reads the activation below, and what makes its z the activation above.
+    """A product, the maps through which it reads the activation below, and the activation that is applied to its z.
 
-    Where `activation` and `bias` are None they are the net's. `shortcut` is added to f(z).
+    Where `activation` or `bias` is None, the net's is used. `shortcut` is added to f(z).
     """
 
     spatial: ClassVar[bool] = False  # W passes over positions
@@ -206,7 +207,7 @@ def like_type(product: Tensor, like: Tensor) -> Tensor:
 
 
 def _autocast(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as autocast gives them to a convolution; of a convolution's derivatives it does not know."""
+    """Both tensors as autocast gives them to a convolution. Autocast leaves a convolution's derivatives out."""
     device = a.device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return a, b

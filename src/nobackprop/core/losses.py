@@ -1,4 +1,4 @@
-"""Losses: the value to report and the error at the output that a learning rule sends down, both per sample.
+"""Losses: each gives the value to report and the error at the output that a rule sends down, both per sample.
 
 Shapes: logits z (N, outputs); labels (N,) int64; targets y (N, outputs), in the dtype of z.
 """
@@ -46,7 +46,7 @@ class Loss(ABC):
 
 
 class SoftmaxCrossEntropy(Loss):
-    """`-log softmax(z)[label]`, one output unit a class."""
+    """`-log softmax(z)[label]`, with one output unit for each class."""
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
         return -(y * F.log_softmax(z, -1)).sum(-1)
@@ -56,7 +56,7 @@ class SoftmaxCrossEntropy(Loss):
 
 
 class SquaredError(Loss):
-    """`|z - y|^2 / 2` with one-hot y, one linear output unit a class."""
+    """`|z - y|^2 / 2` with one-hot y and one linear output unit for each class."""
 
     def value(self, z: Tensor, y: Tensor) -> Tensor:
         return (z - y).square().sum(-1) / 2
@@ -66,7 +66,7 @@ class SquaredError(Loss):
 
 
 class SigmoidCrossEntropy(Loss):
-    """Binary cross-entropy, summed over units: one a class, or for two classes a single one, label 1 where z > 0."""
+    """Binary cross-entropy, summed over units: one for each class. Two classes share one, with label 1 where z > 0."""
 
     @property
     def outputs(self) -> int:
@@ -86,5 +86,5 @@ class SigmoidCrossEntropy(Loss):
 
 
 def cross_entropy(classes: int) -> Loss:
-    """As in the mDFA paper: one sigmoid output unit for two classes, softmax for more."""
+    """The loss of the mDFA paper: one sigmoid output unit for two classes, softmax for more."""
     return SigmoidCrossEntropy(classes) if classes == 2 else SoftmaxCrossEntropy(classes)

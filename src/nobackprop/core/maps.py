@@ -4,9 +4,9 @@
 | --- | --- |
 | `m(h)` | the output for h (N, *in_shape) |
 | `m.pull(h, e)` | the error at h, from the error e at the output: the transposed Jacobian at h, times e |
-| `m.difference(h, u)` | m(h) - m(h - u), where possible without the rounding error of subtracting like numbers |
+| `m.difference(h, u)` | m(h) - m(h - u), where possible without subtracting nearly equal numbers |
 
-Most are computed by torch, and their `pull` by `torch.func.vjp` of that alone, which works under vmap and compiles.
+Torch computes most of them, and `torch.func.vjp` of that one function their `pull`. It works under vmap and compiles.
 """
 
 from abc import ABC, abstractmethod
@@ -27,7 +27,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Map(ABC):
-    """A function of each sample alone, without weights. `kind` is what a rule that does without such maps refuses."""
+    """A function of each sample alone, without weights. `kind` is the name under which a rule refuses such maps."""
 
     kind: ClassVar[str] = "rearrangement"
     linear: ClassVar[bool] = False
@@ -72,7 +72,7 @@ class Elementwise(Map):
 
 @dataclass(frozen=True)
 class _Pool(Map):
-    """Over windows of `size` x `size` positions, `stride` apart (None: as far as they are large)."""
+    """Pooling over windows of `size` x `size` positions, `stride` positions apart; None means `size`."""
 
     kind: ClassVar[str] = "pooling"
     size: int
@@ -101,11 +101,11 @@ class MaxPool(_Pool):
         largest, at = self._largest(h)
         _, other = self._largest(h - u)
         values, changes = h.flatten(2), u.flatten(2)
-        moved = values.gather(2, at) - values.gather(2, other)  # 0, to the bit, where both take the same position
+        moved = values.gather(2, at) - values.gather(2, other)  # exactly 0 where both take the same position
         return (moved + changes.gather(2, other)).view_as(largest)
 
     def _largest(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """The output, and where in the image its values are, (N, C, positions)."""
+        """The output, and the positions in the image of its values, (N, C, positions)."""
         largest, at = F.max_pool2d(h, self.size, self.stride, self.padding, return_indices=True)
         return largest, at.flatten(2)
 
@@ -122,7 +122,7 @@ class AvgPool(_Pool):
 
 @dataclass(frozen=True)
 class Mean(Map):
-    """The mean over all positions of an image (C, H, W), or over all tokens (T, D): one number a channel."""
+    """The mean over all positions of an image (C, H, W), or over all tokens (T, D): one number for each channel."""
 
     kind: ClassVar[str] = "pooling"
     linear: ClassVar[bool] = True
@@ -141,9 +141,9 @@ class Mean(Map):
 
 @dataclass(frozen=True)
 class GroupNorm(Map):
-    """Each sample's channels, in groups, at mean 0 and variance 1. Wu & He, "Group normalization", ECCV 2018.
+    """Rescales each group of a sample's channels to mean 0 and variance 1. Wu & He, "Group normalization", ECCV 2018.
 
-    It has no scale and shift of its own: the product that follows can do what they would.
+    It has no scale and shift of its own, since the product that follows can do the same.
     """
 
     kind: ClassVar[str] = "normalization"
@@ -161,9 +161,9 @@ class GroupNorm(Map):
 
 @dataclass(frozen=True)
 class LayerNorm(Map):
-    """Each sample's values over the last `axes` axes at mean 0 and variance 1: of a token's features with 1.
+    """Rescales a sample's values over the last `axes` axes (1: a token's features) to mean 0 and variance 1.
 
-    Ba, Kiros & Hinton, "Layer normalization", 2016. It has no scale and shift of its own, as `GroupNorm`.
+    Ba, Kiros & Hinton, "Layer normalization", 2016. Like `GroupNorm` it has no scale and shift of its own.
     """
 
     kind: ClassVar[str] = "normalization"
@@ -183,8 +183,8 @@ class LayerNorm(Map):
 class Attention(Map):
     """Softmax attention of each head, from tokens that hold queries, keys and values: (T, 3 D) to (T, D).
 
-    Vaswani et al., "Attention is all you need", NeurIPS 2017, without its weights: the product below makes queries,
-    keys and values, the product above mixes the heads. With `causal` a token attends to those before it and itself.
+    Vaswani et al., "Attention is all you need", NeurIPS 2017, without its weights: the layer below makes queries, keys
+    and values, and the layer above mixes the heads. With `causal` a token attends to itself and to those before it.
     """
 
     kind: ClassVar[str] = "attention"
@@ -227,7 +227,7 @@ class Patches(Map):
 
 @dataclass(frozen=True)
 class Positions(Map):
-    """Tokens (T, D), and added to each a fixed code of where it stands: sines and cosines of T by geometric periods.
+    """Adds to each of the tokens (T, D) a fixed code of its position: sines and cosines with geometric periods.
 
     Vaswani et al., "Attention is all you need", NeurIPS 2017, section 3.5. Learned positions would be weights outside
     of a product.
@@ -252,7 +252,7 @@ class Positions(Map):
 
 @dataclass(frozen=True)
 class Flatten(Map):
-    """All of a sample's values in one axis. Fully connected layers do so by themselves."""
+    """Puts all values of a sample on one axis. Fully connected layers do so by themselves."""
 
     linear: ClassVar[bool] = True
 
@@ -265,10 +265,10 @@ class Flatten(Map):
 
 @dataclass(frozen=True)
 class Shrink(Map):
-    """Of an image every `stride`-th position, and channels of zeros added: `channels` in all.
+    """Takes every `stride`-th position of an image, and adds channels of zeros until there are `channels`.
 
-    He, Zhang, Ren & Sun, "Deep residual learning for image recognition", CVPR 2016, option A: what a shortcut without
-    weights does where the shape changes.
+    It is option A of He, Zhang, Ren & Sun, "Deep residual learning for image recognition", CVPR 2016, for shortcuts
+    without weights where the shape changes.
     """
 
     linear: ClassVar[bool] = True
@@ -288,10 +288,10 @@ class Shrink(Map):
 
 @dataclass(frozen=True)
 class Dropout(Map):
-    """In training, values at random at zero, a share of `rate` of them, and the others divided by 1 - rate.
+    """Dropout: in training, a random share `rate` of the values is set to zero, and the others are divided by 1 - rate.
 
-    Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", JMLR 2014. As it stands it
-    lets all values pass; `Network.with_noise` puts a `Mask` in its place for a step of training.
+    Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", JMLR 2014. The map itself
+    changes nothing. `Network.with_noise` replaces it by a `Mask` for a step of training.
     """
 
     kind: ClassVar[str] = "dropout"
@@ -315,7 +315,7 @@ class Dropout(Map):
 
 @dataclass(frozen=True, eq=False)
 class Mask(Map):
-    """Values times factors (N, *in_shape), those that `Dropout` drew for one step."""
+    """Multiplies the values by factors (N, *in_shape), which `Dropout` drew for one step."""
 
     linear: ClassVar[bool] = True
     factors: Tensor = field(repr=False)

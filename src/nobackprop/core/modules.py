@@ -83,7 +83,7 @@ def from_torch(module: nn.Module, in_shape: Shape) -> tuple[Network, dict[str, T
 
 
 def walked(module: nn.Module, in_shape: Shape) -> tuple[Network, list[Product]]:
-    """As `from_torch`, with the modules that hold the weights of layers 1..L in the place of copies."""
+    """Like `from_torch`, but it gives the modules that hold the weights of layers 1..L instead of copies."""
     in_shape = tuple(in_shape)
     walk = _Walk(in_shape)
     row = walk.row(leaves(module))
@@ -107,9 +107,9 @@ def held(products: Sequence[Product]) -> dict[str, nn.Parameter]:
 
 
 def leaves(module: nn.Module, place: str = "module") -> Iterator[tuple[str, nn.Module]]:
-    """What an nn.Sequential and those within it hold, in order, and where: `module.0.2`; any other module is a leaf.
+    """The modules in an nn.Sequential and in those within it, in order, each with its place, such as `module.0.2`.
 
-    One that stands in several places comes for each.
+    A module that stands in several places is given for each of them.
     """
     if type(module).forward is nn.Sequential.forward:
         yield from _within(module, place)
@@ -124,7 +124,7 @@ def _within(modules: nn.Module, place: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 class _Walk:
-    """A walk up a torch module: what shape one sample has there, and the products passed."""
+    """A walk up a torch module. It knows the shape of one sample at its place, and the products that it has passed."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
@@ -161,7 +161,7 @@ class _Walk:
         return row
 
     def _part(self, module: nn.Module) -> Part | None:
-        """The part that a module is, and None for one that changes nothing."""
+        """The part that a module is, or None for a module that changes nothing."""
         if type(module) not in _PARTS:
             instead = [text for kind, text in _INSTEAD.items() if isinstance(module, kind)]
             raise Mistake(f"can't be taken{instead[0] if instead else f'; allowed are {_ALLOWED} in an nn.Sequential'}")
@@ -220,7 +220,7 @@ def _avg_pool(module: nn.AvgPool2d, shape: Shape) -> AvgPool:
 
 def _mean(module: nn.AdaptiveAvgPool2d, shape: Shape) -> Mean:
     if module.output_size not in (1, (1, 1)) or len(shape) != 3:
-        raise Mistake("can't be taken but as nn.AdaptiveAvgPool2d(1) on images (C, H, W)")
+        raise Mistake("can be taken only as nn.AdaptiveAvgPool2d(1) on images (C, H, W)")
     return Mean()
 
 
@@ -265,7 +265,7 @@ def _map(module: MapModule, shape: Shape) -> Map | Activation:
 
 
 def _square(module: nn.Module, *names: str) -> list[int]:
-    """Attributes that are one number for both axes of an image. Raises Mistake for others."""
+    """Attributes that must be one number for both axes of an image. Raises Mistake where they are not."""
     sizes: list[int] = []
     for name in names:
         given = getattr(module, name)
@@ -277,7 +277,7 @@ def _square(module: nn.Module, *names: str) -> list[int]:
 
 
 def _default(module: nn.Module, **values: Any) -> None:
-    """Raises Mistake where an attribute has not the one value that can be taken."""
+    """Raises Mistake where an attribute does not have the one value that can be taken."""
     for name, value in values.items():
         if (given := getattr(module, name)) != value:
             raise Mistake(f"can't be taken; {name} must be {value}, got {given!r}")
@@ -327,8 +327,8 @@ def to_torch(net: Network, weights: Weights) -> nn.Sequential:
     modules are at first, so that dropout drops until `.eval()`. Parts that torch has no module for are in it as
     `MapModule` and `ResidualModule`. `torch.export.export` takes it, and with onnxscript so does `torch.onnx.export`.
 
-    Raises Mistake where a weight is missing or has another shape, and for a layer or a shortcut that a user made and
-    no module is.
+    Raises Mistake where a weight is missing or has another shape, and for a user's own layer or shortcut that no torch
+    module can be.
     """
     rows: list[list[nn.Module]] = [[]]  # of the whole, and of each residual block whose end is not reached yet
     ends: list[int] = []  # the layers at which those blocks end
@@ -353,10 +353,10 @@ def to_torch(net: Network, weights: Weights) -> nn.Sequential:
 
 
 def _blocks(net: Network, l: int, shapes: Sequence[Shape]) -> dict[int, int]:
-    """How many of the maps that layer l reads through stand before each residual block of which it is the first layer.
+    """How many of the maps that layer l reads through stand before each residual block that begins with layer l.
 
-    By the block's last layer, outer blocks first; `shapes` are those between the maps. Raises Mistake for a shortcut
-    through other maps than those before the block.
+    The keys are the blocks' last layers, outer blocks first. `shapes` are the shapes between the maps. Raises Mistake
+    for a shortcut through other maps than those before the block.
     """
     read, blocks = net.layers[l - 1].read, {}
     for end in range(net.L, l - 1, -1):

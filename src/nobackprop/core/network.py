@@ -1,12 +1,12 @@
-"""Networks: layers in a row; the weights are a plain dict of tensors kept elsewhere.
+"""Networks: layers in a row. The weights are a plain dict of tensors, which is kept elsewhere.
 
 Layers are numbered 1..L. With `h[0] = x`, layer l makes
 
     r[l] = read[l](h[l-1]),   z[l] = W[l] r[l] + b[l],   h[l] = f[l](z[l]) + S[l](h[l-k])
 
-where `read` and `S` are maps without weights (pooling, normalization, attention, ...; by default none), and few layers
-have a shortcut S. The last layer is linear (the loss applies softmax or sigmoid), so h ends at L-1. Weights are named
-`W1 b1 ... WL bL`.
+Here `read` and `S` are maps without weights, such as pooling, normalization or attention. By default there are none,
+and few layers have a shortcut S. The last layer is linear, since the loss applies softmax or sigmoid, so h ends at L-1.
+The weights are named `W1 b1 ... WL bL`.
 """
 
 from bisect import bisect_left
@@ -44,7 +44,7 @@ class Network:
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        _ = self.shapes, self.read_shapes, self.span, self.activations, self.dropouts  # a compiled step can't do so
+        _ = self.shapes, self.read_shapes, self.span, self.activations, self.dropouts  # a compiled step can't
         if self.layers[-1].activation or self.layers[-1].shortcut:
             raise Mistake("the last layer is linear: it has no activation and no shortcut")
 
@@ -73,12 +73,12 @@ class Network:
 
     @cached_property
     def span(self) -> int:
-        """How many layers below its own h a layer's output needs: 1, or as far as shortcuts go."""
+        """How many layers a layer's output looks back: 1, or as many as the longest shortcut."""
         return max([1, *(layer.shortcut.over for layer in self.layers if layer.shortcut)])
 
     @cached_property
     def activations(self) -> tuple[Activation, ...]:
-        """The activation function of each layer, by its number (of the last, which rules may use); the net's for 0."""
+        """The activation function of each layer, by its number, with the net's own at 0 and at L."""
         return (self.activation, *(layer.activation or self.activation for layer in self.layers))
 
     @property
@@ -113,7 +113,7 @@ class Network:
         return self.bias if own is None else own
 
     def parts(self) -> Iterator[tuple[int, str, Map | Shortcut]]:
-        """All that is not a product or its activation: the layer's number, its kind, and the map or shortcut."""
+        """Every map and shortcut, each with the layer's number and its kind."""
         for l, layer in enumerate(self.layers, 1):
             yield from ((l, m.kind, m) for m in layer.read)
             if layer.shortcut:
@@ -143,14 +143,14 @@ class Network:
         return self.activations[l].f(z)
 
     def output(self, l: int, z: Tensor, h: ByLayer) -> Tensor:
-        """h[l] from z[l]: f(z[l]), and where layer l has a shortcut, what this brings from the h of a layer below."""
+        """h[l] from z[l]: f(z[l]), plus what a shortcut, if layer l has one, brings from the h of a layer below."""
         out = self.activations[l].f(z)
         if shortcut := self.layers[l - 1].shortcut:
             return out + maps.through(shortcut.maps, h[l - shortcut.over])
         return out
 
     def logits(self, w: Weights, x: Tensor) -> Tensor:
-        """The output z[L], (N, outputs); keeps nothing else."""
+        """The output z[L], (N, outputs). Nothing else is kept."""
         h = {0: x}
         for l in range(1, self.L):
             h[l] = self.output(l, self.preactivation(l, w, h[l - 1]), h)
@@ -182,7 +182,7 @@ class Network:
         """
         read = self.layers[l].read
         like = maps.through(read, h)
-        if like.ndim == 4 and like.stride(1) == 1:  # channels last in memory, and so is the result: B is the smaller
+        if like.ndim == 4 and like.stride(1) == 1:  # channels last in memory: permuting B is cheaper
             _, C, H, W = like.shape
             B = B.view(C, H, W, -1).permute(1, 2, 0, 3).flatten(0, 2)
             sent = like_type(F.linear(e, B), e).view(-1, H, W, C).permute(0, 3, 1, 2)
@@ -191,9 +191,10 @@ class Network:
         return maps.pulled(read, h, sent)
 
     def joined(self, l: int, e: Tensor, h: ByLayer, skipped: MutableMapping[int, Tensor]) -> Tensor:
-        """The whole error at h[l]: e, which layer l + 1 sends down, and what comes down shortcuts that begin at h[l].
+        """The whole error at h[l]: e, from layer l + 1, plus the errors that come down shortcuts that begin at h[l].
 
-        `skipped`, empty at the top, takes from layer to layer what is on its way down shortcuts, by where they begin.
+        `skipped` holds the errors that are on their way down shortcuts, by the layer where the shortcut begins. It is
+        empty at the top and is passed from layer to layer.
         """
         if l in skipped:
             e = e + skipped.pop(l)
@@ -203,7 +204,7 @@ class Network:
         return e
 
     def hebbian(self, l: int, h: Tensor, d: Tensor) -> dict[str, Tensor]:
-        """Gradients of W and b of layer l, by name, from the h it reads and the error d at z; means over samples."""
+        """Gradients of W and b of layer l, by name, from the h it reads and the error d at z: means over samples."""
         layer = self.layers[l - 1]
         dW, db = layer.hebbian(maps.through(layer.read, h), d)
         return {f"W{l}": dW, f"b{l}": db} if self.has_bias(l) else {f"W{l}": dW}
@@ -216,7 +217,7 @@ class Network:
         return f.difference(z, f.f(z) if self.layers[l - 1].shortcut else h, u)
 
     def output_difference(self, l: int, z: Tensor, u: Tensor, h: ByLayer, changes: Mapping[int, Tensor]) -> Tensor:
-        """What the output of layer l, h[l], changes where z did by u, and h of layers below by `changes`."""
+        """How much h[l] changes when the z of layer l changes by u and the h of layers below by `changes`."""
         changed = self.difference(l, z, h[l], u)
         if (shortcut := self.layers[l - 1].shortcut) and (begin := l - shortcut.over) in changes:
             return changed + maps.difference(shortcut.maps, h[begin], changes[begin])
@@ -234,7 +235,7 @@ class Network:
 
     @cached_property
     def dropouts(self) -> Mapping[str, tuple[int, int]]:
-        """Where dropout is, by the name of its noise: of which layer, and at which place among the maps it reads by."""
+        """Each dropout by the name of its noise: its layer, and its position among the maps of `read`."""
         return {
             f"dropout{l}_{i}": (l, i)
             for l, layer in enumerate(self.layers, 1)
@@ -243,14 +244,14 @@ class Network:
         }
 
     def noise(self, samples: int) -> dict[str, Shape]:
-        """Shapes of the standard normal numbers that a step's dropout is drawn from, by name, as `Rule.noise` gives."""
+        """The shapes of the standard normal numbers that a step's dropout is drawn from, by name."""
         return {
             name: (samples, *_shape(self.layers[l - 1].read[:i], self.shapes[l - 1]))
             for name, (l, i) in self.dropouts.items()
         }
 
     def with_noise(self, noise: Mapping[str, Tensor]) -> "Network":
-        """The net of one step of training: dropout is drawn. The net itself where it has none."""
+        """The net of one step of training, with its dropout drawn; the net itself where it has no dropout."""
         if not self.dropouts:
             return self
         layers = list(self.layers)
@@ -259,7 +260,7 @@ class Network:
             m = read[i]
             assert isinstance(m, Dropout)
             layers[l - 1] = replace(layers[l - 1], read=(*read[:i], m.masked(noise[name]), *read[i + 1 :]))
-        drawn = object.__new__(Network)  # as replace() would, but for working out all shapes again in each step
+        drawn = object.__new__(Network)  # as replace() does, without working out all shapes again in each step
         for name, value in vars(self).items():
             object.__setattr__(drawn, name, value)
         object.__setattr__(drawn, "layers", tuple(layers))
@@ -290,7 +291,7 @@ def _shape(read: Sequence[Map], shape: Shape) -> Shape:
 
 
 def _described(part: Any) -> Any:
-    """A layer, a map or a shortcut as plain data: its type, and the fields that are not as by default."""
+    """A layer, a map or a shortcut as plain data: its type, and the fields that differ from their defaults."""
     if isinstance(part, tuple):
         return [_described(each) for each in part]
     if isinstance(part, Activation):
@@ -317,13 +318,13 @@ def _from_description(types: Mapping[str, Any], description: Mapping[str, Any]) 
 
 
 class _Layers(Sequence[Tensor]):
-    """One tensor a layer, by its number, from `get`."""
+    """One tensor for each layer, by its number, from `get`."""
 
     def __init__(self, get: Callable[[int], Tensor], size: int) -> None:
         self.get, self.size = get, size
 
     def __getitem__(self, l: Any) -> Any:
-        numbers = range(self.size)[l]  # as a list does with slices, numbers from the end and those that don't exist
+        numbers = range(self.size)[l]  # slices and negative numbers are taken as in a list
         return self.get(numbers) if isinstance(numbers, int) else [self.get(number) for number in numbers]
 
     def __len__(self) -> int:
@@ -333,8 +334,8 @@ class _Layers(Sequence[Tensor]):
 def _recomputed(net: Network, w: Weights, x: Tensor) -> tuple[_Layers, _Layers]:
     """z and h as `Network.forward` gives them: the layers in use, and below them one h for each segment of layers.
 
-    Chen, Xu, Zhang & Guestrin, "Training deep nets with sublinear memory cost", 2016. Going down, as most rules do,
-    each segment is computed once more, and what was above is freed; going up again starts from what is left.
+    Chen, Xu, Zhang & Guestrin, "Training deep nets with sublinear memory cost", 2016. A rule that goes down, as most
+    do, has each segment computed once more, and what was above it is freed. Going up again starts from what is left.
     """
     bottoms = _bottoms(net)
     kept = {0: x}  # segment number: the h below its first layer
@@ -371,7 +372,7 @@ def _recomputed(net: Network, w: Weights, x: Tensor) -> tuple[_Layers, _Layers]:
 
 
 def _bottoms(net: Network) -> list[int]:
-    """Below which layers segments begin: as many layers apart as saves most, but where no shortcut leads past them."""
+    """The layers below which segments begin: at the distance that saves most, where no shortcut leads past them."""
     passed = {
         l
         for number, layer in enumerate(net.layers, 1)
@@ -393,7 +394,7 @@ def mlp(in_shape: Shape, outputs: int, *, hidden: Sequence[int], activation: str
 def allconv(
     in_shape: Shape, outputs: int, *, filters: Sequence[Sequence[int]], activation: str, bias: bool = True
 ) -> Network:
-    """An all-convolutional net: `(channels, kernel, stride[, padding])` a layer, no pooling, then one dense layer.
+    """An all-convolutional net without pooling: `(channels, kernel, stride[, padding])` a layer, then a dense layer.
 
     Source: the nets of Lechner (ICLR 2020), after Springenberg et al., "Striving for simplicity" (2015).
     """

@@ -1,4 +1,4 @@
-"""Optimizers: torch's Adam, AdamW and RMSprop with less around their kernel, and those of the two original programs.
+"""Optimizers: torch's Adam, AdamW and RMSprop with less overhead, and those of the two original programs.
 
 On nets of this size torch's own classes spend as long around the fused kernel as in it.
 """

@@ -37,13 +37,13 @@ Phase = Callable[[Network, Weights, Batch], Grads]
 class Rule(ABC):
     """A learning rule: a frozen dataclass of the paper's hyper-parameters, with pure methods over a dict of weights.
 
-    `grads` is all that a rule must have. It runs without autograd, possibly under `torch.func.vmap` (so: no random
-    numbers but `batch.noise`, no branch on a tensor's value, nothing in place on its inputs). Errors are per sample;
-    the mean over the batch is taken once, in `net.hebbian`.
+    `grads` is the only method that a rule must have. It runs without autograd, possibly under `torch.func.vmap`. So it
+    draws no random numbers but takes them from `batch.noise`, it does not branch on a tensor's value, and it does not
+    change its inputs in place. Errors are per sample; the mean over the batch is taken once, in `net.hebbian`.
 
-    `refuses` says for which parts of a net the rule has no form, by kind (`pooling`, `normalization`, `shortcut`,
-    `attention`, `activation` for one that stands before a product, `dropout`), and why: a source, or an identity that
-    fails.
+    `refuses` names the kinds of parts of a net for which the rule has no form: `pooling`, `normalization`, `shortcut`,
+    `attention`, `activation` (one that stands before a product) and `dropout`. For each it says why: a source, or an
+    identity that fails.
     """
 
     refuses: ClassVar[Mapping[str, str]] = {}
@@ -52,8 +52,7 @@ class Rule(ABC):
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
         """The gradient of each weight that this rule changes, by name, and the logits (N, outputs).
 
-        None in the place of logits that would have to be computed for their own sake: then there are no training
-        metrics.
+        The logits are None where they would have to be computed for their own sake. Then there are no training metrics.
         """
 
     def check(self, net: Network) -> None:
@@ -66,16 +65,16 @@ class Rule(ABC):
                 )
 
     def phases(self) -> tuple[Phase, ...]:
-        """The updates that make one step, in order, each like `grads` and from the weights that the last one left.
+        """The updates that make one step, in order. Each is like `grads`, at the weights that the one before left.
 
-        Training metrics are those of the last one's logits; those of earlier ones are not looked at.
+        Training metrics are those of the last update's logits.
         """
         return (self.grads,)
 
     def all_grads(self, net: Network, w: Weights, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-        """What all phases give from the same weights (of two gradients of one weight the later), and the logits.
+        """The gradients of all phases at the same weights, and the logits. A later gradient replaces an earlier one.
 
-        For looking at a step without taking it; training goes through `phases`.
+        It is for looking at a step without taking it. Training goes through `phases`.
         """
         each = [phase(net, w, batch) for phase in self.phases()]
         logits = each[-1][1]
@@ -85,27 +84,27 @@ class Rule(ABC):
     def noise(self, net: Network, samples: int) -> dict[str, Shape]:
         """Shapes of the standard normal numbers that a step on so many samples needs, by name: `batch.noise[name]`.
 
-        They are functions of seed, name and step, and the same for all phases of a step. Numbers of each sample's own
-        have the samples on the first axis; the shapes of all others do not depend on `samples`.
+        They are functions of seed, name and step, and the same for all phases of a step. Numbers that belong to samples
+        have the samples on their first axis. The shapes of all others do not depend on `samples`.
         """
         return {}
 
     def logits(self, net: Network, w: Weights, x: Tensor) -> Tensor:
-        """What the trained net says of x (N, *in_shape): logits (N, outputs)."""
+        """The prediction of the trained net for x (N, *in_shape): logits (N, outputs)."""
         return net.logits(w, x)
 
     def other_logits(self, net: Network, w: Weights, x: Tensor) -> dict[str, Tensor]:
-        """Other answers of the net, by name, whose accuracy is reported beside: `val/accuracy_<name>`."""
+        """Other answers of the net, by name. Their accuracy is reported, too, as `val/accuracy_<name>`."""
         return {}
 
     def measured(self, net: Network, w: Weights, batch: Batch) -> dict[str, Tensor]:
-        """What there is to know of how this rule works on a batch, by name: numbers for the diagnostics."""
+        """Numbers for the diagnostics, by name, that tell how this rule works on a batch."""
         return {}
 
     def stand_ins(self, net: Network, w: Weights, batch: Batch) -> dict[int, tuple[Tensor, Tensor]]:
-        """By layer, what of the rule's own stands in for a forward weight, and that weight: for the diagnostics.
+        """By layer, the rule's own weight that stands in for a forward weight, and that weight, for the diagnostics.
 
-        Weights of one letter (`E2`, `E3`, ...) stand in for W where all of them have its shapes.
+        Weights of one letter (`E2`, `E3`, ...) stand in for W where all of them have the shapes of W.
         """
         found = {}
         for letter in sorted({name.rstrip("0123456789") for name in w} - {"W", "b"}):
@@ -115,17 +114,17 @@ class Rule(ABC):
         return found
 
     def feedback(self, net: Network, draw: Draw) -> dict[str, Tensor]:
-        """The weights this rule needs besides W and b; `draw(name, shape)` gives one from `init.backward`."""
+        """The weights that this rule needs besides W and b. `draw(name, shape)` draws one by `init.backward`."""
         return {}
 
     def nonnegative(self, net: Network) -> frozenset[str]:
-        """Names of the weights that start non-negative: each initializer's draw is replaced by its absolute value."""
+        """The names of the weights that start non-negative: an initializer's draw is replaced by its absolute value."""
         return frozenset()
 
     def constrain(self, net: Network, w: Weights) -> dict[str, Tensor]:
-        """Projections to put in the place of weights after each optimizer step, by name."""
+        """The weights, by name, that are projected after each optimizer step, with their projections."""
         return {}
 
     def gain(self, name: str) -> float:
-        """A factor on the update of the weight of that name, applied after the batch was made one update."""
+        """A factor on the update of the weight of that name, applied after `update` made one update of the batch."""
         return 1.0

@@ -1,6 +1,6 @@
 """How the gradients of a mini-batch become one update: one option, the same for every rule.
 
-Each takes a gradient (S, ...) that is a mean over the batch, one slice a seed, and the number of samples in the batch.
+Each takes a gradient (S, ...), which is a mean over the batch with one slice for each seed, and the number of samples.
 """
 
 from collections.abc import Callable
@@ -10,27 +10,27 @@ from torch import Tensor
 
 
 def mean(gradient: Tensor, samples: int) -> Tensor:
-    """The mean over the batch: rates are per batch."""
+    """The mean over the batch, so that learning rates are per batch."""
     return gradient
 
 
 def total(gradient: Tensor, samples: int) -> Tensor:
-    """The sum over the batch: rates are per sample."""
+    """The sum over the batch, so that learning rates are per sample."""
     return gradient * samples
 
 
 def unit_norm(gradient: Tensor, samples: int) -> Tensor:
-    """Each seed's tensor rescaled to Frobenius norm 1: `dW / (|dW| + 1e-8)` (from the LRA-E program)."""
+    """Rescales each seed's tensor to Frobenius norm 1: `dW / (|dW| + 1e-8)`, as in the LRA-E program."""
     axes = tuple(range(1, gradient.ndim))
     return gradient / (torch.linalg.vector_norm(gradient, dim=axes, keepdim=True) + 1e-8)
 
 
 def unit_norm_relative(gradient: Tensor, samples: int) -> Tensor:
-    """As `unit_norm`, however small the gradient is: `dW / |dW|`, and zero for zero."""
+    """Like `unit_norm`, but also for the smallest gradients: `dW / |dW|`, and zero for zero."""
     axes = tuple(range(1, gradient.ndim))
     largest = gradient.abs().amax(axes, keepdim=True)
-    scaled = gradient / torch.where(largest > 0, largest, 1)  # else the squares of small entries would be zero
-    return scaled / torch.linalg.vector_norm(scaled, dim=axes, keepdim=True).clamp(min=1)  # 1 or more, but for zero
+    scaled = gradient / torch.where(largest > 0, largest, 1)  # otherwise the squares of small entries would be zero
+    return scaled / torch.linalg.vector_norm(scaled, dim=axes, keepdim=True).clamp(min=1)  # but for zero, 1 or more
 
 
 UPDATES: dict[str, Callable[[Tensor, int], Tensor]] = {

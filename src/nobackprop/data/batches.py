@@ -30,9 +30,9 @@ READ_AHEAD = 2  # chunks that are read before they are asked for, where images d
 class Task:
     """What one seed trains on.
 
-    `train` are indices (int64) of training images, `validation` of `dataset.validation`, `test` of test images. The
-    original label classes[i] became label i; `relabel` (num_classes,) maps each original label to the new one, -1 where
-    unused.
+    `train` has indices (int64) of training images, `validation` of `dataset.validation`, and `test` of test images. The
+    original label classes[i] became label i. `relabel` (num_classes,) maps each original label to the new one, or to -1
+    where it is unused.
     """
 
     seed: int
@@ -43,7 +43,7 @@ class Task:
     relabel: Tensor
 
 
-# In which order images go to validation first.
+# The order in which images are taken for validation.
 SPLITS: dict[str, Callable[[int, int], Tensor]] = {
     "random": lambda n, seed: torch.randperm(n, generator=stream(seed, "split")),
     "first": lambda n, _: torch.arange(n),
@@ -62,10 +62,10 @@ def task(
 ) -> Task:
     """The task of a seed: all classes, or `classes` of them drawn from `classes_seed` (the seed itself if None).
 
-    `validation` is a fraction of the training images of these classes, or how many; the rest trains. They are drawn by
-    the seed, or (`split`) they are the "first" or "last" of the file. A data set that validates on its test images has
-    no use for either, whatever `validation` says: all training images train. Raises Mistake where no image is left on
-    one side.
+    `validation` is a fraction of the training images of these classes, or a number of them. The others are trained on.
+    With the `split` "random" the seed draws them; "first" and "last" take them from the file's start or end. A data set
+    that validates on its test images uses neither setting, whatever `validation` says, and all its training images are
+    trained on. Raises Mistake where no image is left on one side.
     """
     if classes is None:
         chosen = torch.arange(dataset.num_classes)
@@ -99,10 +99,10 @@ def batches_per_epoch(task: Task, batch_size: int) -> int:
 
 
 def _fits(images: Images, device: torch.device) -> bool:
-    """Whether to keep the pixels on the device: half of a GPU's free memory, or those that are in memory anyway."""
+    """Whether to keep the pixels on the device: up to half of a GPU's free memory, or if they are in memory anyway."""
     if device.type == "cuda":
         return images.pixels.nbytes <= torch.cuda.mem_get_info(device)[0] / 2
-    return images.file is None  # the system keeps in memory what fits of a file
+    return images.file is None  # the system keeps as much of a file in memory as fits
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,11 +115,11 @@ class _Store:
 
     @property
     def index_device(self) -> torch.device:
-        """Where indices have to be."""
+        """The device that indices must be on."""
         return self.images.pixels.device
 
     def chunks(self, indices: Iterable[Tensor]) -> Generator[Tensor, None, None]:
-        """For each index, of any shape, its pixels (..., C, H, W) on the device."""
+        """The pixels (..., C, H, W), on the device, of indices of any shape."""
         if self.resident:
             pixels = self.images.pixels
             for index in indices:
@@ -137,12 +137,12 @@ class _Store:
             pool.shutdown(cancel_futures=True)
 
     def _read(self, index: Tensor) -> Tensor:
-        """In memory; pinned for a GPU, so that nothing waits for the way there."""
+        """The pixels in memory. For a GPU the memory is pinned, so that nothing waits for the copy."""
         shape, file = self.images.pixels.shape[1:], self.images.file
         out = torch.empty(index.numel(), *shape, dtype=self.images.pixels.dtype, pin_memory=self.device.type == "cuda")
         if file is None:
             torch.index_select(self.images.pixels, 0, index.flatten(), out=out)
-        else:  # not by the map, which reads pages one by one: five times slower where the system has not kept them
+        else:  # The map would read pages one by one, which is five times slower where the system has not kept them.
             with reading(file.name), file.open("rb", buffering=0) as opened:
                 for row, i in zip(out.numpy(), index.flatten().tolist(), strict=True):
                     opened.seek(i * row.nbytes)
@@ -153,15 +153,17 @@ class _Store:
 
 @lru_cache(maxsize=4)
 def _store(images: Images, device: torch.device) -> _Store:
-    """The images on the device, if they fit: moved once, whoever asks."""
+    """The images, on the device if they fit. They are moved there once, however many ask."""
     if not _fits(images, device):
         return _Store(images, device, resident=False)
     return _Store(replace(images, pixels=images.pixels.to(device).contiguous(), file=None), device, resident=True)
 
 
 def _augment(pixels: Tensor, flip: Tensor, shift: Tensor, crop: int) -> Tensor:
-    """Images (n, C, H, W) cropped at `shift` (n, 2) of their copies with `crop` zeros on each side, then mirrored
-    left to right where `flip` (n,)."""
+    """Images (n, C, H, W), shifted and mirrored.
+
+    They get `crop` zeros on each side, are cut out at `shift` (n, 2), and mirrored left to right where `flip` (n,).
+    """
     _, channels, height, width = pixels.shape
     rows = shift[:, :1] + torch.arange(height, device=pixels.device)
     across = torch.arange(width, device=pixels.device)
@@ -176,14 +178,14 @@ class TrainBatches:
     """The rest of the current epoch of S tasks, in chunks of k mini-batches of N = batch_size images.
 
     Iterating yields pixels (k, S, N, C, H, W) and labels (k, S, N) int64 on the device. `position()` is the
-    number of mini-batches done before, over all epochs; it is asked once an iteration, so that a resumed run goes on
-    in mid-epoch. The order of the images, and the augmentation by `flip` (half of the images) and `crop` (pixels of
-    zero padding), depend on each task's seed and the epoch alone. An incomplete last mini-batch is left out, and
-    nothing comes after `max_steps` mini-batches in all. Process `rank` of `ranks` gets its part of each mini-batch,
-    N = batch_size / ranks images.
+    number of mini-batches done before, over all epochs. It is called once for each iteration, so that a resumed run
+    goes on in mid-epoch. The order of the images, and the augmentation by `flip` (half of the images) and `crop`
+    (pixels of zero padding), depend only on each task's seed and on the epoch. An incomplete last mini-batch is left
+    out, and iterating ends after `max_steps` mini-batches in all. Process `rank` of `ranks` gets its part of each
+    mini-batch, N = batch_size / ranks images.
 
-    Raises Mistake for a batch size above the number of training images. The tasks' epochs must be equally many
-    mini-batches.
+    Raises Mistake for a batch size above the number of training images. All tasks must have the same number of
+    mini-batches in an epoch.
     """
 
     dataset: Dataset
@@ -241,11 +243,12 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """Images to evaluate S seeds on, in the order of their index tables (one a seed, of any length).
+    """Images to evaluate S seeds on, in the order of their index tables: one for each seed, of any length.
 
-    Iterating yields pixels (S, M, C, H, W), labels (S, M) int64 by each seed's `relabels`, and a mask (S, M)
-    bool: False where a seed has no more images and its first one stands in. M is at most `batch_size`. Process `rank`
-    of `ranks` gets every `ranks`-th image, equally many each. Raises Mistake for an empty table.
+    Iterating yields pixels (S, M, C, H, W), labels (S, M) int64 by each seed's `relabels`, and a mask (S, M) bool. The
+    mask is False where a seed has no more images, and its first image fills the place. M is at most `batch_size`.
+    Process `rank` of `ranks` gets every `ranks`-th image, and all get the same number. Raises Mistake for an empty
+    table.
     """
 
     def __init__(

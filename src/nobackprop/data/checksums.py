@@ -1,4 +1,4 @@
-"""The files that images are read from: only regular ones, the same as when they were read first; locks that say so."""
+"""The files that images are read from: they must be regular, and the same as at the first reading. Also locks."""
 
 import logging
 import os
@@ -15,11 +15,11 @@ from nobackprop.records.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-WAIT_S = 5.0  # for a lock, before it is said what is waited for
+WAIT_S = 5.0  # of waiting for a lock, before the user is told
 
 
 def as_folder(path: str | Path) -> Path:
-    """A folder, there or not, with `~` as the home of a user. Raises Mistake where a file is in its place."""
+    """A folder, which may not exist yet, with `~` as a user's home. Raises Mistake where a file is in its place."""
     try:
         found = Path(path).expanduser()
     except RuntimeError as e:
@@ -30,7 +30,7 @@ def as_folder(path: str | Path) -> Path:
 
 
 def digest(path: Path, algorithm: str = "sha256") -> str:
-    """The checksum of a file. Raises Mistake for what is not a regular file: reading a pipe would wait for ever."""
+    """The checksum of a file. Raises Mistake for a file that is not regular: reading a pipe would never end."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise Mistake(f"{path} is not a regular file: put the file itself there")
     with path.open("rb") as file:
@@ -39,7 +39,7 @@ def digest(path: Path, algorithm: str = "sha256") -> str:
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Turns what the system refuses, such as a file without permission, into a Mistake that names the path."""
+    """Turns an error of the system, such as a missing permission, into a Mistake that names the path."""
     try:
         yield
     except Missing:
@@ -54,7 +54,7 @@ def reading(name: str) -> Iterator[None]:
 
 @contextmanager
 def locked(path: Path, doing: str) -> Iterator[None]:
-    """Holds the lock of a file; says what it waits for where another process, which is `doing` that, has it."""
+    """Holds the lock of a file. If another process has it, tells the user what is waited for (`doing`)."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=WAIT_S)
@@ -71,10 +71,10 @@ def locked(path: Path, doing: str) -> Iterator[None]:
 
 
 class Sums:
-    """The sha256 sums of files, by their names in a folder: as they are now, against those of the first reading.
+    """The sha256 sums of files, by their names in a folder. Those of now are compared with those of the first reading.
 
-    They are kept in `<name>.sha256` in that folder, in the format of the command sha256sum, or, where nobody may write
-    there, in the user's cache.
+    They are kept in `<name>.sha256` in that folder, in the format of the command sha256sum. Where that folder is
+    read-only they are kept in the user's cache.
     """
 
     def __init__(self, name: str, where: Path, files: Mapping[str, Path]) -> None:
@@ -83,7 +83,7 @@ class Sums:
         self._now = {os.fsencode(file).replace(b"\n", b"\\n"): digest(path).encode() for file, path in files.items()}
 
     def known(self, remedy: str) -> bool:
-        """Whether they were read before. Raises Mistake where they, or their content, were others then."""
+        """Whether the files were read before. Raises Mistake where their names or their content have changed since."""
         for path in self._places():
             with suppress(FileNotFoundError, NotADirectoryError, PermissionError):  # another user may have written it
                 then = {line[66:]: line[:64] for line in path.read_bytes().split(b"\n") if line}
@@ -104,10 +104,10 @@ class Sums:
         )
 
     def keep(self) -> Path | None:
-        """Keeps them for later readings; where. None where nothing can be written."""
+        """Keeps the sums for later readings. Gives the path, or None where nothing can be written."""
         content = b"".join(b"%s  %s\n" % (number, file) for file, number in sorted(self._now.items()))
         for path in self._places():
-            # Root may write where the folder says that nobody may; a folder that is not there is not made.
+            # Root could write to a read-only folder, too. A folder that does not exist is not made.
             if path.parent == self.where and not (path.parent.is_dir() and path.parent.stat().st_mode & 0o222):
                 continue
             try:
@@ -129,6 +129,6 @@ class Sums:
 
 
 def some(names: Iterable[str]) -> str:
-    """Names in order, the first five of many, as in a list: so that each is seen to its end."""
+    """Names in order as a list, and of many the first five. In a list one sees where each name ends."""
     shown = sorted(names)
     return str(shown) if len(shown) <= 5 else f"{str(shown[:5])[:-1]}, ... {len(shown)} in all]"

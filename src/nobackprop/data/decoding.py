@@ -1,4 +1,4 @@
-"""From image files, as a user or a data set has them, to upright images of 8 bits a channel."""
+"""Decodes image files of users and data sets to upright images with 8 bits for each channel."""
 
 import struct
 import warnings
@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from nobackprop.mistakes import Mistake
 
-# Of Pillow's formats those that files of data sets have: others run programs, or read more than an image.
+# Pillow's formats that data sets use. Others run programs, or read more than an image.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 
 
@@ -20,8 +20,8 @@ def open_image(
 ) -> Image.Image:
     """An image file, decoded, upright as its EXIF data says, and converted to RGB or, with mode "L", grey.
 
-    Of several frames it is the first. Raises Mistake, with `where`, if it can't be read, or is not of that size (width,
-    height): before it is decoded, since a small file may hold a very large image.
+    Of several frames it is the first. Raises Mistake, with `where`, if the file can't be read, or if the image does not
+    have that size (width, height). The size is checked before decoding, since a small file may hold a very large image.
     """
 
     def need_size(found: tuple[int, ...], *turned: tuple[int, ...]) -> None:
@@ -35,20 +35,20 @@ def open_image(
                 raise Mistake(f"{where} is not a readable image: it has more than 8 bits a channel. {remedy}")
             file.load()
             with suppress(struct.error, KeyError, OSError, SyntaxError, TypeError, ValueError, ZeroDivisionError):
-                ImageOps.exif_transpose(file, in_place=True)  # damaged EXIF data says nothing
+                ImageOps.exif_transpose(file, in_place=True)  # damaged EXIF data is ignored
             need_size(file.size)
             return file.convert(mode)
     except Mistake:
         raise
     except UnidentifiedImageError:
         raise Mistake(f"{where} is not a readable image: it is none of {', '.join(FORMATS)}. {remedy}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all that Pillow raises for it
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all that Pillow raises
         raise Mistake(f"{where} is not a readable image: {error}. {remedy}") from error
 
 
 @contextmanager
 def quiet_decoding() -> Iterator[None]:
-    """Keeps to itself what Pillow warns of: odd metadata."""
+    """Silences Pillow's warnings of odd metadata."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         yield

@@ -33,10 +33,10 @@ logger = logging.getLogger(__name__)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 BLOCK = 256  # images that are made together and share a checksum
 SAMPLE = 8  # blocks of each split that are verified at every load
-FORMAT = 2  # of the cache; count on when pixels are made in another way. 1: not turned upright by their EXIF data
+FORMAT = 2  # of the cache; increase it when pixels are made in another way. In 1 they were not turned by EXIF data
 
 FOLDERS = {"train": "train", "test": "val"}  # of each split, under root
-Blocks = dict[tuple[str, int], tuple[str, str]]  # of a split's i-th block: hashes of what it is made of, of its pixels
+Blocks = dict[tuple[str, int], tuple[str, str]]  # of a split's i-th block: hashes of its source and of its pixels
 
 
 class Index(BaseModel):
@@ -49,7 +49,7 @@ class Index(BaseModel):
     channels: Literal["RGB", "BGR"]
     classes: list[str]
     root: str  # the folder it was made from
-    counts: dict[str, list[PositiveInt]]  # of train and test: the images of each class
+    counts: dict[str, list[PositiveInt]]  # of train and test: the number of images of each class
     fingerprint: str
 
 
@@ -57,16 +57,16 @@ class Index(BaseModel):
 class ImageNet(Source):
     """ImageNet's layout: root/train/<class>/<image> and root/val/<class>/<image>; class i is the i-th folder by name.
 
-    Files of `SUFFIXES` are turned upright by their EXIF data, become RGB, are cut to a square about their centre and
-    scaled to (3, size, size); of several frames the first is taken. What else is there is left out, and counted in a
-    line; names with a leading dot and `__MACOSX` are the system's. The first run keeps these pixels in the folder
-    `cache`, size * size * 3 bytes an image (193 GB and 7.5 GB for ImageNet's training and validation images); if it is
-    stopped, the next one goes on. From then on `root` is needed no more. While it is there, it must hold the same files
-    by name; that their content has changed is not noticed. A load verifies some blocks of the cache, drawn at random,
-    or with `verify` all of them.
+    Files of `SUFFIXES` are turned upright by their EXIF data, converted to RGB, cut to a square about their centre and
+    scaled to (3, size, size). Of several frames the first is taken. Other files are left out, and a line says how many.
+    Names with a leading dot and `__MACOSX` belong to the system and are not counted. The first run keeps these pixels
+    in the folder `cache`, size * size * 3 bytes for each image (193 GB and 7.5 GB for ImageNet's training and
+    validation images). If it is stopped, the next run goes on. After that, `root` is no longer needed. While it exists,
+    it must hold files of the same names; a change of their content is not noticed. A load verifies some blocks of the
+    cache, drawn at random, or with `verify` all of them.
 
-    `literal` is the mDFA program's protocol: channels are BGR, as OpenCV reads them, and what is selected on the
-    validation folder is reported on it too, so its figures are optimistic.
+    `literal` is the mDFA program's protocol. Channels are BGR, as OpenCV reads them. The validation folder serves for
+    selection and for the test, so the figures are optimistic.
     """
 
     name: str
@@ -104,7 +104,7 @@ class ImageNet(Source):
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
-        """Their names. Raises Missing without a folder of training images and without a finished cache."""
+        """The classes' names. Raises Missing where neither a folder of training images nor a finished cache exists."""
         with reading(self.name):
             index = self._index()
             return tuple(index.classes if index else self._folders(FOLDERS["train"]))
@@ -125,7 +125,7 @@ class ImageNet(Source):
     def _images(self, index: Index, split: str) -> Images:
         counts = torch.tensor(index.counts[split])
         shape = (int(counts.sum()), *self.shape)
-        # Mapped for reading only: a private writable mapping counts as memory, and is refused above what there is.
+        # Mapped for reading only: a private writable mapping counts as memory, and is refused where it is larger.
         file = self._pixels(split)
         pixels = np.memmap(file, np.uint8, "r", shape=shape)
         with warnings.catch_warnings():
@@ -151,7 +151,7 @@ class ImageNet(Source):
         return f"Delete {index}: the next run makes what is wrong again, from the files in {self.where}"
 
     def _index(self) -> Index | None:
-        """None where the cache is not finished. Raises Mistake where it is another one than asked for."""
+        """The cache's index, or None where it is not finished. Raises Mistake where it is of other images."""
         path = self._cache / "index.json"
         if not path.exists():
             return None
@@ -169,14 +169,14 @@ class ImageNet(Source):
         return index
 
     def _blocks(self) -> Blocks:
-        """The blocks that were made; a line that was cut short, when the program was killed, does not count."""
+        """The blocks that were made. A line that was cut short, when the program was killed, does not count."""
         path = self._cache / "blocks.txt"
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         fields = [line.split() for line in lines]
         return {(f[0], int(f[1])): (f[2], f[3]) for f in fields if len(f) == 4 and f[1].isdecimal()}
 
     def _hash(self, split: str, count: int, block: int) -> str:
-        """Of the pixels in the file, of `count` images from the start of the block."""
+        """The hash of the pixels in the file, of `count` images from the start of the block."""
         size = prod(self.shape)
         with self._pixels(split).open("rb") as file:
             file.seek(block * BLOCK * size)
@@ -185,7 +185,7 @@ class ImageNet(Source):
     # Checks of a finished cache
 
     def _check_files(self, index: Index, blocks: Blocks) -> None:
-        """Raises Mistake if there are other files than the cache was made from, or the same names elsewhere."""
+        """Raises Mistake if the files are not those that the cache was made from, or if they are in another folder."""
         if Path(self.where).is_dir() and str(Path(self.where).resolve()) != index.root:
             raise Mistake(
                 f"{self.name}: {self._cache} was made from {index.root}, not from {self.where}. For other images "
@@ -241,7 +241,7 @@ class ImageNet(Source):
         return shown
 
     def _tree(self, split: str) -> tuple[dict[str, list[str]], Counter[str]]:
-        """The image files of each class, both by name, and how many of what else there is.
+        """The image files of each class, both by name, and the number of other files of each kind.
 
         A million names are listed in seconds.
         """
@@ -341,7 +341,7 @@ class ImageNet(Source):
             journal.open("ab", buffering=0) as lines,
             ThreadPoolExecutor(cores()) as pool,  # decoding, scaling, hashing and writing let other threads run
         ):
-            for _ in pool.map(make, jobs):  # the first block that fails ends it, with those that have begun
+            for _ in pool.map(make, jobs):  # the first block that fails ends it, after those that have begun
                 pass
         for split in trees:
             with self._pixels(split).open("rb+") as file:
@@ -379,7 +379,7 @@ class ImageNet(Source):
 
 
 def _divided(tree: dict[str, list[str]]) -> list[list[str]]:
-    """The files, as class/file, in blocks."""
+    """The files, named class/file, in blocks."""
     paths = [f"{name}/{file}" for name, files in tree.items() for file in files]
     return [paths[i : i + BLOCK] for i in range(0, len(paths), BLOCK)]
 
@@ -400,14 +400,14 @@ def _fingerprint(counts: dict[str, list[int]], blocks: Blocks) -> str:
 
 
 def _hidden(name: str) -> bool:
-    """Whether a name is the system's or an editor's: it is of no class and no image."""
+    """Whether a name is that of a file of the system or an editor, and not of a class or an image."""
     return name.startswith(".") or name == "__MACOSX"
 
 
 def _no_image(entry: os.DirEntry[str]) -> str:
-    """What something in the folder of a class is instead of an image, in words; empty for an image.
+    """The kind of a file, in the folder of a class, that is not an image; empty for an image.
 
-    A link to nothing counts as the image that it should be: its name is told when it is read.
+    A broken link counts as an image. Its name is told when it is read.
     """
     if entry.is_dir():
         return "folders in those of classes"

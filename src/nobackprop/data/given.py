@@ -17,7 +17,7 @@ _held: dict[str, tuple[Images, Images]] = {}  # what is given at present, by fin
 
 @contextmanager
 def held(data: Any, test: Any) -> Iterator[str]:
-    """Within, `Given` reads these images, by the fingerprint of their content that this gives.
+    """Within, `Given` reads these images. It gives the fingerprint of their content, by which `Given` finds them.
 
     Both are a pair (x, y) of tensors or arrays, or a torch Dataset of such pairs. x is (N, D), (N, H, W) or
     (N, C, H, W), uint8 or floats, which become float32; y (N,) are class numbers from 0. Raises Mistake for anything
@@ -42,7 +42,7 @@ def held(data: Any, test: Any) -> Iterator[str]:
 
 
 def _images(given: Any, name: str) -> Images:
-    """Raises Mistake, which says what was found and what is allowed."""
+    """The images that were given. Raises Mistake, which says what was found and what is allowed."""
     if isinstance(given, tuple | list) and len(given) == 2:
         x, y = given
     elif hasattr(given, "__getitem__") and hasattr(given, "__len__"):
@@ -82,7 +82,7 @@ def _columns(dataset: Any, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _tensor(part: Any, name: str) -> Tensor:
-    """On the CPU, without its graph."""
+    """The tensor or array on the CPU, without its graph."""
     try:
         return torch.as_tensor(part).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as e:
@@ -91,7 +91,7 @@ def _tensor(part: Any, name: str) -> Tensor:
 
 @dataclass(frozen=True, eq=False)  # equal to no other, so that none of before is read where the memory has changed
 class Given(Source):
-    """What was given to `nobackprop.train(data=..., test=...)`, by the fingerprint of its content.
+    """The images that were given to `nobackprop.train(data=..., test=...)`, by the fingerprint of their content.
 
     Raises Mistake where these images are not given in this process at present.
     """

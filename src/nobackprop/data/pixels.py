@@ -1,4 +1,4 @@
-"""From pixels to a net's input."""
+"""Makes a net's input of pixels."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pixels:
-    """Pixels as floats, then, if a mean and a standard deviation are given (one a channel), normalised.
+    """Pixels as floats. They are normalised if a mean and a standard deviation, one for each channel, are given.
 
     uint8 pixels are divided by 255; with `floats` they are floats already and taken as they are.
     """
@@ -20,7 +20,7 @@ class Pixels:
 
     @classmethod
     def normalized(cls, images: Tensor) -> "Pixels":
-        """With the mean and standard deviation of each channel over images (n, C, H, W), uint8 or floats."""
+        """Normalises by each channel's mean and standard deviation over images (n, C, H, W), uint8 or floats."""
         if images.is_floating_point():
             std, mean = torch.std_mean(images.double(), (0, 2, 3), correction=0)
             return cls(tuple(mean.tolist()), tuple(std.clamp(min=1e-6).tolist()), floats=True)
@@ -44,5 +44,5 @@ class Pixels:
 
 @lru_cache(maxsize=8)
 def _per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(C, 1, 1), made once: a training step would wait for the way to a GPU."""
+    """A tensor (C, 1, 1), made once, since a training step would wait for the copy to a GPU."""
     return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)

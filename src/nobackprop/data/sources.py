@@ -1,4 +1,4 @@
-"""Images and where they come from: a `Source` reads a `Dataset`, in memory or mapped from a file."""
+"""Images and their sources: a `Source` reads a `Dataset`, in memory or mapped from a file."""
 
 import glob
 import gzip
@@ -38,7 +38,7 @@ ImageShape = tuple[int, int, int]
 class Images:
     """Pixels (n, C, H, W), uint8 or float32, and labels (n,) int64.
 
-    Pixels may be mapped from a file of nothing else.
+    Pixels may be mapped from a file that holds nothing else.
     """
 
     pixels: Tensor
@@ -63,22 +63,22 @@ class Dataset:
 
     @property
     def validation(self) -> Images:
-        """The images that the validation images of a task are among."""
+        """The images from which the validation images of a task are taken."""
         return self.test if self.validate_on_test else self.train
 
     @property
     def plain(self) -> Pixels:
-        """Pixels as they are, uint8 ones in 0..1."""
+        """Pixels as they are, where uint8 is divided by 255."""
         return Pixels(floats=self.train.pixels.is_floating_point())
 
     @cached_property
     def normalized(self) -> Pixels:
-        """Pixels at mean 0 and deviation 1 over all training images, those of other classes and of validation too."""
+        """Pixels at mean 0 and deviation 1 over all training images, also of other classes and of validation."""
         return Pixels.normalized(self.train.pixels)
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that change with any pixel or label: of sha256 over all bytes, train before test."""
+        """16 hex digits of the sha256 sum of all bytes, train before test. They change with any pixel or label."""
         if self.checksum is not None:
             return self.checksum
         digest = sha256()
@@ -89,35 +89,35 @@ class Dataset:
 
 
 class Source(ABC):
-    """A data set that can be read. What it holds is known before: its name, the shape (C, H, W), how many classes."""
+    """A data set that can be read. Its name, its shape (C, H, W) and its number of classes are known before."""
 
     name: str
     shape: ImageShape
     num_classes: int
     dtype: torch.dtype = torch.uint8  # of pixels; or torch.float32
-    counts: tuple[int | None, int | None] = (None, None)  # training and test images; None: any number
+    counts: tuple[int | None, int | None] = (None, None)  # numbers of training and test images; None: any
     checksum: str | None = None  # the fingerprint of what was read; None: made from all bytes when asked for
     validate_on_test: bool = False  # select and report on the same images
     where: str  # the folder it is read from
     remedy: str  # what to do when the images are not as declared
 
     def load(self) -> Dataset:
-        """The checked data set; the last two are kept, so that the runs of a sweep read it once.
+        """The checked data set. The last two are kept, so that the runs of a sweep read it once.
 
-        Raises Missing where files are missing and Mistake where they hold anything else than they
-        should; both say what was found where, what is allowed and what to do.
+        Raises Missing where files are missing, and Mistake where their content is not as declared. Both say what was
+        found where, what is allowed and what to do.
         """
         return _load(self)
 
     def files(self) -> Mapping[str, Path]:
-        """Those of its files that carry no checksums, by their names in `where`; downloaded, where that is asked for.
+        """Its files that carry no checksums, by their names in `where`. They are downloaded if that is asked for.
 
-        They must stay what they were when they were read first.
+        Their content must stay as it was at the first reading.
         """
         return {}
 
     def official(self) -> bool | None:
-        """Whether the `files` are those that the data set's makers published; None: that is not known."""
+        """Whether the `files` are those that the data set's makers published; None where that is not known."""
         return None
 
     @abstractmethod
@@ -141,7 +141,7 @@ def _load(source: Source) -> Dataset:
 
 
 def _keep(sums: Sums, source: Source, fingerprint: str) -> None:
-    """Keeps the checksums of a first reading, and says so, unless it is known what the files should be."""
+    """Keeps the checksums of a first reading, and says so, unless the published checksums are known."""
     official, kept = source.official(), sums.keep()
     if official:
         return
@@ -178,10 +178,10 @@ DIGITS = "6ebb3d2fee246a4e99363262ddf8a00a3c41bee6014c373ed9d9216ba7f651b8"  # o
 
 @dataclass(frozen=True)
 class Digits(Source):
-    """scikit-learn's digits: 8x8 pixels, 17 grey levels (here 0..255), part of the package, so no download.
+    """scikit-learn's digits: 8x8 pixels with 17 grey levels (here 0..255). They are a part of that package.
 
-    They come without a test split. Here every fifth image of each class, from its first, is a test image: the same
-    for all seeds, about 20 %.
+    They come without a test split. Here every fifth image of each class, from its first, is a test image. The split, of
+    about 20 %, is the same for all seeds.
     """
 
     name = "digits"
@@ -191,7 +191,7 @@ class Digits(Source):
     remedy = "Install scikit-learn again."
 
     def read(self) -> tuple[Images, Images]:
-        # What sklearn.datasets.load_digits reads; importing that takes seconds, since it brings SciPy and pandas.
+        # The file of sklearn.datasets.load_digits. Importing that takes seconds, since it imports SciPy and pandas.
         package = find_spec("sklearn")
         if package is None or package.origin is None:
             raise Missing(f"digits are a part of scikit-learn, which is not installed. {self.remedy}")
@@ -216,8 +216,8 @@ class Digits(Source):
 class Facts:
     """What is known of a torchvision data set.
 
-    `md5` are the published sums of its files in MNIST's format, in the order of `_idx_files`, where they are known.
-    (torchvision has those of the compressed files.)
+    `md5` has the published sums of its files in MNIST's format, in the order of `_idx_files`, where they are known.
+    (torchvision has the sums of the compressed files.)
     """
 
     folder: str
@@ -262,8 +262,8 @@ TORCHVISION = {
 class Torchvision(Source):
     """A data set that torchvision downloads: a key of `TORCHVISION`, in torchvision's layout under `root`.
 
-    Files that are there are used as they are, without network. Missing ones are downloaded if `download` is true.
-    CIFAR's files must have the published checksums. Those of the others may have their images in another order.
+    Files that exist are used as they are, without a network. Missing files are downloaded if `download` is true.
+    CIFAR's files must have the published checksums. The other data sets may have their images in another order.
     """
 
     dataset: str
@@ -325,7 +325,7 @@ class Torchvision(Source):
         return getattr(torchvision.datasets, self.dataset)
 
     def _provide(self) -> None:
-        """Checks the files that are there, downloads those that are not."""
+        """Checks the files that exist and downloads the others."""
         missing, wrong = self._faults()
         cause, failed = None, ""
         if (missing or wrong) and self.download:
@@ -348,7 +348,7 @@ class Torchvision(Source):
 
     @contextmanager
     def _downloading(self) -> Iterator[None]:
-        """Holds the lock of downloads to `root`. Where the download fails, what is new there is removed again."""
+        """Holds the lock of downloads to `root`. If the download fails, the new files are removed again."""
         root, where = as_folder(self.root), Path(self.where)
         archive = root / getattr(self._class, "filename", "")
         made = [path for path in (root, *root.parents) if not path.exists()]
@@ -372,7 +372,7 @@ class Torchvision(Source):
                 raise
 
     def _faults(self) -> tuple[list[str], list[str]]:
-        """The names of the files that are missing, and what is wrong with others."""
+        """The names of the missing files, and what is wrong with the others."""
         missing, wrong = [], []
         for name, right in (self._idx_files() or _cifar_files(self._class)).items():
             path = Path(self.where, name)
@@ -385,7 +385,7 @@ class Torchvision(Source):
         return missing, wrong
 
     def _idx_files(self) -> dict[str, tuple[int, ...]]:
-        """The name of each file of MNIST's format and the sizes in its header; none for CIFAR."""
+        """The name of each file in MNIST's format and the sizes in its header; empty for CIFAR."""
         if self.shape[0] > 1:
             return {}
         return {
@@ -401,7 +401,7 @@ def _cifar_files(cls: Any) -> dict[str, str]:
 
 
 def _idx_fault(path: Path, sizes: tuple[int, ...]) -> str:
-    """What is wrong with a file in MNIST's format, big-endian magic number and sizes, then bytes; empty: nothing."""
+    """What is wrong with a file in MNIST's format (big-endian magic number and sizes, then bytes), or nothing."""
     header = (0x0800 + len(sizes), *sizes)  # 08: unsigned bytes
     need, have = 4 * len(header) + prod(sizes), path.stat().st_size
     with path.open("rb") as file:
@@ -422,17 +422,17 @@ def _md5_fault(path: Path, md5: str) -> str:
 
 
 def _images(split: Any) -> Images:
-    """What torchvision's CIFAR holds: an array (n, H, W, C) and a list."""
+    """Images of torchvision's CIFAR, which holds an array (n, H, W, C) and a list of labels."""
     return Images(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets))
 
 
 @dataclass(frozen=True)
 class Parquet(Source):
-    """Parquet files in Hugging Face's layout: a column of {bytes, path} with encoded images, one of int labels.
+    """Parquet files in Hugging Face's layout: a column of {bytes, path} with encoded images, and one of int labels.
 
-    `train` and `test` are glob patterns under `root`. The columns are `image_column`, else `img` or `image`, and
-    `label_column`, else `label` or `fine_label`. Images become RGB, or grey where shape[0] is 1. Paths in the column
-    are not followed.
+    `train` and `test` are glob patterns under `root`. The columns are `image_column`, by default `img` or `image`, and
+    `label_column`, by default `label` or `fine_label`. Images are converted to RGB, or to grey where shape[0] is 1.
+    Paths in the column are not followed.
     """
 
     root: str | Path
@@ -467,7 +467,7 @@ class Parquet(Source):
         return train | test
 
     def _matching(self, pattern: str) -> dict[str, Path]:
-        """The files that a pattern matches, by name, in order. A name with a leading dot is matched only by a dot."""
+        """The files that a pattern matches, ordered by name. Only a leading dot in a pattern matches one in a name."""
         names = sorted(glob.glob(os.path.expanduser(pattern), root_dir=self.where, recursive=True), key=Path)
         if not names:
             raise Missing(
@@ -486,13 +486,13 @@ class Parquet(Source):
         return Images(torch.cat(pixels), torch.cat(labels))
 
     def _parts(self, path: Path) -> Iterator[tuple[Tensor, Tensor]]:
-        """The pixels and labels of some rows of a file after the other."""
+        """The pixels and labels of a file, some rows at a time."""
         import pyarrow as pa
         from pyarrow.parquet import ParquetFile
 
         row = 0
         try:
-            # Opened here, since pyarrow takes some names for addresses and others for no text.
+            # Opened here, since pyarrow takes some names for addresses and refuses others as text.
             with path.open("rb") as opened, ParquetFile(opened, page_checksum_verification=True) as file:
                 image, label = self._columns(path, file.schema_arrow)
                 some_rows = self._rows_at_once(path, file.metadata)
@@ -508,7 +508,7 @@ class Parquet(Source):
             raise Mistake(f"{path} is not a readable Parquet file: {error}. {self.remedy}") from error
 
     def _columns(self, path: Path, schema: Any) -> tuple[str, str]:
-        """The names of the columns of images and of labels. Raises Mistake where one is missing, or of another type."""
+        """The names of the columns of images and labels. Raises Mistake where one is missing or has another type."""
         import pyarrow.types as types
 
         image = self._column(path, schema.names, self.image_column, ("img", "image"))
@@ -534,17 +534,17 @@ class Parquet(Source):
 
     @property
     def _most(self) -> int:
-        """The most bytes that an encoded image may have: of RGBA of 16 bits, not compressed, and 256 KB of metadata."""
+        """The most bytes that an encoded image may have: uncompressed RGBA of 16 bits, and 256 KB of metadata."""
         return 8 * prod(self.shape[1:]) + 2**18
 
     def _rows_at_once(self, path: Path, metadata: Any) -> int:
-        """How many rows to unpack at once, into 1 GB at the most: all may hold the same value, which is stored once.
+        """How many rows to unpack at once, into 1 GB at most. (Equal values are stored once, so a file tells little.)
 
-        Raises Mistake for a file that would fill the memory in any case: a few KB can unpack to any size.
+        Raises Mistake for a file that would fill the memory in any case, since a few KB can unpack to any size.
         """
         largest = 1
         for i in range(metadata.num_row_groups):
-            # Nothing is asked of its columns one by one: where a file is damaged, pyarrow then ends the process.
+            # Columns are not asked one by one: with a damaged file, pyarrow would then end the process.
             group = metadata.row_group(i)
             size = group.total_byte_size
             if size > group.num_rows * group.num_columns * self._most + 2**20:
@@ -562,9 +562,9 @@ class Parquet(Source):
         return min(1024, max(1, 2**30 // largest))
 
     def _decoded(self, blobs: Sequence[bytes | None], column: str, row: int) -> Tensor:
-        """The pixels (n, *shape) of n encoded images, the first in that row of the column.
+        """The pixels (n, *shape) of n encoded images. The first is in that row of the column.
 
-        Raises Mistake where one can't be read or has another shape.
+        Raises Mistake where an image can't be read or has another shape.
         """
         from nobackprop.data.decoding import open_image, quiet_decoding  # here, since digits need no Pillow
 

@@ -2,10 +2,11 @@
 
     python scripts/check.py runs results
 
-Says what is damaged, and what to do about it; what is orphaned, such as the unfinished file of a process that was
-killed, or a checkpoint of seeds that are recorded; what is unchecked, since it is from before there were checksums; and
-what is foreign. `--add-checksums` makes the checksums of files of lines that have none yet; from then on, nobody can
-change a line of theirs unnoticed. Nothing else is changed. Exit status 1 where anything is damaged.
+It lists files that are damaged, and says what to do about them. It lists files that are orphaned, such as the
+unfinished file of a process that was killed, or a checkpoint of seeds that are recorded. It lists files that are
+unchecked, since they are from before there were checksums, and files that no run wrote. `--add-checksums` makes
+checksums for files of lines that have none yet. From then on, a change of their lines is noticed. Nothing else is
+changed. The exit status is 1 if anything is damaged.
 """
 
 import argparse
@@ -25,16 +26,16 @@ from nobackprop.records.record import SEALED, Record
 
 Kind = Literal["damaged", "orphaned", "unchecked", "foreign"]
 RUN, SEED = re.compile(r".+-[0-9a-f]{12}"), re.compile(r"seed(\d+)")
-UNFINISHED = re.compile(r"\..+\.\d+")  # what write_atomically names a file after: its process
+UNFINISHED = re.compile(r"\..+\.\d+")  # write_atomically names a file after its process
 OURS = re.compile(
     r"about\.json|\.lock|\.holder|(error|job)_[0-9a-f]{12}\.txt|learning_curves\.png|(config|multirun|optimization_results)\.yaml"
 )
-OTHERS = {"wandb", "tensorboard", "csv", ".submitit"}  # folders that others keep in ours
+OTHERS = {"wandb", "tensorboard", "csv", ".submitit"}  # folders of other programs within ours
 
 
 @dataclass
 class Checked:
-    """What was found: how many of each kind of file are whole, and in sentences what is not as it should be."""
+    """What was found: the number of whole files of each kind, and sentences on what is wrong."""
 
     whole: Counter[str] = field(default_factory=Counter)
     problems: list[tuple[Kind, str]] = field(default_factory=list)
@@ -84,7 +85,7 @@ def _walk(top: Path, found: Checked) -> Iterator[tuple[Path, list[Path]]]:
 
 
 def _check_seed(folder: Path, found: Checked) -> None:
-    """What is, and is not, in a seed's folder."""
+    """Checks what is in a seed's folder, and what is missing there."""
     record, net = folder / "record.json", folder / "best.pt"
     if record.exists() or _is_trained(folder):
         return
@@ -95,7 +96,7 @@ def _check_seed(folder: Path, found: Checked) -> None:
 
 
 def _check_file(path: Path, found: Checked) -> bool:
-    """Whether a file is of a kind that is ours."""
+    """Whether a file is of a kind that this program writes."""
     if path.name == "record.json":
         _check_record(path, found)
     elif path.name == "best.pt":
@@ -133,7 +134,7 @@ def _check_record(path: Path, found: Checked) -> None:
 
 
 def _check_net(path: Path, found: Checked) -> None:
-    from nobackprop.training import saved  # here, since torch takes seconds to import, and files of lines need none
+    from nobackprop.training import saved  # here, since torch takes seconds to import, and files of lines don't need it
 
     try:
         saved.load(path)
@@ -161,7 +162,7 @@ def _check_checkpoint(path: Path, found: Checked) -> None:
 
 
 def _check_lines(path: Path, found: Checked) -> bool:
-    """Whether a file of lines holds records, or did."""
+    """Whether a file of lines holds records, or held some."""
     with path.open("rb") as file:
         lines = [(line.startswith(START), bool(SEALED.match(line))) for line in file]
     if not any(ours for ours, _ in lines) and not checksums_of(path).exists():
@@ -186,7 +187,7 @@ def _is_trained(folder: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # it is not there, or nobody can have it
+    except OSError:  # it does not exist, or nobody can hold it
         pass
     return False
 

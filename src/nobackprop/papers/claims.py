@@ -11,15 +11,17 @@ m the margin:
 | `matches` | a - b > -m and b - a > -m | they differ by less than the margin (two one-sided tests, TOST) |
 | `gap_grows` | (a - b at `end`) - (a - b at `start`) > 0 | a is ahead of b by more at the end |
 
-Each contrast is tested by a one-sided t-test on its n numbers. The claim needs all of them (an intersection-union
-test), so its p is the largest. One contrast whose mean lies *below* its bound is enough against the claim: that p is
-the smallest of the opposite tests, times their number (Bonferroni). Each is adjusted over all tests of the file (Holm);
-those whose runs are missing count too, with p = 1, so no verdict hangs on which others were run. The verdict is `holds`
-or `fails` where the adjusted p is at most alpha, and otherwise `undecided at n seeds`; `not run` where records are
-missing. The runs of a test are all of the same images and have the same number of epochs: of those with which its cells
-have three seeds in common, the paper's own images before others, then the most epochs; or else those with the most
-seeds. Seeds that one of the cells lacks are left out; a seed that diverged before it could be tested counts at chance
-level, one over the number of classes.
+Each contrast is tested by a one-sided t-test on its n numbers. The claim needs all of its contrasts (an
+intersection-union test), so its p is the largest of theirs. One contrast whose mean lies *below* its bound is enough
+against the claim. The p against it is the smallest of the opposite tests, times their number (Bonferroni). Both p are
+adjusted over all tests of the file (Holm). Tests without runs count, too, with p = 1, so that no verdict depends on
+which others were run. The verdict is `holds` or `fails` where the adjusted p is at most alpha, and otherwise `undecided
+at n seeds`. It is `not run` where records are missing.
+
+All runs of a test are of the same images and have the same number of epochs. Conditions under which its cells have
+three seeds in common come first, and of these the paper's own images, then the most epochs. If there are none, those
+with the most seeds are taken. Seeds that one of the cells lacks are left out. A seed that diverged before it could be
+tested counts at chance level, one over the number of classes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,11 +38,11 @@ from nobackprop.mistakes import Mistake
 
 Labels = dict[
     str, Annotated[str, BeforeValidator(str)]
-]  # a choice on each axis of a grid, as in {rule: bp, classes: 2}
+]  # a choice on each axis of a grid, such as {rule: bp, classes: 2}
 
 
 class Conditions(NamedTuple):
-    """What runs that are compared have in common; of two, the larger is preferred."""
+    """The conditions that compared runs have in common. Of two, the larger is preferred."""
 
     own_images: bool  # the paper's, not others in their place
     epochs: int
@@ -129,7 +131,7 @@ def _contrasts(claim: Claim, a: Labels, b: Labels, margin: float) -> list[Contra
 
 @dataclass(frozen=True)
 class Result:
-    """A trial's outcome. p-values are adjusted; mean and interval are of the contrast hardest to show, as a - b."""
+    """The outcome of a trial. p-values are adjusted. Mean and interval are of the contrast hardest to show, a - b."""
 
     trial: Trial
     epochs: int | None
@@ -143,7 +145,7 @@ class Result:
 
 
 def judge(claims: Claims, accuracies: Callable[[Labels], Accuracies | str]) -> list[Result]:
-    """The verdict on every test of a file. `accuracies` gives a cell's, or says why there are none."""
+    """The verdict on every test of a file. `accuracies` gives those of a cell, or says why there are none."""
     every = trials(claims)
     found = [_samples(trial, accuracies) for trial in every]
     for_it, against = [1.0] * len(every), [1.0] * len(every)
@@ -167,7 +169,7 @@ def judge(claims: Claims, accuracies: Callable[[Labels], Accuracies | str]) -> l
 
 
 def _hardest(trial: Trial, numbers: Sequence[Sequence[float]]) -> list[float]:
-    """The numbers of the contrast that is hardest to show, as a - b; of equally hard ones, of the lowest."""
+    """The numbers, as a - b, of the contrast that is hardest to show. Of equally hard ones it is the lowest."""
     pairs = zip(trial.contrasts, numbers, strict=True)
     contrast, x = max(pairs, key=lambda pair: (p_above(pair[1], pair[0].bound), pair[0].bound - mean(pair[1])))
     return [-number if contrast.reversed else number for number in x]
@@ -175,14 +177,14 @@ def _hardest(trial: Trial, numbers: Sequence[Sequence[float]]) -> list[float]:
 
 @dataclass(frozen=True)
 class Samples:
-    """What a trial is decided on: each contrast's number for each seed, after that many epochs."""
+    """The numbers that decide a trial: those of each contrast for each seed, after that many epochs."""
 
     epochs: int
     numbers: Sequence[Sequence[float]]
 
 
 def _samples(trial: Trial, accuracies: Callable[[Labels], Accuracies | str]) -> Samples | str:
-    """Of the longest training with several seeds in common; or why there is none."""
+    """The evidence of the longest training with several seeds in common, or the reason why there is none."""
     found = {}
     for contrast in trial.contrasts:
         for _, labels in contrast.terms:
@@ -211,8 +213,8 @@ def _samples(trial: Trial, accuracies: Callable[[Labels], Accuracies | str]) -> 
 def p_above(x: Sequence[float], bound: float) -> float:
     """The p-value of a one-sided t-test that the mean lies above a bound.
 
-    1 for fewer than two numbers, and for equal ones, but for rounding, such as those of nets that learned nothing: they
-    show no spread to measure the distance by.
+    It is 1 for fewer than two numbers. It is 1, too, for numbers that are equal up to rounding, such as those of nets
+    that learned nothing, since they have no spread to compare the distance with.
     """
     if len(x) < 2 or stdev(x) < 1e-9:
         return 1.0
@@ -220,7 +222,7 @@ def p_above(x: Sequence[float], bound: float) -> float:
 
 
 def interval(x: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of Student's t for the mean; without end for fewer than two numbers."""
+    """The 95 % interval of the mean by Student's t. It is infinite for fewer than two numbers."""
     if len(x) < 2:
         return -inf, inf
     half = float(stdtrit(len(x) - 1, 0.975)) * stdev(x) / sqrt(len(x))

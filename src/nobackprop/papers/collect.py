@@ -3,10 +3,10 @@
     python scripts/collect.py runs/lra_e --into results/records/lra_e.jsonl
     python scripts/collect.py runs/lra_e /elsewhere/lra_e.jsonl --table all.parquet
 
-Sources are folders of runs, of one run or of one seed, and such files from other machines. What is there already stays
-as it is; only what is new is appended, so it can be started again at any time, also while runs train. `--table` writes
-what was found as a table, .csv or .parquet. Exit status 1 where a record could not be read or differs from one gathered
-before.
+Sources are folders of runs, of one run or of one seed, and such files from other machines. Only new records are
+appended, and old ones stay as they are. So the command can be repeated at any time, also while runs train. `--table`
+writes all records that were found as a table, .csv or .parquet. The exit status is 1 if a record could not be read or
+differs from an earlier one.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""The colour of each learning rule, the same in every figure, to be seen on a light page and on a dark one."""
+"""The colour of each learning rule. It is the same in every figure, and can be seen on light and dark pages."""
 
 import colorsys
 from zlib import crc32
 
 INK = "#010203"  # becomes the colour of the page's text
-COLOURS = {  # all of a middle lightness, to be seen on white and on black
+COLOURS = {  # all have a middle lightness, to be seen on white and on black
     "bp": INK,
     "fa": "#E08A00",
     "dfa": "#3B9BD9",
@@ -27,7 +27,7 @@ COLOURS = {  # all of a middle lightness, to be seen on white and on black
 
 
 def colour(rule: str) -> str:
-    """A rule's colour; one that is not listed has one of its own all the same."""
+    """The colour of a rule. A rule that is not listed gets a colour of its own, too."""
     if rule in COLOURS:
         return COLOURS[rule]
     red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(crc32(rule.encode()) % 360 / 360, 0.65, 0.75))

@@ -2,10 +2,10 @@
 
     python scripts/compare.py runs/demo [--against bp] [--figure FILE]
 
-One row and one curve a run (a config with all its seeds): mean and standard deviation over seeds; and in a sentence in
-what else than the rule runs differ. With `--against` the table has the difference to a rule's run, with its 95 %
-interval, paired over the seeds that both have: the same seed is the same split, batch order and initial W. Nothing is
-trained: all comes from the run records.
+Each run (a config with all its seeds) has a row, with mean and standard deviation over seeds, and a curve. If runs
+differ in more than the rule, a sentence says in what. With `--against` the table has the difference to a rule's run and
+its 95 % interval. It is paired over the seeds that both have, since the same seed means the same split, batch order and
+initial W. Nothing is trained. All numbers come from the run records.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def read(folder: Path) -> Runs:
 
 
 def settings(config: Mapping[str, Any], *parents: str) -> Iterator[tuple[str, str]]:
-    """The keys of a config, as `optimizer.lr`, and their values as text."""
+    """The keys of a config, such as `optimizer.lr`, and their values as text."""
     for name, value in config.items():
         if isinstance(value, dict):
             yield from settings(value, *parents, name)
@@ -58,14 +58,14 @@ def settings(config: Mapping[str, Any], *parents: str) -> Iterator[tuple[str, st
 
 
 def differing(texts: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
-    """The keys in which configs differ, with the value in each; a dash where one has no such key."""
+    """The keys in which configs differ, with the value in each, or a dash where a config lacks the key."""
     keys = dict.fromkeys(key for text in texts for key in text)
     columns = {key: [text.get(key, "-") for text in texts] for key in keys}
     return {key: values for key, values in columns.items() if len(set(values)) > 1}
 
 
 def labels(runs: Runs) -> dict[str, str]:
-    """What to call each run: its name, and where others share it the settings in which they differ."""
+    """The label of each run: its name and, if others share the name, the settings in which they differ."""
     by_name = defaultdict(list)
     for run, records in runs.items():
         by_name[records[0].name].append(run)
@@ -91,7 +91,7 @@ def only_run_of(rule: str, runs: Runs) -> Sequence[Record]:
 
 
 def paired(records: Sequence[Record], others: Sequence[Record]) -> str:
-    """Mean difference in points over the seeds that both have, and half the width of its 95 % interval."""
+    """The mean difference in points over the seeds that both have, and half the width of its 95 % interval."""
     from nobackprop.papers.claims import interval  # here, since SciPy takes a second to import
 
     a, b = ({r.seed: r.test["accuracy"] for r in each if r.test} for each in (records, others))
@@ -102,7 +102,7 @@ def paired(records: Sequence[Record], others: Sequence[Record]) -> str:
 
 
 def differences(runs: Runs) -> str:
-    """In what else than the rule runs differ, in a sentence; empty where in nothing."""
+    """A sentence on what runs differ in besides the rule; empty if only the rule differs."""
     texts = [dict(settings(records[0].config)) for records in runs.values()]
     for text, records in zip(texts, runs.values(), strict=True):
         text["seeds"] = ",".join(str(seed) for seed in sorted(r.seed for r in records))
@@ -114,7 +114,7 @@ def differences(runs: Runs) -> str:
 def table(runs: Runs, against: str | None = None) -> Table:
     """Test accuracy (mean and standard deviation over the seeds) and seconds of all seeds of each run, best first.
 
-    With the difference to the run of the rule `against`. Raises Mistake where not exactly one run has that rule.
+    It has the difference to the run of the rule `against`. Raises Mistake where not exactly one run has that rule.
     """
     difference = [] if against is None else [f"ahead of {against}"]
     caption = "± standard deviation over seeds; seconds are of all seeds"
@@ -138,10 +138,10 @@ AS_THEY_ARE: Any = {"text.parse_math": False}  # names
 
 
 class Curves(Figure):
-    """A figure that a notebook shows, also without pyplot."""
+    """A figure that a notebook shows even without pyplot."""
 
     def savefig(self, *args: Any, **kwargs: Any) -> None:
-        with mpl.rc_context(AS_THEY_ARE):  # for the numbers on the axes, which are made now
+        with mpl.rc_context(AS_THEY_ARE):  # for the numbers on the axes, which are drawn now
             super().savefig(*args, **kwargs)
 
     def _repr_png_(self) -> bytes:
@@ -158,10 +158,10 @@ def _paints(rules: Mapping[str, str]) -> dict[str, str | None]:
 
 
 def curves(runs: Runs) -> Curves:
-    """Validation error against epochs, and the test accuracy of each run, the best first; a run has one colour in both.
+    """Validation error against epochs, and beside it the test accuracy of each run, the best first, in the same colour.
 
-    A curve is the mean over seeds, in a band from the lowest seed to the highest. Beside it each small dot is a seed,
-    and the large one their mean.
+    A curve is the mean over seeds, in a band from the lowest seed to the highest. A small dot is a seed, and the large
+    one is their mean.
     """
     names = labels(runs)
     best_first = sorted(runs, key=lambda run: mean(tested(runs[run]) or [-1]), reverse=True)

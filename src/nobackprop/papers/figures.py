@@ -1,7 +1,7 @@
-"""Figures of a paper's results, as SVG: the same records give the same bytes.
+"""Figures of a paper's results, as SVG. The same records give the same bytes.
 
-A rule has one colour in every figure, and each line has its name beside it. Text, axes and backprop are drawn in the
-colour of the page's text, so a figure suits a light page and a dark one.
+A rule has the same colour in every figure, and each line has its name beside it. Text, axes and backprop are drawn in
+the colour of the page's text, so a figure suits a light page and a dark one.
 """
 
 import io
@@ -41,7 +41,7 @@ STYLE: Any = {
     "lines.linewidth": 1.5,
 }
 STYLE |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
-ALONE = (  # of a figure that stands in no page of ours
+ALONE = (  # of a figure outside of our pages
     "<style>svg{color:#1f2328;background:#fff}"
     "@media(prefers-color-scheme:dark){svg{color:#e6edf3;background:#0d1117}}</style>"
 )
@@ -49,13 +49,13 @@ NAME, LINE = 0.07, 0.155  # inches: the width of a letter of a name, and the hei
 
 
 def within_a_page(svg: bytes) -> str:
-    """A figure as an element of a page, whose colours it takes."""
+    """A figure as an element of a page. It takes the colours of the page."""
     text = svg.decode().replace(ALONE, "")
     return text[text.index("<svg") :]
 
 
 def figures(found: Findings) -> dict[str, bytes]:
-    """Every figure there is something to draw for.
+    """Every figure that there is data for.
 
     Their names: `<table>_error` or `_accuracy`, `_rules`, `_cost`, `_curves`, `_time` and `_angles`.
     """
@@ -85,7 +85,7 @@ def _svg(draw: Callable[[], Canvas]) -> bytes:
         canvas, file = draw(), io.BytesIO()
         canvas.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     svg = re.sub(r"<[^>]*>", _rounded, file.getvalue().decode())
-    svg = re.sub(r' id="[a-z][\w.]*_\d+"', "", svg)  # numbers of parts, which two figures of a page would share
+    svg = re.sub(r' id="[a-z][\w.]*_\d+"', "", svg)  # numbers of parts, which two figures on one page would share
     svg = re.sub(r'<g id="rule:(\w+)">', r'<g class="rule-\1">', svg).replace(INK, "currentColor")
     return re.sub(r"(<svg[^>]*>)", rf"\1{ALONE}", svg, count=1).encode()
 
@@ -106,7 +106,7 @@ def _axes(
     columns: int | None = None,
     apart: float = 0.45,
 ) -> tuple[Canvas, list[Any]]:
-    """Panels in a grid, with a common name for each axis and room for names right of each. Sizes are in inches."""
+    """Panels in a grid, with a common label for each axis and room for names at the right. Sizes are in inches."""
     beside = 0.2 + NAME * max(map(len, names), default=0)
     between = (beside + apart, 0.6)
     height = max(height, LINE * len(names))
@@ -140,7 +140,7 @@ STEPS = [(1,), (1, 3), (1, 2, 5), (1, 2, 3, 5, 7), (1, 2, 3, 4, 5, 6, 8), tuple(
 
 
 def _logarithmic(ax: Any, which: str) -> None:
-    """A logarithmic axis, "x" or "y", with as many round numbers as stand apart: at most five."""
+    """A logarithmic axis, "x" or "y", with at most five round numbers, and only those that do not overlap."""
     getattr(ax, f"set_{which}scale")("log")
     axis = getattr(ax, f"{which}axis")
     low, high = axis.get_view_interval()
@@ -156,7 +156,7 @@ def _logarithmic(ax: Any, which: str) -> None:
 
 
 def _around(ax: Any, margin: float) -> None:
-    """Puts the limits of a logarithmic y axis around the lines, whatever their bands do."""
+    """Sets the limits of a logarithmic y axis by the lines, not by their bands."""
     values = np.concatenate([line.get_ydata() for line in ax.lines])
     values = values[np.isfinite(values)]
     if len(values):
@@ -164,7 +164,7 @@ def _around(ax: Any, margin: float) -> None:
 
 
 def _names(ax: Any, ends: Sequence[tuple[str, tuple[float, float], Any]]) -> None:
-    """Names beside a panel, each at the height of its line's end or as near to it as others let it be."""
+    """Puts names beside a panel, each as near to the height of its line's end as the others allow."""
     to_panel = ax.transData + ax.transAxes.inverted()
     placed = [(to_panel.transform(at), name, paint) for name, at, paint in ends if np.isfinite(at).all()]
     placed.sort(key=lambda end: end[0][1])
@@ -181,7 +181,7 @@ def _names(ax: Any, ends: Sequence[tuple[str, tuple[float, float], Any]]) -> Non
 
 
 def _panels(rows: Sequence[Row], line: Callable[..., tuple[float, float]], x: str) -> Canvas:
-    """One panel a row of the table, one line a rule, named at its end."""
+    """One panel for each row of the table, one line for each rule, with its name at its end."""
     canvas, axes = _axes(len(rows), x, "validation error, %", rules_run(rows))
     for ax, row in zip(axes, rows, strict=True):
         ends = [(rule, line(ax, c, colour(rule), rule), colour(rule)) for rule, c in row.cells.items() if c.records]
@@ -198,7 +198,7 @@ LEAST = 0.01  # percent: what an error of 0 is drawn as, on a logarithmic axis
 
 
 def _curve(ax: Any, cell: Found, paint: str, name: str) -> tuple[float, float]:
-    """The mean over seeds, and a band from the lowest seed to the highest. Gives the line's end."""
+    """Draws the mean over seeds, and a band from the lowest seed to the highest. Gives the line's end."""
     errors = np.maximum(100 - 100 * learning_curves(cell.records), LEAST)
     epochs = np.arange(1, len(errors) + 1)
     means = errors.mean(axis=1)
@@ -210,7 +210,7 @@ def _curve(ax: Any, cell: Found, paint: str, name: str) -> tuple[float, float]:
 
 
 def _time(ax: Any, cell: Found, paint: str, name: str) -> tuple[float, float]:
-    """Against the wall time of the fastest seed, taken to be the same for each of its epochs. Gives the line's end."""
+    """Draws a curve against the wall time of the fastest seed, shared equally among epochs. Gives the line's end."""
     means = np.maximum(100 - 100 * learning_curves(cell.records), LEAST).mean(axis=1)
     seconds = cell.seconds * np.arange(1, len(means) + 1)
     ax.plot(seconds, means, color=paint, gid=f"rule:{name}")
@@ -218,7 +218,7 @@ def _time(ax: Any, cell: Found, paint: str, name: str) -> tuple[float, float]:
 
 
 def _against(table: Table, rows: Sequence[Row]) -> Canvas:
-    """What is `drawn` against an axis of the table, with 95 % intervals: one panel for each choice of the others."""
+    """Draws `drawn` against an axis of the table, with 95 % intervals: a panel for each choice on the other axes."""
     x = table.against
     assert x is not None
     groups: dict[tuple[str, ...], list[Row]] = {}
@@ -248,7 +248,7 @@ def _against(table: Table, rows: Sequence[Row]) -> Canvas:
 
 
 def _points(ax: Any, rule: str, x: Any, y: Any, **bars: Any) -> None:
-    """A rule's points with error bars."""
+    """Draws the points of a rule with error bars."""
     line, caps, lines = ax.errorbar(x, y, color=colour(rule), **{"marker": "o", "markersize": 4, "capsize": 2} | bars)
     for artist in (line, *caps, *lines):
         artist.set_gid(f"rule:{rule}")
@@ -258,7 +258,7 @@ Value = tuple[float, float]  # and half its interval, or 0
 
 
 def _by_rule(found: Findings, rows: Sequence[Row]) -> Canvas:
-    """A line for each rule, the best first: the error in each row, and the angle, the time and the memory in all."""
+    """A line for each rule, the best first, with the error in each row, and the angle, time and memory in all rows."""
     rules = sorted(rules_run(rows), key=lambda rule: -(rows[0].cells[rule].mean or 0) if rule in rows[0].cells else 1)
     first, *_ = names = [described(row.labels) for row in rows]
     panels: list[tuple[str, Sequence[Mapping[str, Value]]]] = []  # a title, and for each row the values by rule
@@ -285,7 +285,7 @@ def _by_rule(found: Findings, rows: Sequence[Row]) -> Canvas:
                     _points(ax, rule, value[0], place, xerr=value[1] or None, **fill)
         ax.set_yticks(range(len(rules)), rules if ax is axes[0] else [])
         ax.set_ylim(len(rules) - 0.5, -0.5)
-        ax.set_title(title, loc="left")
+        ax.set_title(title if len(title) <= 24 else title.replace(": ", "\n"), loc="left")  # else it meets the next
         if "angle" in title:
             ax.set_xticks([0, 30, 60, 90])
         else:
@@ -299,7 +299,7 @@ def _by_rule(found: Findings, rows: Sequence[Row]) -> Canvas:
 
 
 def _cost(found: Findings, rows: Sequence[Row]) -> Canvas:
-    """Test error against the time of a training step; the best are at the bottom left."""
+    """Test error against the time of a training step. The best rules are at the bottom left."""
     rules = rules_run(rows)
     canvas, axes = _axes(len(rows), "time of a training step (bp = 1)", "test error, %", rules, height=3)
     for ax, row in zip(axes, rows, strict=True):
@@ -317,7 +317,7 @@ def _cost(found: Findings, rows: Sequence[Row]) -> Canvas:
 
 
 def _angles(measured: Sequence[tuple[Row, str, Found]]) -> Canvas:
-    """The angle of each layer's update to backpropagation's gradient: one panel a cell, a darker line the deeper."""
+    """Angles of layers' updates to backprop's gradient: a panel for each cell, darker lines for deeper layers."""
     deepest = max(cell.layers[-1] for _, _, cell in measured)
     canvas, axes = _axes(
         len(measured), "epoch", "angle to the gradient, degrees; each line has the number of its layer", ["9"], wide=1.8

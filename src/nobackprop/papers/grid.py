@@ -1,4 +1,4 @@
-"""A paper's experiments as cells of its grid, papers/<paper>/grid.yaml."""
+"""The experiments of a paper, as cells of its grid, papers/<paper>/grid.yaml."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from nobackprop.composing import load
 from nobackprop.mistakes import Missing, Mistake, close
 from nobackprop.places import CONF, PAPERS
 
-TUNED = "+tuned@_global_="  # after an experiment, whose settings it replaces; plain tuned=... comes before it
+TUNED = "+tuned@_global_="  # comes after an experiment, whose settings it replaces; plain tuned=... comes before
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One experiment of a grid: its choice on each axis, and what they mean as overrides."""
+    """One experiment of a grid: its choice on each axis, and the overrides that these choices mean."""
 
     labels: Mapping[str, str]
     overrides: Sequence[str]
@@ -27,14 +27,14 @@ class Cell:
 
     @property
     def tuned(self) -> Path | None:
-        """The file of tuned settings that this cell takes, if it takes one."""
+        """The file of tuned settings that this cell takes, or None."""
         names = [text.removeprefix(TUNED) for text in self.overrides if text.startswith(TUNED)]
         return CONF / "tuned" / f"{names[-1]}.yaml" if names else None
 
     def config(self, further: Sequence[str] = ()) -> DictConfig:
         """The composed config, with further overrides.
 
-        Raises Missing where it takes tuned settings that were not searched yet.
+        Raises Missing where its tuned settings were not searched yet.
         """
         if self.tuned is not None and not self.tuned.exists():
             raise Missing(f"{self.tuned} is not there yet: scripts/tune.py makes it")
@@ -42,19 +42,19 @@ class Cell:
 
 
 def composed(overrides: Iterable[str]) -> DictConfig:
-    """The config of these overrides. Raises Mistake where they make none."""
+    """The config that these overrides make. Raises Mistake where they make none."""
     return composing.composed(list(by_key(overrides).values()))[0]
 
 
 def by_key(overrides: Iterable[str]) -> dict[str, str]:
-    """Overrides by their keys; of several of one key the last one counts."""
+    """Overrides by their keys. Of several with one key the last one counts."""
     return {text.split("=", 1)[0]: text for text in overrides}
 
 
 def cells(paper: str) -> Iterator[Cell]:
-    """Every cell of a paper's grid; `{axis}` in an override is the cell's choice on that axis.
+    """Every cell of a paper's grid. In an override, `{axis}` stands for the cell's choice on that axis.
 
-    Raises Mistake, with the papers there are, for another one.
+    Raises Mistake, which lists the papers, for an unknown one.
     """
     papers = sorted(path.parent.name for path in PAPERS.glob("*/grid.yaml"))
     if paper not in papers:
@@ -66,7 +66,7 @@ def cells(paper: str) -> Iterator[Cell]:
 
 
 def select(every: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
-    """The cells with one of the choices given for each axis, as in `classes=2,3`. Raises Mistake where none fits."""
+    """The cells with one of the given choices on each axis, such as `classes=2,3`. Raises Mistake where none fits."""
     wanted: dict[str, list[str]] = {}
     for axis, _, choices in (text.partition("=") for text in only):
         wanted.setdefault(axis, []).extend(choices.split(","))

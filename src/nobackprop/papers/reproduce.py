@@ -4,10 +4,10 @@
     python scripts/reproduce.py mdfa --only net=mlp_mnist classes=2,3 --dry-run
     python scripts/reproduce.py mdfa --only net=mlp_cifar10 --set dataset=cifar10_jpeg --jobs 4
 
-What is recorded already is not run again; a cell that fails does not end the others; cells whose settings are still to
-be searched (scripts/tune.py) are named and passed over. `--set` takes further overrides for every cell, as the command
-`nobackprop` takes them; `--set launcher=slurm launcher.partition=...` submits the cells to a cluster. Ends with a table
-of all cells; exit status 1 if any failed or the command has a mistake.
+Cells that are recorded already are not run again. A cell that fails does not end the others. Cells whose settings were
+not searched yet (scripts/tune.py) are named and passed over. `--set` takes further overrides for every cell, as the
+command `nobackprop` takes them. `--set launcher=slurm launcher.partition=...` submits the cells to a cluster. The
+command ends with a table of all cells. The exit status is 1 if a cell failed or the command has a mistake.
 """
 
 import argparse
@@ -21,9 +21,9 @@ from nobackprop.papers.grid import Cell, cells, select
 
 
 def run(chosen: Sequence[Cell], further: Sequence[str], console: Console, dry: bool) -> bool:
-    """Runs cells as a sweep, with the launcher that `further` names; whether all went well.
+    """Runs cells as a sweep, with the launcher that `further` names. Gives whether all went well.
 
-    Passes over those that take tuned settings which were not searched yet; raises Missing if that is all.
+    Cells whose tuned settings were not searched yet are passed over. Raises Missing if this leaves no cell.
     """
     from nobackprop.sweeps import sweep  # torch takes seconds to import
     from nobackprop.sweeps.jobs import Job, launcher_of

@@ -1,7 +1,7 @@
-"""What the recorded runs say of a paper: the cells of its tables, and the verdicts on its claims.
+"""The results of a paper's recorded runs: the cells of its tables, and the verdicts on its claims.
 
-All of it comes from files: records (`results/records/*.jsonl`), the published figures, grid, tables and
-claims in `papers/<paper>/`, why cells were not run (`results/not_run.yaml`), and what a rule's step costs
+All of it comes from files: records (`results/records/*.jsonl`), the published figures, grid, tables and claims in
+`papers/<paper>/`, the reasons why cells were not run (`results/not_run.yaml`), and the cost of a rule's step
 (`results/benchmark.csv`). Nothing is trained.
 """
 
@@ -47,7 +47,7 @@ class _Strict(BaseModel):
 
 
 class Figure(_Strict):
-    """A figure that somebody published: where it stands there, and the cells it is to be compared with."""
+    """A published figure: its place in the source, and the cells that it is compared with."""
 
     table: str
     row: str
@@ -71,7 +71,7 @@ class Published(_Strict):
     paper: str
     link: str | None
     seeds: PositiveInt | None
-    note: str = ""  # how its figures came about, where that bears on a comparison
+    note: str = ""  # how its figures came about, where that matters for a comparison
     figures: list[Figure]
 
     @model_validator(mode="after")
@@ -83,14 +83,14 @@ class Published(_Strict):
 
 
 class NotRun(_Strict):
-    """Cells that have no runs, and why."""
+    """Cells that have no runs, and the reason."""
 
     cells: dict[str, Choices]
     reason: str
 
 
 class Table(_Strict):
-    """One table of tables.yaml: which cells, which axes make its rows. Columns are rules, or rows (`by_rule`)."""
+    """One table of tables.yaml: its cells and the axes of its rows. Columns are rules, or with `by_rule` rows."""
 
     name: str
     title: str
@@ -113,7 +113,7 @@ class Layout(_Strict):
 
 
 def read(model: Any, path: Path) -> Any:
-    """A YAML file as a type or model, such as Claims. Raises Mistake, naming file and key, where it is not valid."""
+    """A YAML file as a type or model, such as Claims. Raises Mistake, which names file and key, where it is invalid."""
     try:
         return TypeAdapter(model).validate_python(load(path))
     except ValidationError as e:
@@ -123,35 +123,35 @@ def read(model: Any, path: Path) -> Any:
 
 
 def published() -> dict[str, Published]:
-    """What each paper has published, by paper."""
+    """The published figures of each paper, by paper."""
     return {path.parent.name: read(Published, path) for path in sorted(PAPERS.glob("*/published.yaml"))}
 
 
 def papers() -> list[str]:
-    """The papers whose tables can be made, first those whose claims are tested."""
+    """The papers whose tables can be made. Those whose claims are tested come first."""
     names = [path.parent.name for path in PAPERS.glob("*/tables.yaml")]
     return sorted(names, key=lambda name: (not (PAPERS / name / "claims.yaml").exists(), name))
 
 
 @dataclass(frozen=True)
 class Found:
-    """A cell with its runs: the records that the table shows, one per seed, all under the same conditions."""
+    """A cell with its runs: the records that a table shows, one for each seed, all under the same conditions."""
 
     labels: Mapping[str, str]
     rule: str
     overrides: Sequence[str]
     records: Sequence[Record] = ()
-    all_seeds: Sequence[Record] = ()  # with as many epochs, those included that other rules of the row lack
+    all_seeds: Sequence[Record] = ()  # with the same epochs, also those that other rules of the row lack
     epochs: int | None = None
     planned_epochs: int | None = None  # the paper's
     planned_seeds: int | None = None  # the paper's, where they are known
-    stand_in: str | None = None  # the dataset taken, or, before it is shown, that may be taken, in place of the paper's
+    stand_in: str | None = None  # the dataset that is, or before it is shown may be, taken in place of the paper's
     reason: str = ""  # why there are no records
     figures: Sequence[Figure] = ()
 
     @cached_property
     def accuracies(self) -> dict[int, float]:
-        """Test accuracy by seed, of those that did not diverge before they could be tested."""
+        """Test accuracy by seed, without seeds that diverged before they could be tested."""
         return {r.seed: r.test["accuracy"] for r in self.records if r.test}
 
     @property
@@ -172,12 +172,12 @@ class Found:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 %, by Student's t; None for fewer than two seeds."""
+        """The 95 % interval by Student's t, or None for fewer than two seeds."""
         return interval(self.tested) if len(self.tested) > 1 else None
 
     @property
     def angle(self) -> float | None:
-        """From the update to backprop's gradient after the last epoch, in degrees: mean of hidden layers and seeds."""
+        """The last update's angle to backprop's gradient in degrees: the mean over hidden layers and seeds."""
         last = [record.epochs[-1] for record in self.records if record.test]
         found = []
         for layer in self.layers[:-1]:
@@ -186,7 +186,7 @@ class Found:
 
     @property
     def seconds(self) -> float:
-        """An epoch's, in the fastest seed; the others shared the machine with more."""
+        """Seconds of an epoch in the fastest seed, since the others shared the machine with more."""
         return min(r.seconds / max(len(r.epochs), 1) for r in self.all_seeds)
 
     @cached_property
@@ -205,7 +205,7 @@ class Found:
 
     @property
     def for_claims(self) -> dict[Conditions, dict[int, float]]:
-        """Accuracies by seed, with one that diverged before it could be tested at chance level."""
+        """Accuracies by seed. A seed that diverged before it could be tested counts at chance level."""
         return {
             at: {r.seed: r.test["accuracy"] if r.test else 1 / len(r.data.classes) for r in reversed(records)}
             for at, records in self.by_conditions.items()
@@ -213,7 +213,7 @@ class Found:
 
     @property
     def marks(self) -> list[str]:
-        """What departs from the paper, as sentences."""
+        """Sentences on what departs from the paper."""
         found = []
         if self.records and len(self.records) < (self.planned_seeds or 0):
             found.append("fewer seeds than the paper")
@@ -228,7 +228,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: its choices, and a cell per rule."""
+    """A row of a table: its choices, and a cell for each rule."""
 
     labels: Mapping[str, str]
     cells: Mapping[str, Found]
@@ -244,7 +244,7 @@ class Row:
 
     @property
     def seeds(self) -> str:
-        """How many, the same in all cells with runs; empty without runs."""
+        """The number of seeds, the same in all cells with runs; empty without runs."""
         return str(max((len(cell.records) for cell in self.cells.values()), default=0) or "")
 
     @property
@@ -264,7 +264,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a rule's training step costs, relative to backprop's on the same net."""
+    """The cost of a rule's training step, relative to backprop's on the same net."""
 
     speed: float  # images a second
     memory: float  # above weights and gradients
@@ -283,19 +283,19 @@ class Findings:
     costs: Mapping[str, Mapping[str, Cost]]  # by experiment and rule
 
     def costs_of(self, row: Row) -> Mapping[str, Cost]:
-        """What each rule's step costs in a row's experiment, as far as it was measured."""
+        """The cost of each rule's step in a row's experiment, where it was measured."""
         return self.costs.get("/".join([self.paper, *row.labels.values()]), {})
 
 
 class Composer:
-    """Composes many configs that share most choices: Hydra once per choice of groups, plain values set afterwards."""
+    """Composes many configs that share most choices: groups by Hydra, once for each choice, plain values afterwards."""
 
     def __init__(self) -> None:
         self.parents: dict[tuple[str, ...], dict[str, Any]] = {}
         self.parser = OverridesParser.create()
 
     def identity(self, overrides: Iterable[str]) -> dict[str, Any]:
-        """What identifies the config of these overrides."""
+        """The identity of the config that these overrides make."""
         groups, values = self._split(overrides)
         content = deepcopy(self._parent(groups))
         for override in self.parser.parse_overrides(values):
@@ -320,7 +320,7 @@ class Composer:
 
 
 class Runs:
-    """Recorded runs, found by the config of a cell, whatever its number of epochs."""
+    """Recorded runs, found by the config of a cell, for any number of epochs."""
 
     def __init__(self, records: Iterable[Record]) -> None:
         self.composer = Composer()
@@ -335,12 +335,12 @@ class Runs:
 
 
 def _without_epochs(config: Mapping[str, Any]) -> str:
-    """What runs have in common that differ in nothing but their number of epochs."""
+    """The key that runs share if they differ only in their number of epochs."""
     return digest({name: value for name, value in config.items() if name != "max_epochs"})
 
 
 def findings(paper: str, records: Iterable[Record], results: Path = RESULTS) -> Findings:
-    """Everything there is to say of a paper. Raises Mistake for a file in results/ or papers/ that is not valid."""
+    """All results of a paper. Raises Mistake for an invalid file in results/ or papers/."""
     layout = read(Layout, PAPERS / paper / "tables.yaml")
     known = published().get(paper)
     every_not_run = read(dict[str, list[NotRun]], results / "not_run.yaml")
@@ -369,9 +369,9 @@ def findings(paper: str, records: Iterable[Record], results: Path = RESULTS) -> 
 
 
 def costs(path: Path) -> dict[str, dict[str, Cost]]:
-    """By experiment and rule, from what benchmarks/benchmark.py wrote; empty where it did not.
+    """Costs by experiment and rule, from the file of benchmarks/benchmark.py; empty if there is none.
 
-    Raises Mistake for another file.
+    Raises Mistake for a file without its columns.
     """
     if not path.exists():
         return {}
@@ -394,7 +394,7 @@ def rules_run(rows: Sequence[Row]) -> list[str]:
 
 
 def described(labels: Mapping[str, str]) -> str:
-    """Choices in words, as in `mnist, 3 hidden layers`; a bare number is named after its axis."""
+    """Choices in words, such as `mnist, 3 hidden layers`. A bare number is named after its axis."""
     return ", ".join(f"{v} {k}" if v.isdigit() else v for k, v in labels.items()).replace("_", " ")
 
 
@@ -409,7 +409,7 @@ def _fits(labels: Mapping[str, str], where: Mapping[str, Sequence[str]]) -> bool
 def _named(
     layout: Layout, known: Published | None, not_run: Sequence[NotRun]
 ) -> list[tuple[str, dict[str, list[str]]]]:
-    """Every mention of cells in the files that describe results, and where it stands."""
+    """Every mention of cells in the files that describe results, with its place."""
     places = [(f"table {table.name}", dict(table.where)) for table in layout.tables]
     places += [(f"not_run.yaml, {entry.reason}", dict(entry.cells)) for entry in not_run]
     figures = known.figures if known else []
@@ -433,7 +433,7 @@ def _check_labels(place: str, where: Mapping[str, Sequence[str]], grid: Sequence
 
 
 def _find(cell: Cell, layout: Layout, runs: Runs, not_run: Sequence[NotRun], known: Published | None) -> Found:
-    """A cell of the grid with all its records; which of them a table shows is decided there."""
+    """A cell of the grid with all its records. A table decides later which of them it shows."""
     overrides = list(cell.overrides)
     figures = [f for f in (known.figures if known else ()) if f.cell and f.cell.items() <= cell.labels.items()]
     figures = [f.model_copy(update={"seeds": f.seeds or (known and known.seeds)}) for f in figures]
@@ -460,12 +460,12 @@ def _find(cell: Cell, layout: Layout, runs: Runs, not_run: Sequence[NotRun], kno
 
 
 def _rows(table: Table, found: Sequence[Found]) -> list[Row]:
-    """A table's rows, every cell with the records that are comparable within it.
+    """A table's rows. Every cell has the records that can be compared within the table.
 
-    Within a row all rules have the same seeds: those of every rule with runs. All rows of a combination of `apart` are
-    of the same images and have the same number of epochs, the table's if it names one: those with which the most cells
-    can be shown, and of several the paper's own images, then the most epochs. Raises Mistake where `rows` leaves out
-    an axis, so that one place would be two cells'.
+    Within a row all rules have the same seeds: those that every rule with runs has. All rows of a combination of
+    `apart` are of the same images and have the same number of epochs, the table's if it names one. Conditions under
+    which the most cells can be shown come first, of these the paper's own images, then the most epochs. Raises Mistake
+    where `rows` leaves out an axis, so that two cells would share a place.
     """
     groups: dict[tuple[str | None, ...], dict[tuple[str, ...], list[Found]]] = defaultdict(lambda: defaultdict(list))
     taken: dict[tuple[str, ...], Found] = {}
@@ -493,7 +493,7 @@ def _rows(table: Table, found: Sequence[Found]) -> list[Row]:
 
 
 def _at(at: Conditions, row: Sequence[Found]) -> dict[str, list[Record]]:
-    """The records of a row under these conditions, by rule, of the rules that have some."""
+    """The records of a row under these conditions, by rule, without rules that have none."""
     return {cell.rule: records for cell in row if (records := cell.by_conditions.get(at))}
 
 

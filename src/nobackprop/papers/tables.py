@@ -1,10 +1,10 @@
-"""Makes every table and figure of the papers from recorded runs, and says of each claim whether we find the same.
+"""Makes every table and figure of the papers from recorded runs, and says for each claim whether we find the same.
 
     python scripts/tables.py [--results results]
 
-Nothing is trained and nothing is downloaded: all comes from results/records, papers/, results/not_run.yaml,
-results/benchmark.csv and conf/. The same files give the same bytes. The command writes results/tables/<paper>.md, .csv,
-.tex and <paper>_verdicts.csv, results/figures/<paper>/*.svg, and in papers/*/README.md what stands between
+Nothing is trained and nothing is downloaded. All comes from results/records, papers/, results/not_run.yaml,
+results/benchmark.csv and conf/, and the same files give the same bytes. The command writes results/tables/<paper>.md,
+.csv, .tex and <paper>_verdicts.csv, results/figures/<paper>/*.svg, and in papers/*/README.md the text between
 `<!-- verdicts: <paper> -->` and `<!-- end -->`.
 """
 
@@ -27,7 +27,7 @@ from nobackprop.records.files import write_atomically
 from nobackprop.records.gathering import collect
 from nobackprop.records.record import Record
 
-SIGNS, FEWER = "†‡§¶‖⋆", "fewer epochs than planned"  # as many signs as a table can have kinds of departure
+SIGNS, FEWER = "†‡§¶‖⋆", "fewer epochs than planned"  # a sign for each kind of departure that a table can have
 TEX = str.maketrans({"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "±": r"$\pm$", "°": r"$^\circ$"})
 TEX |= str.maketrans(
     dict(zip(SIGNS, (r"$^\dagger$", r"$^\ddagger$", r"$^\S$", r"$^\P$", r"$^\|$", r"$^\star$"), strict=True))
@@ -47,31 +47,31 @@ def percent(fraction: float | None, digits: int = 2) -> str:
 
 
 def spread(cell: Found) -> str:
-    """Mean and standard deviation in percent, as in `97.31 ± 0.12`."""
+    """Mean and standard deviation in percent, such as `97.31 ± 0.12`."""
     if cell.mean is None:
         return "diverged"
     return percent(cell.mean) + (f" ± {percent(cell.deviation)}" if cell.deviation is not None else "")
 
 
 def signed(cell: Found, signs: Mapping[str, str]) -> str:
-    """As `spread`, with a sign for each departure from the paper; a dash without runs."""
+    """`spread` with a sign for each departure from the paper; a dash without runs."""
     return spread(cell) + "".join(signs[mark] for mark in cell.marks if mark in signs) if cell.records else "-"
 
 
 def difference(cell: Found, figure: Figure) -> str:
-    """Ours less a published figure, in points; empty without ours, or where ours are other images."""
+    """Our figure minus a published one, in points; empty without ours, or if ours is of other images."""
     return "" if cell.mean is None or cell.stand_in else f"{100 * cell.mean - figure.accuracy:+.2f}"
 
 
 def comparison(cell: Found, figure: Figure) -> str:
-    """A published figure, as an accuracy in percent, and how far ours is from it."""
+    """A published figure, as an accuracy in percent, and the difference of ours."""
     told = f"published {figure.accuracy:.2f}" + (f" ± {figure.spread:.2f}" if figure.spread is not None else "")
     told += f", n = {figure.seeds}" if figure.seeds else ""
     return f"{told} ({apart})" if (apart := difference(cell, figure)) else told
 
 
 def text(cell: Found | str | None, signs: Mapping[str, str]) -> str:
-    """What a table's cell says."""
+    """The text of a table's cell."""
     if isinstance(cell, str):
         return cell
     if cell is None:
@@ -93,7 +93,7 @@ def marks(rows: Iterable[Row]) -> dict[str, str]:
 
 
 def missing(rows: Iterable[Row]) -> list[str]:
-    """The cells without runs, put together by reason, in sentences; rows that have none for one reason, as a whole."""
+    """Sentences on the cells without runs, grouped by reason. A row without any run is named as a whole."""
     reasons: dict[str, list[str]] = {}
     for row in rows:
         whole = not row.run and len({cell.reason for cell in row.cells.values()}) == 1
@@ -109,7 +109,7 @@ def _choices(labels: Mapping[str, str]) -> str:
 
 
 def _together(places: Sequence[str]) -> str:
-    """Places as `net=mlp_mnist classes=2,3`, those that differ in the last axes only in one."""
+    """Places such as `net=mlp_mnist classes=2,3`. Those that differ only in the last axes are joined."""
     unique = [tuple(place.split(" ")) for place in dict.fromkeys(places) if place]
     for axis in range(max(map(len, unique), default=0) - 1, -1, -1):
         groups: dict[tuple[str, ...], list[str]] = {}
@@ -135,14 +135,14 @@ def title(axis: str) -> str:
 
 
 def markdown(header: Sequence[str], rows: Iterable[Iterable[str]], left: int = 1) -> str:
-    """A table whose first `left` columns are aligned left, the others right."""
+    """A table in Markdown whose first `left` columns are aligned left, and the others right."""
     lines = [header, ["---" if i < left else "---:" for i in range(len(header))], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table as it is shown: a head for each column, the first `left` of text, and the cells of each line."""
+    """A table as it is shown: a head for each column (the first `left` hold text), and the cells of each line."""
 
     head: Sequence[str]
     left: int
@@ -151,9 +151,9 @@ class Sheet:
 
 
 def sheet(found: Findings, table: Table) -> Sheet | None:
-    """The rows with something to show, one column a rule; or, for a table `by_rule`, a line for each rule.
+    """The rows with something to show, with a column for each rule; or, for a table `by_rule`, a line for each rule.
 
-    None where there is no row with runs or published figures.
+    It is None if no row has runs or published figures.
     """
     shown = [row for row in found.tables[table.name] if row.shown]
     if not shown:
@@ -167,7 +167,9 @@ def sheet(found: Findings, table: Table) -> Sheet | None:
         ]
         further = ("angle", "speed (bp = 1)", "memory (bp = 1)")
         head = ["rule", *sizes, *(f"{name}: {what}" for what in further for name in names)]
-        return Sheet(head, 1, [[rule, *_across(found, shown, rule)] for rule in rules], signs)
+        lines = [[rule, *_across(found, shown, rule)] for rule in rules]
+        kept = [i for i in range(len(head)) if any(line[i] != "-" for line in lines)]  # a column of dashes says nothing
+        return Sheet([head[i] for i in kept], 1, [[line[i] for i in kept] for line in lines], signs)
     lines = [
         [*row.labels.values(), *(row.cells.get(rule) for rule in rules), row.seeds, epochs(row, signs)] for row in shown
     ]
@@ -175,7 +177,7 @@ def sheet(found: Findings, table: Table) -> Sheet | None:
 
 
 def _across(found: Findings, rows: Sequence[Row], rule: str) -> list[Found | str | None]:
-    """What is known of a rule: in each row accuracy and angle, and the cost of its step."""
+    """The results of a rule: accuracy and angle in each row, and the cost of its step."""
     cells = [row.cells.get(rule) for row in rows]
     angles = ["-" if cell is None or cell.angle is None else f"{cell.angle:.0f}°" for cell in cells]
     costs = [found.costs_of(row).get(rule) for row in rows]
@@ -184,14 +186,14 @@ def _across(found: Findings, rows: Sequence[Row], rule: str) -> list[Found | str
 
 
 def notes(found: Findings, table: Table, shown: Sheet | None) -> list[str]:
-    """What is to be said under a table as it is shown: what departs from the paper, and what was not run."""
+    """The sentences under a table: what departs from the paper, and what was not run."""
     signs = shown.signs if shown else {}
     told = [f"{sign} {mark}" for mark, sign in signs.items()] + ([table.note] if table.note else [])
     return told + [f"No results for {line}" for line in missing(found.tables[table.name])]
 
 
 def heading(found: Findings, table: Table) -> str:
-    """A table's title with the number of epochs and seeds of its runs, as in `MNIST, 10 epochs, 3 to 10 seeds`."""
+    """A table's title with the epochs and seeds of its runs, such as `MNIST, 10 epochs, 3 to 10 seeds`."""
     run = [row for row in found.tables[table.name] if row.run]
     lengths = [int(row.epochs) for row in run] or ([table.epochs] if table.epochs else [])
     counted = [_count(lengths, "epoch"), _count([int(row.seeds) for row in run], "seed")]
@@ -203,13 +205,17 @@ def _count(numbers: Sequence[int], what: str) -> str:
     return f"{several} {what}{'s' * (max(numbers) > 1)}" if numbers else ""
 
 
-def caption(table: Table) -> str:
+def caption(shown: Sheet) -> str:
     what = "Test accuracy in %: mean ± standard deviation over seeds, and the 95 % interval of the mean."
-    if table.by_rule:
+    if any(name.endswith(": angle") for name in shown.head):
         what += (
             " The angle is that between a rule's update and backprop's gradient after the last epoch, the mean over "
-            "hidden layers and seeds. Speed is in images a second, memory is what a training step needs besides "
-            "weights and gradients; both are relative to backprop's on the same net (results/benchmark.csv)."
+            "hidden layers and seeds."
+        )
+    if any("(bp = 1)" in name for name in shown.head):
+        what += (
+            " Speed is in images a second, memory is what a training step needs besides weights and gradients; both "
+            "are relative to backprop's on the same net (results/benchmark.csv)."
         )
     return what
 
@@ -222,7 +228,7 @@ def accuracy_table(found: Findings, table: Table) -> str:
         return f"### {heading(found, table)}\n\nNo runs yet.\n\n{listed}".rstrip()
     lines = ([text(cell, shown.signs) for cell in line] for line in shown.lines)
     body = markdown(shown.head, lines, shown.left)
-    return f"### {heading(found, table)}\n\n{caption(table)}\n\n{body}\n\n{listed}".rstrip()
+    return f"### {heading(found, table)}\n\n{caption(shown)}\n\n{body}\n\n{listed}".rstrip()
 
 
 def place(result: Result) -> str:
@@ -235,7 +241,7 @@ def p_value(p: float | None) -> str:
 
 
 def about(found: Findings) -> list[str]:
-    """What to know before one reads a paper's tables, in sentences."""
+    """Sentences on what to know before one reads a paper's tables."""
     told = []
     if found.published and not any(c.figures for rows in found.tables.values() for r in rows for c in r.cells.values()):
         told.append(
@@ -252,19 +258,19 @@ def about(found: Findings) -> list[str]:
 
 
 def between(days: Sequence[str]) -> str:
-    """As in `finished from 2026-01-31 to 2026-02-03`."""
+    """A phrase such as `finished from 2026-01-31 to 2026-02-03`."""
     first, last = min(days), max(days)
     return f"finished on {first}" if first == last else f"finished from {first} to {last}"
 
 
 def departures(found: Findings) -> list[str]:
-    """In what ways runs of a paper depart from it, as one sentence, if they do."""
+    """A sentence on how runs of a paper depart from it, if they do."""
     signs = marks(row for rows in found.tables.values() for row in rows if row.run)
     return [f"These runs depart from the paper: {'; '.join(signs)}."] if signs else []
 
 
 def verdict_table(found: Findings) -> str:
-    """The verdicts on a paper's claims in Markdown, those not run put together by reason."""
+    """The verdicts on a paper's claims in Markdown. Tests that were not run are grouped by reason."""
     assert found.claims is not None
     run = [result for result in found.verdicts if result.mean is not None]
     body = []
@@ -284,7 +290,7 @@ def verdict_table(found: Findings) -> str:
 
 
 def summary(found: Findings) -> list[list[str]]:
-    """A head and a line for each claim and reading, a column for each verdict: where the tests have that verdict."""
+    """A head, and a line for each claim and reading. Each verdict has a column with the places that have it."""
     lines: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for r in found.verdicts:
         lines[r.trial.claim.name, r.trial.reading][r.verdict.partition(" at ")[0]].append(_choices(r.trial.at))
@@ -299,14 +305,14 @@ def summary(found: Findings) -> list[list[str]]:
 
 
 def readings(found: Findings) -> str:
-    """What each reading of a paper's settings is, as a sentence."""
+    """A sentence that says what each reading of a paper's settings is."""
     assert found.claims is not None
     told = (f"{name}: {_choices(labels)}" for name, labels in found.claims.readings.items())
     return f"Settings {'; '.join(told)}."
 
 
 def lengths(found: Findings) -> str:
-    """How long the runs of the tests were trained, when a paper's runs finished, and what they depart in: sentences."""
+    """Sentences on how long the tests' runs were trained, when a paper's runs finished, and how they depart from it."""
     counts = Counter(r.epochs for r in found.verdicts if r.epochs)
     parts = [f"{count} of runs of {epochs} epochs" for epochs, count in sorted(counts.items(), reverse=True)]
     days = [
@@ -317,13 +323,13 @@ def lengths(found: Findings) -> str:
 
 
 def verdict_summary(found: Findings) -> str:
-    """The same in Markdown, with what the settings are and how long runs were."""
+    """The same in Markdown, with the settings and the lengths of the runs."""
     head, *body = summary(found)
     return f"{markdown(head, body, len(head))}\n\n{readings(found)} {lengths(found)}".rstrip()
 
 
 def tests_not_run(found: Findings) -> list[str]:
-    """The tests without runs, put together by reason, in sentences."""
+    """Sentences on the tests without runs, grouped by reason."""
     reasons: dict[str, list[str]] = defaultdict(list)
     for r in found.verdicts:
         if r.mean is None:
@@ -332,7 +338,7 @@ def tests_not_run(found: Findings) -> list[str]:
 
 
 def how(claims: Claims) -> str:
-    """How verdicts come about."""
+    """Explains how verdicts come about."""
     points = f"{claims.margin:g} percentage point{'s' * (claims.margin != 1)}"
     return (
         f"Each test compares test accuracies seed by seed, at the level alpha = {claims.alpha:g} and with a margin "
@@ -360,7 +366,7 @@ def page(found: Findings, drawn: Iterable[str]) -> str:
 
 
 def rows_of(found: Findings) -> pd.DataFrame:
-    """results/tables/<paper>.csv: one line per cell, those without runs too."""
+    """results/tables/<paper>.csv: a line for each cell, also for those without runs."""
     lines: list[dict[str, Any]] = []
     for table in found.layout.tables:
         for row in found.tables[table.name]:
@@ -390,7 +396,7 @@ def rows_of(found: Findings) -> pd.DataFrame:
 
 
 def verdicts_of(found: Findings) -> pd.DataFrame:
-    """results/tables/<paper>_verdicts.csv: one line per test."""
+    """results/tables/<paper>_verdicts.csv: a line for each test."""
     return pd.DataFrame(
         {
             "claim": r.trial.claim.name,
@@ -412,7 +418,7 @@ def verdicts_of(found: Findings) -> pd.DataFrame:
 
 
 def latex(found: Findings) -> str:
-    """results/tables/<paper>.tex: one tabular per table, for the package booktabs."""
+    """results/tables/<paper>.tex: a tabular for each table, for the package booktabs."""
     parts = ["% Made by `make results`; not to be edited. Needs \\usepackage{booktabs}."]
     for table in found.layout.tables:
         shown = sheet(found, table)
@@ -429,13 +435,13 @@ def latex(found: Findings) -> str:
 
 
 def every_paper(results: Path) -> list[Findings]:
-    """The findings of all papers. Raises Mistake where a file that they are made from is not valid."""
+    """The findings of all papers. Raises Mistake where a file that they are made from is invalid."""
     records = read_records(results)
     return [findings(paper, records, results) for paper in papers()]
 
 
 def generated(every: Sequence[Findings], results: Path) -> dict[Path, bytes]:
-    """The content of every table and figure that shows these findings, by path."""
+    """The content of every table and figure of these findings, by path."""
     files: dict[Path, bytes] = {}
     for found in every:
         tables = results / "tables"
@@ -455,7 +461,7 @@ def generated(every: Sequence[Findings], results: Path) -> dict[Path, bytes]:
 
 
 def with_sections(text: str, sections: Mapping[str, str]) -> str:
-    """A text with what stands between a place such as `<!-- verdicts: lra_e -->` and `<!-- end -->` replaced."""
+    """The text with the part between a place such as `<!-- verdicts: lra_e -->` and `<!-- end -->` replaced."""
 
     def section(match: re.Match[str]) -> str:
         if match[1] not in sections:
@@ -466,7 +472,7 @@ def with_sections(text: str, sections: Mapping[str, str]) -> str:
 
 
 def replace_with(files: Mapping[Path, bytes], results: Path) -> None:
-    """Writes what has changed, and removes a paper's figures that are made no more."""
+    """Writes the files that have changed, and removes figures of a paper that are no longer made."""
     for paper in papers():
         for path in sorted((results / "figures" / paper).glob("*.svg")):
             if path not in files:

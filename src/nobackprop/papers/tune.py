@@ -3,11 +3,11 @@
     python scripts/tune.py lra_e --only dataset=mnist hidden_layers=3
     python scripts/tune.py compare --only net=mlp rule=bp,lra_e --jobs 2
 
-The cells are those of papers/<grid>/grid.yaml that take a file of tuned settings, `+tuned@_global_=...`; the search
-makes that file once a cell has all its trials. The trials are the points of a scrambled Halton sequence, so more trials
-go on where fewer ended, and every cell tries the same rates. Each trial is an ordinary run on one seed: what is
-recorded is not run again. The best validation accuracy decides, never a test figure; a trial that diverges counts as 0.
-Ends with a table; exit status 1 if all trials of a cell diverged or the command has a mistake.
+The cells are those of papers/<grid>/grid.yaml that take a file of tuned settings, `+tuned@_global_=...`. The search
+makes that file once a cell has all its trials. The trials are the points of a scrambled Halton sequence. So more trials
+go on where fewer ended, and every cell tries the same rates. Each trial is an ordinary run on one seed, and recorded
+trials are not run again. The best validation accuracy decides, never a test figure. A trial that diverges counts as 0.
+The command ends with a table. The exit status is 1 if all trials of a cell diverged or the command has a mistake.
 """
 
 import argparse
@@ -39,7 +39,7 @@ Point = dict[str, Setting]
 
 class _Dimension(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-    when: dict[str, list[str]] = {}  # only in cells with one of these choices on each of these axes
+    when: dict[str, list[str]] = {}  # searched only in cells with one of these choices on each of these axes
 
 
 class Range(_Dimension):
@@ -73,12 +73,12 @@ class Search(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     trials: PositiveInt
     epochs: PositiveInt
-    seed: NonNegativeInt  # of the trials; draws the points too
+    seed: NonNegativeInt  # of the trials; it draws the points, too
     space: Annotated[dict[str, Range | Choice], Field(min_length=1)]
 
     @classmethod
     def read(cls, name: str) -> "Search":
-        """Raises Mistake for a search that does not exist or a file that is no search, saying what is wrong."""
+        """The search of that name. Raises Mistake, which says what is wrong, if it does not exist or is invalid."""
         names = sorted(path.parent.name for path in PAPERS.glob("*/search.yaml"))
         if name not in names:
             raise Mistake(f"no search {name!r}: choose one of {', '.join(names)}{close(name, names)}")
@@ -93,7 +93,7 @@ class Search(BaseModel):
 
     @classmethod
     def of(cls, content: Any, source: str) -> "Search":
-        """As `read`, from a mapping; `source` is its name in messages."""
+        """A search from a mapping. `source` is its name in messages."""
         try:
             search = cls.model_validate(content)
         except ValidationError as e:
@@ -113,14 +113,14 @@ class Search(BaseModel):
         }
 
     def points(self, cell: Cell) -> list[Point]:
-        """What each trial of a cell sets. A key has the same values in every cell that searches it."""
+        """The settings of each trial of a cell. A key has the same values in every cell that searches it."""
         sequence = qmc.Halton(len(self.space), rng=self.seed).random(self.trials)
         column = {key: i for i, key in enumerate(self.space)}
         within = self.within(cell)
         return [{key: d.at(row[column[key]]) for key, d in within.items()} for row in sequence]
 
     def overrides(self, cell: Cell, point: Point, further: Sequence[str]) -> list[str]:
-        """The trial of a cell at a point, as overrides: all that the cell sets but for its tuned settings."""
+        """The overrides of a cell's trial at a point: all that the cell sets except its tuned settings."""
         own = [text for text in cell.overrides if not text.startswith(TUNED)]
         fixed = [f"seeds=[{self.seed}]", f"max_epochs={self.epochs}", "logger=none"]
         return [*own, *further, *fixed, *(f"{key}={value}" for key, value in point.items())]
@@ -128,14 +128,14 @@ class Search(BaseModel):
 
 @dataclass(frozen=True)
 class Searched:
-    """What the search of one cell came to: its trials, each a point and its record."""
+    """The result of the search of one cell: its trials, each a point and its record."""
 
     cell: Cell
     trials: Sequence[tuple[Point, Record]]
 
     @property
     def best(self) -> tuple[Point, Record]:
-        """The trial with the best validation accuracy; of equals, the first."""
+        """The trial with the best validation accuracy, and of equals the first."""
         return max(self.trials, key=lambda trial: trial[1].validation)
 
     @property
@@ -150,7 +150,7 @@ def command_of(cell: Cell, name: str, search: Search, further: Sequence[str]) ->
 
 
 def check_replaces(cell: Cell, name: str, search: Search, further: Sequence[str]) -> None:
-    """Raises Mistake where a cell's settings were found by another command: a trial run would replace them."""
+    """Raises Mistake where a cell's settings were found by another command, since this search would replace them."""
     if cell.tuned is None or not cell.tuned.exists():
         return
     text = cell.tuned.read_text()
@@ -160,7 +160,7 @@ def check_replaces(cell: Cell, name: str, search: Search, further: Sequence[str]
 
 
 def write(found: Searched, name: str, search: Search, further: Sequence[str], path: Path) -> None:
-    """Writes what was found as a file of conf/tuned: only what was searched, under a header that says how."""
+    """Writes the settings that were found as a file of conf/tuned, under a header that says how they were found."""
     within = search.within(found.cell)
     told = (
         f"The best by validation accuracy, {found.accuracy:.2%}, of {search.trials} trials: seed {search.seed}, "
@@ -180,7 +180,7 @@ def write(found: Searched, name: str, search: Search, further: Sequence[str], pa
 def tune(
     name: str, search: Search, chosen: Sequence[Cell], further: Sequence[str], jobs: int, console: Console
 ) -> Iterator[Searched]:
-    """Runs every trial that has no record yet, so many at a time; gives each cell when all its trials have ended.
+    """Runs every trial that has no record yet, so many at a time. Gives each cell when all its trials have ended.
 
     Raises Mistake for a space that does not fit a cell, before any trial, and for a trial that fails.
     """
@@ -204,7 +204,7 @@ def tune(
 
 
 def table(found: Sequence[Searched]) -> Table:
-    """Of every cell its best validation accuracy, the settings that gave it, and how the trials went."""
+    """A table with each cell's best validation accuracy, the settings that gave it, and how the trials went."""
     result = Table("cell", "validation", "best settings", "trials", "diverged", "seconds")
     for each in found:
         settings = " ".join(f"{key}={value}" for key, value in each.best[0].items()) if each.accuracy else "-"

@@ -1,7 +1,7 @@
-"""Files written whole or not at all, also by a process that is killed, and their checksums.
+"""Files that are written whole or not at all, even by a process that is killed, and their checksums.
 
-No library at hand also puts the file's new name on the disk, without which a power cut may lose it, or tells by its
-name which process left an unfinished file behind.
+No library at hand also syncs the file's new name to the disk, without which a power cut may lose it. Nor does any name
+an unfinished file after the process that left it behind.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def checksum(content: bytes) -> str:
-    """Sixteen hexadecimal digits that damage changes."""
+    """Sixteen hexadecimal digits of a hash, which damage changes."""
     return sha256(content).hexdigest()[:16]
 
 
@@ -29,18 +29,18 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.replace(path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the new name, too
+            os.fsync(folder)  # syncs the new name, too
         finally:
             os.close(folder)
     finally:
-        temporary.unlink(missing_ok=True)  # there only where something went wrong, such as a full disk
+        temporary.unlink(missing_ok=True)  # it is there only if something went wrong, such as a full disk
 
 
 def remove_unfinished(folder: Path, alone: bool = False) -> None:
     """Removes what `write_atomically` left in a folder when its process was killed.
 
-    That is told of this machine's processes; what another machine's have left is removed after a day. `alone`: nobody
-    can be writing there, so all is.
+    Whether a process was killed is known only on its own machine. What processes of other machines have left is removed
+    after a day. `alone` says that nobody can be writing there, so that everything is removed.
     """
     for path in unfinished(folder):
         file, _, pid = path.name.rpartition(".")

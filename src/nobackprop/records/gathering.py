@@ -3,9 +3,9 @@
 A file of lines (`results/records/<name>.jsonl`) holds one line per run and seed, and is only ever appended to. Its key
 is (signature, seed). Gathered again, a folder adds only what is new.
 
-Every line has its checksum (records.py), but for lines of record format 1. What checks these is a file beside theirs,
-`<name>.jsonl.checksums`, with one checksum a line, that `scripts/check.py --add-checksums` makes. A file of lines
-without it is read, too: nothing tells whether its old lines are damaged.
+Every line has its checksum (record.py), except lines of record format 1. Their checksums are in a file beside theirs,
+`<name>.jsonl.checksums`, one for each line. `scripts/check.py --add-checksums` makes that file. Without it the lines
+are read, too, but damage to them is not noticed.
 """
 
 import fcntl
@@ -28,26 +28,26 @@ from nobackprop.records.files import checksum, write_atomically
 from nobackprop.records.literal import cell
 from nobackprop.records.record import SEALED, Record
 
-if TYPE_CHECKING:  # it takes seconds to import, and only a table needs it
+if TYPE_CHECKING:  # takes seconds to import, and only a table needs it
     import pandas as pd
 
 Key = tuple[str, int]
 START = b'{"format":'  # of every record's line
-RESULTS = ("data", "steps", "epochs", "best_epoch", "diverged_epoch", "test")  # that a run made again must have, too
+RESULTS = ("data", "steps", "epochs", "best_epoch", "diverged_epoch", "test")  # a repeated run has the same
 COPY = "from a copy of the file, such as git's"
 SEED_FOLDERS = ("", "seed*/", "*/seed*/")  # within a folder of one seed, of one run, of runs
 
 
 @dataclass
 class _Found:
-    """What was found: the results by (signature, seed), and in sentences what could not be taken."""
+    """The results that were found, by (signature, seed), and sentences on records that could not be taken."""
 
     results: dict[Key, tuple[float | None, Sequence[int]]] = field(default_factory=dict)  # test accuracy, hashes
     unreadable: list[str] = field(default_factory=list)
     conflicts: list[str] = field(default_factory=list)
 
     def is_first(self, record: Record, origin: str) -> bool:
-        """Whether a record is the first with its key. Notes another one that has other results than the first."""
+        """Whether a record is the first with its key. Notes a later one whose results differ from the first."""
         accuracy = record.test["accuracy"] if record.test else None
         found = accuracy, [hash(to_json(getattr(record, name))) for name in RESULTS]
         first = self.results.setdefault((record.signature, record.seed), found)
@@ -63,14 +63,14 @@ class _Found:
 
 @dataclass
 class Collected(_Found):
-    """What was found, with the records by (signature, seed)."""
+    """The same, with the records by (signature, seed)."""
 
     records: dict[Key, Record] = field(default_factory=dict)
 
 
 @dataclass
 class Gathered(_Found):
-    """What was found and gathered; `added` is how many records were new."""
+    """The same after gathering. `added` is the number of new records."""
 
     added: int = 0
 
@@ -78,10 +78,10 @@ class Gathered(_Found):
 def collect(sources: Iterable[str | Path]) -> Collected:
     """The records in folders and files of lines.
 
-    A folder is one of files of lines (*.jsonl), of runs, of one run, or of one seed; a seed without a record is still
-    being trained and is passed over. A record that can't be read is named in the result and passed over too; one with
-    other results than an earlier one of the same run and seed is named and does not replace it. Raises Missing for a
-    source that does not exist, and Mistake, naming the line, for a damaged line in a file of lines.
+    A folder holds files of lines (*.jsonl), runs, one run, or one seed. A seed without a record is still being trained
+    and is passed over. A record that can't be read is passed over, too, and named in the result. So is a record whose
+    results differ from those of an earlier one of the same run and seed. Raises Missing for a source that does not
+    exist, and Mistake, naming the line, for a damaged line in a file of lines.
     """
     found = Collected()
     for record, origin in _read(_existing(sources), found):
@@ -93,9 +93,9 @@ def collect(sources: Iterable[str | Path]) -> Collected:
 def gather(sources: Iterable[str | Path], into: Path) -> Gathered:
     """Appends what is new in folders and files of lines, as `collect` finds it, to a file of lines.
 
-    No more than one record is in memory at a time. Several may gather into one file at once: they wait for each other.
-    Raises as `collect` does, and leaves the file as it is then. Only its last line may be cut off (a crash while it was
-    written), and is then removed, or completed where nothing but its end is missing.
+    Only one record is in memory at a time. Several processes may gather into one file: they wait for each other. Raises
+    the same as `collect`, and then leaves the file unchanged. Its last line may have been cut off by a crash. It is
+    then removed, or completed if only its end of line is missing.
     """
     found, places = Gathered(), _existing(sources)
     into.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def _existing(sources: Iterable[str | Path]) -> list[Path]:
 
 
 def _read(sources: Iterable[Path], found: _Found) -> Iterator[tuple[Record, str]]:
-    """The records in these places, each with where it stands. Notes those in folders of runs that can't be read."""
+    """The records in these places, each with its place. Notes those in folders of runs that can't be read."""
     for source in sources:
         for path in [source] if source.is_file() else sorted(source.glob("*.jsonl")):
             yield from read_lines(path)
@@ -154,13 +154,13 @@ def _run_and_seed(path: Path) -> tuple[Path, int, str]:
 
 
 def read_lines(path: Path) -> Iterator[tuple[Record, str]]:
-    """The records in a file of lines, each with where it stands. Raises Mistake, naming the line, for a damaged one."""
+    """The records in a file of lines, each with its place. Raises Mistake, naming the line, for a damaged one."""
     with path.open("rb") as file:
         yield from _lines(file, path)
 
 
 def _lines(lines: Iterable[bytes], path: Path) -> Iterator[tuple[Record, str]]:
-    """The same of lines that are read already."""
+    """The same, from lines that were read already."""
     known = _checksums(path)
     left = set(known or ())
     for number, line in enumerate(lines, 1):
@@ -197,9 +197,9 @@ def _checksums(path: Path) -> set[str] | None:
 
 
 def add_checksums(path: Path) -> int:
-    """Makes the file of checksums of a file of lines; how many lines of record format 1 it has, 0: none is needed.
+    """Makes the file of checksums of a file of lines. Gives the number of lines of record format 1; for 0 none is made.
 
-    Raises Mistake where there is one already, which may tell of damage, and for a damaged line.
+    Raises Mistake for a damaged line, and where there is such a file already, since it may tell of damage.
     """
     if checksums_of(path).exists():
         raise Mistake(f"{checksums_of(path)} is there already: delete it to trust {path} as it is now")
@@ -213,23 +213,23 @@ def add_checksums(path: Path) -> int:
 
 
 def _cut_off(line: bytes) -> bool:
-    """Whether this is the beginning of a record's line, and no more: JSON that ends too early."""
+    """Whether this is only the beginning of a record's line: JSON that ends too early."""
     if not (line.startswith(START) or START.startswith(line)):
         return False
     text = line.decode(errors="ignore")  # it may end within a character
     try:
         json.JSONDecoder().raw_decode(text)
     except json.JSONDecodeError as e:
-        # Where a string, a number or a word ends too early, that is where it is said to begin.
+        # Where a string, a number or a word ends too early, the error's position is its beginning.
         return e.msg.startswith("Unterminated string") or bool(re.fullmatch(r"[\w.+-]*", text[e.pos :]))
     return False
 
 
 def learning_curves(records: Iterable[Record]) -> np.ndarray:
-    """Validation accuracy, (epochs, seeds), from epoch 1 on; NaN where no seed has any.
+    """Validation accuracy, (epochs, seeds), from epoch 1 on; NaN where no seed has one.
 
-    A seed that ended before the others keeps its last value, so that a mean is always one over the same seeds; the
-    epoch in which it diverged does not count, and one that diverged in the first is left out.
+    A seed that ended before the others keeps its last value, so that a mean is always over the same seeds. The epoch in
+    which a seed diverged does not count. A seed that diverged in its first epoch is left out.
     """
     curves = [[e["val/accuracy"] for e in r.epochs if e["epoch"] != r.diverged_epoch] for r in records]
     curves = [curve for curve in curves if curve] or [[float("nan")]]
@@ -238,7 +238,7 @@ def learning_curves(records: Iterable[Record]) -> np.ndarray:
 
 
 def table(records: Iterable[Record]) -> "pd.DataFrame":
-    """One row per run and seed: what was run, where, and what it reached; each setting is a column `config.<key>`."""
+    """A row for each run and seed: what was run, where, and its result. Each setting is a column `config.<key>`."""
     import pandas as pd
 
     rows = [
@@ -249,13 +249,13 @@ def table(records: Iterable[Record]) -> "pd.DataFrame":
     ]
     if not rows:
         return pd.DataFrame()
-    # Lists become text, so that every column can be compared and written.
+    # Lists are made text, so that every column can be compared and written.
     frame = pd.json_normalize(rows).map(lambda value: str(value) if isinstance(value, list) else value)
     return frame.sort_values(["name", "signature", "seed"], ignore_index=True)
 
 
 def write_table(frame: "pd.DataFrame", path: Path) -> None:
-    """Writes a table as the ending of the path says. Raises Mistake for another than .csv or .parquet."""
+    """Writes a table in the format that the path ends in. Raises Mistake for a format other than .csv and .parquet."""
     if path.suffix not in (".csv", ".parquet"):
         raise Mistake(f"{path}: a table is written as .csv or .parquet")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a run is called: a hash of its config, which is a part of its records' key, and a name."""
+"""The identity of a run: a hash of its config, which is a part of its records' key, and its name."""
 
 import json
 from collections.abc import Mapping
@@ -6,10 +6,11 @@ from dataclasses import fields, is_dataclass
 from hashlib import sha256
 from typing import Any
 
-EXACT = 2**53  # a float holds every integer below it
+EXACT = 2**53  # a float can hold every integer below it
 
-# What moved since the first records, and the module under which these name it. New records do so too, so that moving
-# code orphans none. A line is added where something moves or is renamed, and never changed.
+# Classes and functions that have moved since the first records, with the module under which records name them. New
+# records use the old names, too, so that no record loses its run. Add a line when something moves or is renamed, and
+# never change one.
 RECORDED = {
     "nobackprop.core.initializers": "nobackprop.initializers",
     "nobackprop.core.losses": "nobackprop.losses",
@@ -22,13 +23,13 @@ CURRENT = {recorded: current for current, recorded in RECORDED.items()}
 
 
 def recorded_name(name: str) -> str:
-    """What records call a class or function, given by its full name of today."""
+    """The name in records of a class or function, given by its full name of today."""
     module, _, own = name.rpartition(".")
     return f"{RECORDED.get(module, module)}.{own}"
 
 
 def current_name(name: str) -> str:
-    """The full name of today of what records, or configs of before, call by this name."""
+    """The full name of today of a class or function, given by its name in records or old configs."""
     module, _, own = name.rpartition(".")
     return f"{CURRENT.get(module, module)}.{own}"
 
@@ -39,7 +40,7 @@ def digest(config: Mapping[str, Any]) -> str:
 
 
 def _numbers(tree: Any) -> Any:
-    """With integers as floats, as far as floats hold them: rule.beta=1 and rule.beta=1.0 are one config."""
+    """The same with integers as floats, where floats can hold them: rule.beta=1 and rule.beta=1.0 are one config."""
     if isinstance(tree, dict):
         return {key: _numbers(value) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -49,19 +50,20 @@ def _numbers(tree: Any) -> Any:
 
 
 def rule_name(rule: Mapping[str, Any]) -> str:
-    """What a config's rule is called in conf/rule: the name of its module."""
+    """The name of a config's rule in conf/rule, which is that of its module."""
     return rule["_target_"].split(".")[-2]
 
 
 def run_name(rule: Mapping[str, Any], arch: Mapping[str, Any], dataset: str) -> str:
-    """`rule_arch_dataset`, as in `lra_e_mlp_mnist`."""
+    """`rule_arch_dataset`, such as `lra_e_mlp_mnist`."""
     return f"{rule_name(rule)}_{arch['_target_'].split('.')[-1]}_{dataset}"
 
 
 def before(target: Any) -> dict[str, Any]:
-    """What each key of a component means where a record or a file of weights lacks it: what the code of then computed.
+    """The value of each later key of a component where a record or a file of weights lacks it.
 
-    A key that came after the first records says it beside itself, and never changes it, whatever its default:
+    It says what the code computed before the key existed. A key that came after the first records has it in its
+    metadata, where it never changes, whatever the default:
     `difference: str = field(default="exact", metadata={"before": "plain"})`.
     """
     return (

@@ -1,4 +1,4 @@
-"""Text from records, commands and files, shown as it is: it can't act on a terminal, a table or a spreadsheet."""
+"""Shows text from records, commands and files so that it can't act on a terminal, a table or a spreadsheet."""
 
 from rich.text import Text
 

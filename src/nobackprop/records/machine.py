@@ -5,14 +5,14 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # it takes seconds to import, and who only reads records needs none of it
+if TYPE_CHECKING:  # takes seconds to import, and reading records does not need it
     import torch
 
 from nobackprop.records.record import Machine
 
 
 def machine(device: "torch.device", compiled: bool = False, devices: int = 1) -> Machine:
-    """This machine, as it trains on that device, one of so many."""
+    """This machine, as it trains on that device, which is one of `devices`."""
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -38,7 +38,7 @@ def _processor() -> str:
 
 
 def cores() -> int:
-    """The cores granted to this process: by affinity, a container's quota, SLURM, or LOKY_MAX_CPU_COUNT."""
+    """How many cores this process may use, by its affinity, a container's quota, SLURM, or LOKY_MAX_CPU_COUNT."""
     from joblib import cpu_count  # here, since a run of one seed does not ask
 
     if "SLURM_JOB_ID" in os.environ:

@@ -14,24 +14,24 @@ from pathlib import Path
 from nobackprop.places import PACKAGE
 from nobackprop.records.record import EDITS, Record, code
 
-# Options whose value, in the same argument or the next, says where things are on this machine.
+# Options whose value, in the same argument or the next, names a place on this machine.
 LOCAL_OPTIONS = ("--runs", "--config-dir", "--config-path", "-cd", "-cp")
 
-# Settings that change no result, and say where things are or whose they are. A choice, as in logger=none, may be told.
+# Settings that change no result, and name places or people. A choice, such as logger=none, may be recorded.
 PRIVATE = re.compile(r"[+~]*((paths|logger|launcher|hydra)(=\{|\.(?!sweeper\.))|(.*\.)?(root|cache)=)")
 
-# What gives a secret or a place away anywhere in an argument: an absolute path, an address, a key of W&B.
+# Patterns of places and secrets anywhere in an argument: an absolute path, an address, a key of W&B.
 HIDDEN = re.compile(
     r"(^|[=,:[({\s'\"])~?/|://|\b(root|cache):|(api_?key|token|secret|passw\w*|credential)\w*[=:]|\b[0-9a-f]{40}\b",
     re.IGNORECASE,
 )
 
-# What can change a result, besides this package.
+# The folders, besides this package, that can change a result.
 SOURCE = (":/src/hydra_plugins", ":/conf", ":/requirements.lock", ":/pyproject.toml")
 
 
 def command() -> str:
-    """The command of this process, without what says where things are on this machine, or may hold a secret."""
+    """The command of this process, without arguments that name a place on this machine or may hold a secret."""
     pairs = zip(sys.argv, sys.argv[1:], strict=False)
     kept = [text for before, text in pairs if not _is_private(text) and before not in LOCAL_OPTIONS]
     followed = zip(kept, [*kept[1:], "--"], strict=False)
@@ -41,16 +41,16 @@ def command() -> str:
 
 
 def _is_private(argument: str) -> bool:
-    """Whether a command's argument is not to be told."""
+    """Whether a command's argument must not be recorded."""
     local = argument.partition("=")[0] in LOCAL_OPTIONS
     return local or bool(HIDDEN.search(argument) or PRIVATE.match(argument.removeprefix("--set=")))
 
 
 @cache
 def source_state() -> tuple[str | None, bool | None]:
-    """The commit of the checkout this package runs from, and whether what can change a result is edited there.
+    """The commit of this package's checkout, and whether files that can change a result are edited there.
 
-    (None, None) outside a checkout. A sweep's copy of the package has them in a file.
+    Both are None outside a checkout. A sweep's copy of the package has them in a file.
     """
     if (copied := PACKAGE / "source.json").exists():
         state = json.loads(copied.read_text())
@@ -70,9 +70,9 @@ def source_state() -> tuple[str | None, bool | None]:
 
 
 def other_code(records: Iterable[Record]) -> str:
-    """Which other commits made records, as in `commit 1a2b3c4 with edits`; empty where it was this code.
+    """The other commits that made records, such as `commit 1a2b3c4 with edits`; empty if this code made all of them.
 
-    A record's key is its config and seed; that says nothing of the code. Edits can't be compared, so they always count.
+    A record's key is its config and seed, and says nothing of the code. Edits can't be compared, so they always count.
     """
     now = code(*source_state())
     others = {code for r in records for code in r.code if code != now or code.endswith(EDITS)}

@@ -27,7 +27,7 @@ from nobackprop.records.files import checksum, write_atomically
 from nobackprop.records.identity import EXACT, digest, run_name
 from nobackprop.records.literal import plain
 
-# How a record's line begins: in format 2 with the checksum of all that follows, in format 1 without one.
+# The beginning of a record's line. In format 2 it has the checksum of all that follows, in format 1 it has none.
 SEALED = re.compile(rb'\{"format":2,"checksum":"([0-9a-f]{16})",')
 PLAIN = re.compile(rb'\{\s*"format"\s*:\s*1\s*,')
 EDITS = "+edits"  # after a commit whose source was edited
@@ -41,7 +41,7 @@ class _Strict(BaseModel):
 
 
 class Data(_Strict):
-    """What was trained on; `classes[i]` is the dataset's class that became label i."""
+    """The images that were trained on. `classes[i]` is the dataset's class that became label i."""
 
     name: str
     fingerprint: Word
@@ -56,16 +56,16 @@ class Machine(_Strict):
 
     system: str
     processor: str
-    cores: Count  # that this process may run on, of which a container's quota may grant less
+    cores: Count  # that this process may run on; a container's quota may grant less
     device: str
     threads: Count
     matmul: str  # torch's float32_matmul_precision
     compiled: bool
-    devices: Count  # each trained on its part of every mini-batch
+    devices: Count  # each device trained on its part of every mini-batch
 
 
 class _Read(BaseModel):
-    """A part of a config: what those who read records rely on, whatever else there is."""
+    """The part of a config that readers of records rely on. It may hold more."""
 
     model_config = ConfigDict(strict=True)
 
@@ -104,7 +104,7 @@ def _first(e: ValidationError) -> str:
 
 
 class _Range(_Strict):
-    """The integers from the first to before the second, in steps of the third."""
+    """Integers from the first number up to, but without, the second, in steps of the third."""
 
     range: Annotated[list[int], Field(min_length=3, max_length=3)]
 
@@ -113,7 +113,7 @@ class _Range(_Strict):
 
 
 class _Counts(_Strict):
-    """Counts out of a total."""
+    """Fractions as counts of a total."""
 
     of: PositiveInt
     counts: list[NonNegativeInt]
@@ -146,14 +146,14 @@ def _rows(epochs: Any) -> Any:
 
 
 def _finite(scores: Any) -> Any:
-    """Without what is not finite, such as a loss on test images: no JSON could hold it."""
+    """The same numbers without infinities and NaN, which JSON can't hold."""
     if not isinstance(scores, dict):
         return scores
     return {name: v for name, v in scores.items() if not isinstance(v, float) or isfinite(v)}
 
 
 def _packed(column: list[Any], totals: Iterable[int]) -> Any:
-    """The shortest form that gives every number back to the bit: a range, counts out of a total, or as it is."""
+    """The shortest form that gives every number back to the bit: a range, counts of a total, or the numbers."""
     if all(type(value) is int for value in column):
         step = column[1] - column[0] if len(column) > 1 else 1
         evenly = step > 0 and all(value == column[0] + i * step for i, value in enumerate(column))
@@ -177,8 +177,8 @@ class Record(_Strict):
     command: str
     commit: Word | None  # of the process that finished
     dirty: bool | None
-    # What trained it, in this order: each a commit, with +edits where the source was edited, or `unknown`. Empty in
-    # records from before there was this field.
+    # The commits that trained it, in order, with +edits where the source was edited, or `unknown`. It is empty in
+    # records from before this field.
     commits: list[Annotated[str, Field(pattern=r"^\w+(\+edits)?$")]] = []
     versions: dict[str, str]
     data: Data
@@ -196,7 +196,7 @@ class Record(_Strict):
 
     @model_validator(mode="after")
     def _one_whole(self) -> Self:
-        """Raises Mistake where parts do not fit each other."""
+        """Raises Mistake where fields do not fit each other."""
         c, count = self.config, len(self.epochs)
         if self.signature != (expected := digest(c)):
             raise Mistake(f"the signature is {self.signature}, that of the config is {expected}")
@@ -235,7 +235,7 @@ class Record(_Strict):
 
     @property
     def best(self) -> dict[str, int | float | None]:
-        """The epoch with the best validation accuracy; empty where the run diverged before any was over."""
+        """The epoch with the best validation accuracy; empty where the run diverged before the first was over."""
         return self.epochs[self.best_epoch - 1] if self.best_epoch else {}
 
     @property
@@ -245,7 +245,7 @@ class Record(_Strict):
 
     @property
     def code(self) -> list[str]:
-        """What trained it, as in `commits`."""
+        """The commits that trained it, as in `commits`."""
         return self.commits or [code(self.commit, self.dirty)]
 
     def write(self, path: Path) -> None:
@@ -269,7 +269,7 @@ class Record(_Strict):
 
     @classmethod
     def parse(cls, content: bytes, path: str, remedy: str) -> Self:
-        """A record from a line that was read at `path`; the Mistake for no valid record names it, and the remedy."""
+        """The record in a line that was read at `path`. The Mistake for an invalid one has the path and the remedy."""
         if start := SEALED.match(content):
             if checksum(content[start.end() :].rstrip(b"\r\n")) != start[1].decode():
                 raise Mistake(f"{path} is damaged (its checksum does not fit): {remedy}")
@@ -282,7 +282,7 @@ class Record(_Strict):
 
 
 def _no_record(content: bytes, path: str, remedy: str) -> str:
-    """What is to be said of a line that does not begin as a record's does."""
+    """The message on a line that does not begin as a record's does."""
     try:
         found = from_json(content)
     except ValueError as e:
@@ -307,12 +307,12 @@ def _sealed(record: bytes) -> bytes:
 
 
 def tested(records: Iterable[Record]) -> list[float]:
-    """The test accuracies of those that have one."""
+    """The test accuracies of those records that have one."""
     return [record.test["accuracy"] for record in records if record.test]
 
 
 def mean_and_deviation(fractions: Sequence[float]) -> str:
-    """The mean in percent, with the standard deviation where there are several; a dash where there is none."""
+    """The mean in percent, with the standard deviation of several; a dash where there is no number."""
     if not fractions:
         return "-"
     return f"{mean(fractions):.2%}" + (f" ± {stdev(fractions):.2%}" if len(fractions) > 1 else "")

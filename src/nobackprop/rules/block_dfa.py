@@ -15,19 +15,20 @@ class BlockDFA(Rule):
     """DFA to the ends of blocks of layers, and backpropagation within a block.
 
     Launay, Poli, Boniface & Krzakala, "Direct feedback alignment scales to modern deep learning tasks and
-    architectures", NeurIPS 2020. At the layers l of `ends` the error is the output's, through a fixed random B, and
-    takes the place of all that comes from above; at the others it comes down from the layer above as in
-    backpropagation, shortcuts included:
+    architectures", NeurIPS 2020. At the layers l of `ends` the error is the output's, sent through a fixed random B. It
+    replaces all that comes from above. At the other layers the error comes down from the layer above, and down
+    shortcuts, as in backpropagation:
 
         e[l] = B[l] e  at an end,   e[l] = W[l+1]^T d[l+1]  within a block,   d[l] = e[l] * f'(z[l])
 
-    `ends: null` means the outputs of residual blocks, which in a transformer are attention's and the feed-forward
-    layer's; in a net without shortcuts every hidden layer, which is DFA. The paper's "micro" form (three ends a block,
-    `DFALayer`s in transformer.py of lightonai/dfa-scales-to-modern-deep-learning) has the hidden feed-forward layer
-    besides, its "macro" form the end of each whole block alone. Raises Mistake for an end that is no hidden layer.
+    `ends: null` means the outputs of residual blocks. In a transformer these are the outputs of attention and of the
+    feed-forward layers. In a net without shortcuts it means every hidden layer, which is DFA. The paper's "micro" form
+    has the hidden feed-forward layer as a third end of each block (`DFALayer`s in transformer.py of
+    lightonai/dfa-scales-to-modern-deep-learning). Its "macro" form has only the end of each whole block. Raises Mistake
+    for an end that is no hidden layer.
 
-    Departs from the paper's program: B has weights of its own for each end and unit, where the program cuts all from
-    one matrix, uniform in +-1, and repeats them for each token (`init.backward` says what B is drawn from).
+    Departs from the paper's program: B has its own weights for each end and unit, and `init.backward` says what they
+    are drawn from. The program cuts all of them from one matrix, uniform in +-1, and repeats them for each token.
     """
 
     ends: Sequence[int] | None = None

@@ -21,11 +21,11 @@ class BP(Rule):
         g, skipped = net.hebbian(net.L, h[net.L - 1], d), {}
         for l in range(net.L, 1, -1):
             e = net.feedback(l, self.down(l, w, batch), d, h[l - 1])
-            e = net.joined(l - 1, e, h, skipped)  # with what comes down shortcuts
+            e = net.joined(l - 1, e, h, skipped)  # adds what comes down shortcuts
             d = e * net.df(l - 1, z[l - 1], h[l - 1])  # (N, *shape of layer l-1)
             g |= net.hebbian(l - 1, h[l - 2], d)
         return g, z[net.L]
 
     def down(self, l: int, w: Weights, batch: Batch) -> Tensor:
-        """What errors of layer l go down through, in the shape of W: here W itself (used transposed)."""
+        """The matrix that sends errors of layer l down, in the shape of W: here W itself, used transposed."""
         return w[f"W{l}"]

@@ -17,8 +17,8 @@ class BRSF(USF):
     Liao, Leibo & Poggio, "How important is weight symmetry in backpropagation?", AAAI 2016 (arXiv 1510.05067), its
     "batchwise random magnitude sign-concordant feedbacks", `B = M * sign(W)`.
 
-    Departs from the paper: M is the absolute value of normal numbers, with standard deviation `scale`, and there is no
-    batch normalization; for the scale see `USF`.
+    Departs from the paper: M is the absolute value of normal numbers with standard deviation `scale`, and there is no
+    batch normalization. What `USF` says of the scale holds here, too.
     """
 
     def down(self, l: int, w: Weights, batch: Batch) -> Tensor:

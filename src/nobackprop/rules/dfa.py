@@ -13,7 +13,7 @@ from nobackprop.core.rule import Batch, Draw, Grads, Rule
 class DFA(Rule):
     """Direct feedback alignment: the output's error reaches every hidden layer at once through a fixed random B.
 
-    Nokland, "Direct feedback alignment provides learning in deep neural networks", NeurIPS 2016:
+    Nøkland, "Direct feedback alignment provides learning in deep neural networks", NeurIPS 2016:
     `d[l] = (B[l] e) * f'(z[l])`, with e the error at the output.
 
     `B1 ... B(L-1)` are (units of layer l, outputs); a convolutional layer's units are all its channels and positions.
@@ -33,9 +33,9 @@ class DFA(Rule):
         return {}
 
     def going_up(self, net: Network, w: Weights, x: Tensor, e: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The gradients of all hidden layers from an error e (N, outputs) that is there beforehand, and h[L-1].
+        """The gradients of all hidden layers from an error e (N, outputs) that is known beforehand, and h[L-1].
 
-        A layer's input is freed as soon as its gradient is there.
+        A layer's input is freed as soon as its gradient has been computed.
         """
         h, g = {0: x}, {}
         for l in range(1, net.L):

@@ -9,10 +9,10 @@ from nobackprop.rules.dfa import DFA
 
 @dataclass(frozen=True)
 class DFATwoPass(DFA):
-    """DFA that goes forward twice: once for the error, once more for each layer's gradient as the layer is reached.
+    """Direct feedback alignment in two forward passes: the first gives the error, the second each layer's gradient.
 
-    The gradients are DFA's (Nokland 2016). An error that depends on no layer above can be used on the way up, so
-    no activations are stored, for one more forward pass.
+    The gradients are those of DFA (Nøkland 2016). The error of a layer does not depend on the layers above it, so a
+    layer's gradient can be computed on the way up. No activations are stored. This costs one more forward pass.
     """
 
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:

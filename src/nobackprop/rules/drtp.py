@@ -14,18 +14,20 @@ class DRTP(DFA):
     """Direct random target projection: each hidden layer learns from the label alone, while the net goes forward.
 
     Frenkel, Lefebvre & Bol, "Learning without feedback: Fixed random learning signals allow for feedforward training
-    of deep neural networks", Frontiers in Neuroscience 2021. In DFA's place of the error, y - y*, is the one-hot target
-    y*, which tells its sign:
+    of deep neural networks", Frontiers in Neuroscience 2021. DFA sends the error y - y* to each layer. Here -y*, minus
+    the one-hot target, takes its place; at the label it has the sign of the error:
 
         d[l] = -(B[l] y*) * f'(z[l]),   and at the output the error itself
 
-    No layer waits for those above: its input is freed as soon as its gradient is there, and a step stores no
-    activations. `B1 ... B(L-1)` are (units of layer l, outputs).
+    No layer waits for those above it. Its input is freed as soon as its gradient has been computed, and a step stores
+    no activations. `B1 ... B(L-1)` are (units of layer l, outputs).
 
-    Departs from the paper's program: y* is subtracted, as in the error, so W above aligns with B and not with -B, which
-    is as likely a draw. Hidden gradients are means over the batch, as the output's is; the program averages the loss at
-    the output alone, so that under plain SGD its hidden layers learn as many times faster as the batch has samples
-    (AdamW and its kin undo that). With one output unit a label of 0 would teach hidden layers nothing: there y* is +-1.
+    Departs from the paper's program:
+
+    - y* is subtracted, as in the error, so that W above aligns with B and not with -B. Either is as likely a draw.
+    - Hidden gradients are means over the batch, as that of the output is. The program averages the loss only at the
+      output. So under plain SGD its hidden layers learn faster, by a factor of the batch size. AdamW undoes this.
+    - With one output unit, y* is +-1, since a label of 0 would teach hidden layers nothing.
     """
 
     refuses: ClassVar[Mapping[str, str]] = dict.fromkeys(

@@ -16,20 +16,22 @@ from nobackprop.mistakes import Mistake
 class DTP(Rule):
     """Difference target propagation: targets go down through learned decoders, corrected by what these get wrong.
 
-    Lee, Zhang, Fischer & Bengio, "Difference target propagation", ECML 2015 (arXiv 1412.7525), its Algorithm 1, with
-    decoders `g[l](u) = f(Q[l]^T u)` from layer l to layer l-1; for l = L-1..2:
+    Lee, Zhang, Fischer & Bengio, "Difference target propagation", ECML 2015 (arXiv 1412.7525), Algorithm 1. A decoder
+    `g[l](u) = f(Q[l]^T u)` leads from layer l to layer l-1. The targets t are, for l = L-1..2:
 
         t[L-1] = h[L-1] - eta dloss/dh[L-1],   t[l-1] = h[l-1] - g[l](h[l]) + g[l](t[l])
 
-    Layer l's W and b descend `|h[l] - t[l]|^2`, the output's the loss itself, and Q[l] descends the reconstruction loss
-    `|g[l](f(W[l] n + b[l])) - n|^2` at `n = h[l-1] + sigma noise`. `Q2 ... Q(L-1)` have the shapes of `W2 ... W(L-1)`
-    (the paper's V is their transpose); in a convolutional layer the decoder is a transposed convolution. `eta` is a
-    factor on the derivative of each sample's own loss, `sigma` the standard deviation of the noise, in units of h.
+    W and b of a hidden layer l descend `|h[l] - t[l]|^2`, those of the output layer descend the loss itself. Q[l]
+    descends the reconstruction loss `|g[l](f(W[l] n + b[l])) - n|^2` at `n = h[l-1] + sigma noise`. `Q2 ... Q(L-1)`
+    have the shapes of `W2 ... W(L-1)` (the paper's V is their transpose). In a convolutional layer the decoder is a
+    transposed convolution. `eta` is a factor on the derivative of each sample's own loss. `sigma` is the standard
+    deviation of the noise, in units of h.
 
     Raises Mistake for an `eta` of 0 or less, or a `sigma` below 0.
 
-    Departs from the paper: decoders have no biases, take the rates of the forward weights, and learn in the same step,
-    where the paper's take turns with these for a whole epoch (Bartunov et al., NeurIPS 2018, call it parallel DTP).
+    Departs from the paper: decoders have no biases and take the learning rates of the forward weights. They learn in
+    the same step as these. In the paper the two take turns, a whole epoch each (Bartunov et al., NeurIPS 2018, call the
+    form used here parallel DTP).
     """
 
     refuses: ClassVar[Mapping[str, str]] = {
@@ -37,7 +39,7 @@ class DTP(Rule):
             ("pooling", "normalization", "attention", "activation", "dropout"),
             "its decoders invert one product and one activation (Lee et al. 2015, Algorithm 1), and nothing else",
         ),
-        "shortcut": "a target for a sum is none for its terms (Lee et al. 2015 have nets without shortcuts)",
+        "shortcut": "a target for a sum is no target for its terms (the nets of Lee et al. 2015 have no shortcuts)",
     }
 
     eta: float = 0.5
@@ -67,7 +69,7 @@ class DTP(Rule):
         return v, net.f(l - 1, v)
 
     def _decoder_gradient(self, net: Network, w: Weights, l: int, n: Tensor) -> Tensor:
-        """The gradient of Q[l]: it takes u to v as W, transposed, would, so in `hebbian` the two change places."""
+        """The gradient of Q[l]. Q[l] takes u to v as the transposed W would, so in `hebbian` u and v change places."""
         u = net.f(l, net.preactivation(l, w, n))
         v, r = self._decode(net, w, l, u, n)
         return net.hebbian(l, 2 * (r - n) * net.df(l - 1, v, r), u)[f"W{l}"]

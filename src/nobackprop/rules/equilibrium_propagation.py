@@ -16,54 +16,61 @@ STEPS = 10  # a hidden layer, of either phase, where the config leaves them to t
 
 @dataclass(frozen=True)
 class EquilibriumPropagation(Rule):
-    """Equilibrium propagation: what a slight push of the outputs to their targets changes everywhere is the gradient.
+    """Equilibrium propagation: a slight push of the outputs to their targets changes every state, which trains the net.
 
     Scellier & Bengio, "Equilibrium propagation: bridging the gap between energy-based models and backpropagation",
-    Frontiers in Computational Neuroscience 2017. Connections are symmetric: the hidden units relax under the layers
-    below and above, in steps of `epsilon`, to a minimum of the energy plus beta times the loss. For l = 1..L-1
+    Frontiers in Computational Neuroscience 2017. Connections are symmetric. The hidden units relax, under the layers
+    below and above, to a minimum of the energy plus beta times the loss. A step for l = 1..L-1 is
 
         h[l] += epsilon (f(W[l] h[l-1] + b[l] + W[l+1]^T h[l+1]) - h[l])
 
-    where the outputs `z[L] = W[L] h[L-1] + b[L]` push with `-beta dloss/dh[L-1]` instead of `W[L]^T h[L]`.
-    `free_steps` with beta 0, to the net's prediction z[L], then, twice from there, `nudged_steps` with +beta and with
-    -beta; of the two states
+    The last hidden layer gets the push `-beta dloss/dh[L-1]` instead of `W[L]^T h[L]`. The loss is that of the outputs
+    `z[L] = W[L] h[L-1] + b[L]`. In the free phase beta is 0; `free_steps` steps lead to the net's prediction z[L]. Two
+    nudged phases of `nudged_steps` steps start there, one with +beta and one with -beta. The gradients are
 
         dW[l] = (h[l] h[l-1]^T at -beta  -  h[l] h[l-1]^T at +beta) / (2 beta),   dW[L] = dloss/dz[L] h[L-1]^T, free
 
-    and b alike, which tend to the gradient of the prediction's loss as beta goes to 0. The two states are nearly equal,
-    and the more so the lower the layer: their difference D relaxes beside h, the states at -beta, and is never made by
-    subtracting:
+    and those of b alike. As beta goes to 0 they tend to the gradient of the prediction's loss.
+
+    The states of the two nudged phases are nearly equal, and the more so the lower the layer. So their difference D is
+    not made by subtracting. It relaxes beside h, the states at -beta, by the activation's `difference`:
 
         D[l] += epsilon (f(input at -beta) - f(input at +beta) - D[l])
 
-    with the activation's `difference` for that of f. So beta may be as small as the limit wants it; the paper's program
-    takes 0.5 and 1, at which the push is no slight one where units have a kink: with 8 layers of relu updates are at 77
-    to 89 degrees to the gradient (at 0.0001: 15 to 27). With `difference="plain"` states are subtracted, which in
-    float32 leaves lower layers with noise, and dW[L] is the mean over both pushes.
+    So beta may be as small as the limit needs it. The paper's program takes 0.5 and 1. That push is not slight where
+    units have a kink: with 8 layers of relu the updates are then at 77 to 89 degrees to the gradient, and with 0.0001
+    at 15 to 27. `difference="plain"` subtracts the states, which in float32 leaves lower layers with rounding noise;
+    dW[L] is then the mean over both pushes.
 
-    Steps that are None suit the depth: 10 a hidden layer in each phase, which bring small weights (`U0.5`) to rest to
-    one in a thousand, and let the push reach the bottom. The paper's program takes 20, 150 and 500 free and 4, 6 and 8
-    nudged steps for 1, 2 and 3 hidden layers. How far from rest the states are is in the diagnostics (`unrest/h...`).
+    Steps that are None suit the depth: each phase has 10 for each hidden layer. They bring small weights (`U0.5`) to
+    rest to one part in a thousand, and let the push reach the bottom. The paper's program takes 20, 150 and 500 free
+    and 4, 6 and 8 nudged steps for 1, 2 and 3 hidden layers. The diagnostics say how far the states are from rest
+    (`unrest/h...`).
 
-    Departs from the paper: it compares one sign of beta, drawn at random, with the free state; with both signs what the
-    free phase left unfinished cancels. Outputs are read out and not part of the energy, for losses other than squared
-    error. Both are from Laborieux et al., "Scaling equilibrium propagation to deep ConvNets by drastically reducing its
-    gradient estimator bias", Frontiers in Neuroscience 2021. Units take a step to f of their input, which has the
-    equilibria of the paper's `f'(s) input - s` where f is clipping (the paper's choice, to 0..1: activation
-    `hard_sigmoid`) and an energy for any non-decreasing f. Relaxation starts from the forward pass, not, as in its
-    program, from where the same image left off, at first from 0.
+    Large weights let the units come to rest, slowly, where the input no longer matters. Then nothing is learned. So
+    start the weights smaller than for other rules (`init.forward=U0.5`), and learn more slowly. With 8 hidden layers
+    this happens within 20 steps of AdamW at 0.001: the gradient then falls tenfold with each layer from the top down,
+    to 1e-8 at the bottom. (The program starts from `glorot_uniform` and has a learning rate for each layer, up to 64
+    times as large at the bottom as at the top.)
 
-    Large weights let the units come to rest, slowly, where the input no longer matters, and then nothing is learned:
-    start them smaller than for other rules (`init.forward=U0.5`), and learn more slowly. With 8 hidden layers this
-    happens within 20 steps of AdamW at 0.001: then the gradient falls tenfold a layer from the top down, to 1e-8 at the
-    bottom. (The program starts from
-    `glorot_uniform`, with a rate for each layer, up to 64 times as large at the bottom as at the top.)
-
-    Pooling is part of the energy, as with Laborieux et al.: what a pooled layer sends down comes back through the pool.
-    With max pooling the largest may change places for ever, and states then do not come to rest; with means they do.
+    Pooling is part of the energy, as in Laborieux et al. (below). What a pooled layer sends down comes back through the
+    pool. With max pooling the position of the largest may change again and again, and then the states never come to
+    rest. With mean pooling they do.
 
     Raises Mistake for a `beta` of 0 or less, an `epsilon` (the share of its way that a unit goes in a step) that is
     not above 0 and at most 1, `free_steps` below 0, `nudged_steps` below 1, or another `difference`.
+
+    Departs from the paper:
+
+    - The paper compares the free state with a state at one sign of beta, which is drawn at random. Here both signs are
+      compared, and what the free phase left unfinished cancels. The outputs are read out and are no part of the energy,
+      so that losses other than squared error can be used. Both are from Laborieux et al., "Scaling equilibrium
+      propagation to deep ConvNets by drastically reducing its gradient estimator bias", Frontiers in Neuroscience 2021.
+    - Units take a step to f of their input, where the paper's follow `f'(s) input - s`. The equilibria are the same
+      where f clips to 0..1, which is the paper's choice (activation `hard_sigmoid`). There is an energy for any f that
+      does not decrease.
+    - Relaxation starts from the forward pass. In the paper's program it starts where the same image left off, and at
+      first from 0.
     """
 
     refuses: ClassVar[Mapping[str, str]] = dict.fromkeys(

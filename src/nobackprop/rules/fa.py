@@ -11,7 +11,7 @@ from nobackprop.rules.bp import BP
 
 @dataclass(frozen=True)
 class FA(BP):
-    """Feedback alignment: as backpropagation, with a fixed random B in the place of each W on the way down.
+    """Feedback alignment: backpropagation in which errors come down through a fixed random B instead of each W.
 
     Lillicrap, Cownden, Tweed & Akerman, "Random synaptic feedback weights support error backpropagation for deep
     learning", Nature Communications 2016: their `delta_h = B e`, layer by layer.

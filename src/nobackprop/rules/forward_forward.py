@@ -22,35 +22,46 @@ class ForwardForward(Rule):
     """Forward-forward: each layer alone learns to be active for an image with its label and silent for a wrong one.
 
     Hinton, "The forward-forward algorithm: some preliminary investigations", arXiv 2212.13345 (2022), supervised as in
-    its section 3.3. The label is written over the image's first pixels, one a class: the right one in a positive image,
-    a random wrong one in a negative image. With the goodness G[l] the sum of the squares of h[l], each layer descends
+    its section 3.3. A label is written over the first pixels of an image, one pixel for each class. A positive image
+    has its own label, a negative image has a random wrong one. The goodness G[l] of a layer is the sum of the squares
+    of h[l]. Each layer descends its own loss (eq. 1):
 
-        log(1 + exp(-(G[l] - theta)))  for the positive,  log(1 + exp(G[l] - theta))  for the negative image (eq. 1)
+        log(1 + exp(-(G[l] - theta)))  for the positive,  log(1 + exp(G[l] - theta))  for the negative image
 
-    and hands on h[l] at a length that says nothing of G[l]. The net has two answers to an image:
+    The layer above reads h[l] rescaled to a mean square of 1, so that it cannot see G[l].
 
-    - `readout="linear"`: a softmax over the sum of R[l] h[l] for the image with a neutral label, an equal share of each
-      class, from the activations of all hidden layers but the first, as they are handed on. R descends the loss, and no
-      derivative of it goes below R. The paper's 1.36 % test errors on MNIST are of this answer.
-    - `readout="goodness"`: the goodness of all layers but the first, summed, with each label in turn, a pass for each
-      class. Beside the linear readout it is reported too, as `accuracy_goodness`. As the one answer it would be most of
-      a step, so that its runs go without training loss and accuracy.
+    The net can answer in two ways, and `readout` says which of them is its prediction:
 
-    With `normalize_input` the labelled image has the length that activations are handed on with, as in the program (a
-    public PyTorch version, loeweX/Forward-Forward; the author's own, in Matlab, was not at hand). `readout_rate` is
-    the rate of R over that of the layers, 10 in the program; AdamW and its kin all but undo it.
+    - `linear`: a softmax over the sum of R[l] h[l], for the image with a neutral label, an equal share of each class.
+      The sum is over all hidden layers but the first, and h[l] is rescaled as above. R descends the loss of this
+      softmax. No derivative goes below R. The paper's 1.36 % test errors on MNIST are of this answer. The answer by
+      goodness is reported beside it, as `accuracy_goodness`.
+    - `goodness`: the label with the largest goodness, summed over all layers but the first. This takes one forward pass
+      for each class, which would be most of the work of a step. So such runs record no training loss and no training
+      accuracy.
+
+    `normalize_input` rescales the labelled image as activations are rescaled. The program does this, too. (The program
+    is a public PyTorch version, loeweX/Forward-Forward; the author's own, in Matlab, was not at hand.) `readout_rate`
+    is the learning rate of R over that of the layers, which is 10 in the program. Optimizers that rescale gradients,
+    such as AdamW, all but undo it.
 
     Raises Mistake for a `theta` of 0 or less, a `readout_rate` below 0, another `readout`, and for images with fewer
     pixels than there are classes.
 
-    Departs from the paper: `theta` is a unit's share, times the units of a layer, so that one suits all widths (1 in
-    the program). The net's last layer, with a unit a class, learns as the others do, and counts in the goodness. relu
-    has its own derivative (the program's lets all errors pass), and nothing draws units to equal mean activity. R
-    decays as other weights do (ten times as much in the program) and starts as `init.backward` says (there at 0). In a
-    convolutional layer G and the length are over all channels and positions. Kernels that pass over an image would
-    hardly meet a label in its corner: below a convolution the label is a wave over all pixels, in another direction for
-    each class, and 35 % of the image, much as in Scodellaro, Kulkarni, Alves & Schröter, "Training convolutional neural
-    networks with the forward-forward algorithm", arXiv 2312.14924 (2023).
+    Departs from the paper:
+
+    - The threshold of a layer is `theta` times its number of units, so that one value suits all widths. In the
+      program `theta` is 1.
+    - The last layer of the net has one unit for each class. It learns as the others do, and counts in the goodness.
+    - relu has its own derivative. The program's lets all errors pass.
+    - The program draws all units to the same mean activity. Here nothing does.
+    - R decays as other weights do, and starts as `init.backward` says. In the program it decays ten times as much and
+      starts at 0.
+    - In a convolutional layer, G and the rescaling are over all channels and positions.
+    - Below a convolution the label is not written into a corner, where few kernels would meet it. It is a wave over all
+      pixels that makes up 35 % of the image, and each class has a wave of its own. Scodellaro, Kulkarni, Alves &
+      Schröter, "Training convolutional neural networks with the forward-forward algorithm", arXiv 2312.14924 (2023),
+      do much the same.
     """
 
     refuses: ClassVar[Mapping[str, str]] = {

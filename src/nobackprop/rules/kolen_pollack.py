@@ -19,7 +19,7 @@ class KolenPollack(FA):
     `B2 ... BL` have the shapes of `W2 ... WL` (the paper's B is their transpose). lambda is the learning rate times
     `l2` under SGD, or times the `optimizer.weight_decay` of AdamW. Without decay B keeps its distance from W.
 
-    Departs from the paper's program: biases decay too; there W and B alone do.
+    Departs from the paper's program: biases decay, too. In the program only W and B do.
     """
 
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:

@@ -16,31 +16,34 @@ class LRAE(Rule):
     """LRA-E: each layer gets a target, its own pre-activation shifted by the error of the layer above, sent through E.
 
     Ororbia & Mali, "Biologically motivated algorithms for propagating local target representations", AAAI 2019
-    (arXiv 1805.11703), its algorithm for LRA-E; for l = L..2, from `e[L]`, the error at the output:
+    (arXiv 1805.11703), the algorithm for LRA-E. It starts from `e[L]`, the error at the output. For l = L..2:
 
         d[l-1] = E[l] e[l],   y[l-1] = f(z[l-1] - beta d[l-1]),   e[l-1] = h[l-1] - y[l-1]
         dW[l] = e[l] h[l-1]^T,   dE[l] = gamma dW[l]^T
 
-    No derivative of f is needed, so f may be the sign. `beta` scales the shift of the target, `gamma` the rate of E,
-    and `learn_E=False` leaves E as it was drawn. `E2 ... EL` are stored in the shape of `W2 ... WL` (the paper's E is
-    their transpose), so E's gradient is W's own.
+    No derivative of f is needed, so f may be the sign. `beta` scales the shift of the target, and `gamma` the learning
+    rate of E. `learn_E=False` leaves E as it was drawn. `E2 ... EL` are stored in the shape of `W2 ... WL` (the paper's
+    E is their transpose), so the gradient of E is that of W.
 
-    Where a layer reads its input pooled or normalized, the shift is what comes back through that (unpublished: the
-    paper's nets are fully connected).
+    Where a layer reads its input pooled or normalized, the shift comes back through the pool or the norm. This is
+    unpublished: the paper's nets are fully connected.
 
     Optimizers that rescale gradients, such as AdamW, all but undo gamma. Raises Mistake for a `beta` of 0 or less,
     a `gamma` below 0, or another `difference`.
 
-    Departs from the paper: gamma comes after the rescaling of updates (`update=unit_norm`), which would undo it. And
-    `e[l-1]` is computed without subtracting h and y, which in float32 are ever more equal the deeper the layer, so that
-    lower layers would learn rounding noise: with 8 hidden layers the bottom one nothing else. It is the same number but
-    for rounding; `difference="plain"` subtracts, as the paper's programs do.
+    Departs from the paper:
+
+    - gamma is applied after the rescaling of updates (`update=unit_norm`), which would otherwise undo it.
+    - `e[l-1]` is computed without subtracting y from h. The further a layer is from the output, the more equal these
+      two are, so that in float32 lower layers would learn rounding noise. With 8 hidden layers the bottom one would
+      learn nothing else. The number is the same except for rounding. `difference="plain"` subtracts, as the paper's
+      programs do.
     """
 
     refuses: ClassVar[Mapping[str, str]] = {
-        "shortcut": "each layer that an error passes scales it by beta, so that what comes down a shortcut and what "
-        "comes through its layers are summed at different scales: with E = W their sum is no gradient, however small "
-        "beta is (recursive LRA, Ororbia, Mali, Kifer & Giles 2023, is another rule)",
+        "shortcut": "each layer that an error passes scales it by beta. The error from the shortcut and that from the "
+        "layers beside it would be summed at different scales, and with E = W their sum is not the gradient, however "
+        "small beta is (recursive LRA, Ororbia, Mali, Kifer & Giles 2023, is another rule)",
     }
 
     beta: float = 0.1
@@ -72,7 +75,7 @@ class LRAE(Rule):
         return g, z[net.L]
 
     def feedback(self, net: Network, draw: Draw) -> dict[str, Tensor]:
-        """Drawn as the paper's E, W's transpose, so that its fan-in is the number of errors that come in."""
+        """E, drawn in the shape of the paper's E, W transposed, so that its fan-in is the number of incoming errors."""
 
         def drawn(l: int) -> Tensor:
             outputs, inputs, *kernel = net.weight_shape(l)

@@ -19,14 +19,14 @@ class MDFA(DFA):
     unit and a non-decreasing activation, every sample's update of a fully connected net then has a non-negative inner
     product with its gradient.
 
-    Weights above the first layer, and all B, start at the absolute value of their draw; after each step every weight
-    matrix but the first is projected to at least `floor`, as the paper's program does. Biases are free. Raises
+    Weights above the first layer, and all B, start at the absolute value of their draw. After each step every weight
+    matrix except the first is clamped to at least `floor`, as in the paper's program. Biases may have any sign. Raises
     Mistake for a `floor` below 0.
     """
 
     refuses: ClassVar[Mapping[str, str]] = {
-        "normalization": "it subtracts a mean, so that a larger activation lowers the others: then weights above 0 no "
-        "longer make every derivative 0 or more, from which the paper's theorem 1 follows",
+        "normalization": "it subtracts a mean, so that a larger activation lowers the others. Then weights above 0 no "
+        "longer make every derivative 0 or more, which the paper's theorem 1 needs",
         "attention": "a larger query or key may lower an output, so that the paper's theorem 1 does not hold",
     }
 

@@ -14,7 +14,7 @@ from nobackprop.mistakes import Mistake
 
 @dataclass(frozen=True)
 class PEPITA(Rule):
-    """PEPITA: a second forward pass with the error added to the input; each layer's error is what that changes in it.
+    """PEPITA: a second forward pass has the error added to its input. A layer's error is what this changes in it.
 
     Dellaferrera & Kreiman, "Error-driven input modulation: solving the credit assignment problem without a backward
     pass", ICML 2022. With e the error at the output and h' the activations of the second pass:
@@ -25,12 +25,17 @@ class PEPITA(Rule):
     of input units. The paper's program draws 0.05 times he_uniform, which is `U1` times 0.05 sqrt(6), the default here.
     Raises Mistake for a `scale` of 0 or less.
 
-    Programs differ in d[L]: the authors' notebook, and their main_pytorch.py where a net has several dense layers, take
-    the second pass's error, as here; main_pytorch.py with one dense layer above convolutions, and the program of the
-    follow-up (Srinivasan et al., "Forward learning with top-down feedback", arXiv 2302.05440), take the first pass's.
+    Programs differ in d[L]. The authors' notebook takes the second pass's error, as here, and so does their
+    main_pytorch.py where a net has several dense layers. With one dense layer above convolutions main_pytorch.py takes
+    the first pass's, as the program of the follow-up does (Srinivasan et al., "Forward learning with top-down
+    feedback", arXiv 2302.05440).
 
-    Departs from the paper's program: in convolutional nets d[L] is the second pass's too; kernels get the sum over
-    positions as under every rule here, where it takes the mean; biases, which its nets lack, get d[l] too; no dropout.
+    Departs from the paper's program:
+
+    - d[L] is the second pass's error in convolutional nets, too.
+    - The gradient of a kernel is the sum over positions, as under every rule here. The program takes the mean.
+    - Biases, which the program's nets lack, get d[l], too.
+    - There is no dropout.
     """
 
     refuses: ClassVar[Mapping[str, str]] = dict.fromkeys(

@@ -17,53 +17,56 @@ Relaxed = tuple[Sequence[Tensor], dict[int, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class PredictiveCoding(Rule):
-    """Predictive coding: the net relaxes between input and target; what is left of each layer's error trains it.
+    """Predictive coding: the net relaxes between input and target, and the errors that are left train it.
 
     Whittington & Bogacz, "An approximation of the error backpropagation algorithm in a predictive coding network with
     local Hebbian synaptic plasticity", Neural Computation 2017. Each layer predicts the one above,
-    `mu[l] = W[l] f(x[l-1]) + b[l]`, and x[1..L-1], from the forward pass on, descend the energy
+    `mu[l] = W[l] f(x[l-1]) + b[l]`. The states x[1..L-1] start from the forward pass and descend the energy
 
         E = sum over hidden l of |x[l] - mu[l]|^2 / 2 + loss(mu[L]) / variance
 
-    for `steps` steps of size `rate` (a factor on the derivative of each sample's own energy), all layers at once; then
-    so do W and b, one step. With the derivative of E by mu[l], d[l] = mu[l] - x[l], and at the output that of the loss
-    over `variance`:
+    They take `steps` steps of size `rate`, all layers at once. Each sample descends its own energy. Then W and b take
+    one step down the same energy. The error d[l] is the derivative of E by mu[l]. In a hidden layer it is
+    `mu[l] - x[l]`, and at the output it is the derivative of the loss over `variance`:
 
         x[l] <- x[l] - rate * (f'(x[l]) * W[l+1]^T d[l+1] - d[l]),   dW[l] = variance d[l] f(x[l-1])^T
 
-    As the variance of the output grows, this tends to backpropagation. With `fixed_prediction` mu and f' stay those of
+    As the variance of the output grows, this tends to backpropagation. With `fixed_prediction`, mu and f' stay those of
     the forward pass (Millidge, Tschantz & Buckley, "Predictive coding approximates backprop along arbitrary computation
-    graphs", Neural Computation 2022): then it relaxes to backpropagation whatever the variance, and with rate 1 is
-    there after one step a hidden layer. `form` says what relaxes and how:
+    graphs", Neural Computation 2022). The net then relaxes to backpropagation whatever the variance, and with rate 1 it
+    is there after one step for each hidden layer. `form` says what relaxes, and how:
 
-    - `states`: the states, as above. d, the small difference of two states, is carried from step to step: it changes by
-      what a step changes in x and, through the activation's `difference`, in mu.
-    - `subtracted`: the same, with d subtracted anew at each step, which in float32 leaves lower layers with noise, and
-      without the factor `variance` on gradients, which matters under plain SGD.
-    - `errors`: the errors d, while x[l] is mu[l] - d[l] all the way up; d[l] goes `rate` of its way to the derivative
-      of loss(mu[L]) / variance by x[l], which comes down through the whole net as backpropagation's. They come to rest
-      where the states do, in as many steps at any depth (Goemaere, Oliviers, Bogacz & Demeester, "Error optimization:
-      overcoming exponential signal decay in deep predictive coding networks", arXiv 2505.20137, 2025).
+    - `states`: the states relax, as above. d is the small difference of two states, so it is not subtracted. It is
+      carried from step to step: each step adds to d what it changes in x and, by the activation's `difference`, in mu.
+    - `subtracted`: the states relax, and d is subtracted anew at each step. In float32 this leaves lower layers with
+      rounding noise. Gradients lack the factor `variance`, which matters under plain SGD.
+    - `errors`: the errors d relax, and x[l] is mu[l] - d[l] in every layer. In each step d[l] goes the share `rate` of
+      its way to the derivative of loss(mu[L]) / variance by x[l]. That derivative comes down through the whole net, as
+      in backpropagation. The errors come to rest where the states do, in as many steps at any depth (Goemaere,
+      Oliviers, Bogacz & Demeester, "Error optimization: overcoming exponential signal decay in deep predictive coding
+      networks", arXiv 2505.20137, 2025).
 
-    Where a net normalizes, small states have large derivatives: states do not come to rest, and updates grow to a
-    thousand times the gradient. There `errors` or `fixed_prediction` is needed. A layer predicts from what comes
-    through its maps and shortcuts.
+    Where a net normalizes, small states have large derivatives. There the states of `states` and `subtracted` do not
+    come to rest, and updates grow to a thousand times the gradient; `errors` or `fixed_prediction` is needed. In a net
+    with maps and shortcuts, a layer predicts from what comes through these.
 
-    `scaling="mupc"` multiplies products by 1 / sqrt(fan-in), the output's by 1 / fan-in, for weights that start with
-    variance 1 (`init=normal init.forward.std=1`), as Innocenti, Achour & Buckley, "muPC: scaling predictive coding to
-    100+ layer networks", arXiv 2505.13124 (2025), do, in its program for nets without shortcuts. The paper's further
-    1 / sqrt(depth) belongs to nets with a shortcut over each layer, and is left out.
+    `scaling="mupc"` multiplies each product by 1 / sqrt(fan-in), and that of the output by 1 / fan-in. It is for
+    weights that start with variance 1 (`init=normal init.forward.std=1`). It follows the program of Innocenti, Achour &
+    Buckley, "muPC: scaling predictive coding to 100+ layer networks", arXiv 2505.13124 (2025), for nets without
+    shortcuts. The paper has one more factor, 1 / sqrt(depth), for nets with a shortcut over each layer. It is left out.
 
-    Defaults: `rate` is that of the authors' public example (Matlab, one hidden layer), whose variance is 10 and whose
-    steps are 100. `variance` and `steps` (None: 15 a hidden layer; with `errors` 20 in all) are ours: updates are then
-    at most 5 degrees from the gradient with 2 hidden layers at the start, and 18 with 8, where a variance of 10 has up
-    to 82 (256 units, U1 or N0.05, tanh or relu).
+    The default of `rate` is that of the authors' public example (Matlab, one hidden layer), which has a variance of 10
+    and 100 steps. The defaults of `variance` and `steps` are ours. None for `steps` means 15 for each hidden layer, and
+    20 in all with `errors`. With these, updates at the start of training are at most 5 degrees from the gradient with 2
+    hidden layers, and at most 18 with 8. With a variance of 10 it is up to 82 (256 units, U1 or N0.05, tanh or relu).
 
     Raises Mistake for `steps` below 1, a `rate` that is not above 0 and at most 1, a `variance` of 0 or less, or
     another `form` or `scaling`, or states that would not come to rest.
 
-    Departs from the paper: the target is not clamped to the output but reaches it through the loss, the same thing for
-    `squared_error`; the input is not sent through f.
+    Departs from the paper:
+
+    - The output is not clamped to the target. The target acts through the loss, which is the same for `squared_error`.
+    - The input is not sent through f.
     """
 
     steps: int | None = None

@@ -19,9 +19,11 @@ class USF(FA):
     Liao, Leibo & Poggio, "How important is weight symmetry in backpropagation?", AAAI 2016 (arXiv 1510.05067), its
     "uniform sign-concordant feedbacks".
 
-    Departs from the paper: no batch normalization. Under an optimizer that rescales gradients, such as AdamW, the scale
-    hardly matters; with plain SGD take one about as large as the weights. `scale="glorot"` is such a one for each
-    layer, `sqrt(2 / (fan-in + fan-out))`, the standard deviation of Glorot's start, as in BioTorch's program.
+    Under an optimizer that rescales gradients, such as AdamW, the scale hardly matters. With plain SGD, take one about
+    as large as the weights. `scale="glorot"` is such a scale for each layer: `sqrt(2 / (fan-in + fan-out))`, the
+    standard deviation of Glorot's initial weights, as in BioTorch's program.
+
+    Departs from the paper: there is no batch normalization.
 
     Raises Mistake for a `scale` of 0 or less, or another word.
     """

@@ -14,19 +14,24 @@ class WeightMirror(FA):
     """Weight mirror: feedback alignment in which B learns W from the layer's own response to noise.
 
     Akrout, Wilson, Humphreys, Lillicrap & Tweed, "Deep learning without weight transport", NeurIPS 2019, section 3. In
-    mirror mode each layer l-1 sends out noise and the layer above answers; then comes the step of feedback alignment:
+    mirror mode each layer l-1 sends out noise, and the layer above answers. Then comes a step of feedback alignment:
 
         delta[l-1] = sigma noise,   delta[l] = f(W[l] delta[l-1]),   dB[l] = decay B[l] - delta[l] delta[l-1]^T
 
-    where the outputs answer without f. The last product, the mean over samples, is sigma^2 W[l] on average where f is
-    linear with slope 1, so that B tends to (sigma^2 / decay) W. `sigma` is the noise's standard deviation; a step takes
-    `decay` times the learning rate of B. `B2 ... BL` have the shapes of `W2 ... WL` (the paper's B is their transpose);
-    in a convolutional layer the product is the mean over positions, where padding takes its part from those at the
-    edge. Raises Mistake for a `sigma` of 0 or less, or a `decay` below 0.
+    The outputs answer without f. The last product is a mean over samples. Where f is linear with slope 1, it is
+    sigma^2 W[l] on average, so that B tends to (sigma^2 / decay) W. `sigma` is the standard deviation of the noise. A
+    step shrinks B by the share `decay` times its learning rate. `B2 ... BL` have the shapes of `W2 ... WL` (the paper's
+    B is their transpose). In a convolutional layer the product is also a mean over positions; where a kernel covers
+    padding at an edge, the padding adds nothing to it.
 
-    Departs from the paper: one mirror step, with as many samples as the batch, comes before each other step, not a
-    period of its own; biases do not take part, nor does f at the output, through which the paper's program mirrors too.
-    The program's noise is uniform in +-0.05, here it is standard normal times `sigma`.
+    Raises Mistake for a `sigma` of 0 or less, or a `decay` below 0.
+
+    Departs from the paper:
+
+    - One mirror step, with as many samples as the batch, comes before each step of feedback alignment. In the paper
+      mirror mode is a period of its own.
+    - Biases do not take part, nor does f at the output. The paper's program mirrors through that f, too.
+    - The noise is normal. The program's is uniform in +-0.05.
     """
 
     sigma: float = 0.5

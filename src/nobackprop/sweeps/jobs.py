@@ -1,4 +1,4 @@
-"""Where the jobs of a sweep are trained, each class a choice of conf/launcher: here, side by side, or on a cluster."""
+"""The jobs of a sweep, and launchers that train them: here, side by side, or on a cluster (conf/launcher)."""
 
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,13 +23,13 @@ from nobackprop.training.run import Busy, train
 
 @dataclass(frozen=True)
 class Job:
-    """One config of a sweep, and what it is called there."""
+    """One config of a sweep, and its label there."""
 
     label: str
     config: DictConfig
 
     def file(self, name: str) -> Path:
-        """A file in the run's folder on these seeds alone: jobs of other seeds have the same folder."""
+        """A file in the run's folder that is about these seeds only, since jobs of other seeds share the folder."""
         s = self.settings
         return s.folder / f"{name}_{digest({'seeds': s.seeds})}.txt"
 
@@ -40,18 +40,18 @@ class Job:
 
     @cached_property
     def run(self) -> Run:
-        """What the config means in this process. Raises Mistake where that can't work."""
+        """The run that the config makes in this process. Raises Mistake where that can't work."""
         run = configure(self.settings)
         check(run)
         return run
 
-    def __reduce__(self) -> Any:  # another process makes its own of these
+    def __reduce__(self) -> Any:  # another process makes its own
         return Job, (self.label, self.config)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job. `reason` is one line, `details` all there is to say about a failure."""
+    """The outcome of a job. `reason` is one line, and `details` is all there is to say about a failure."""
 
     state: Literal["finished", "recorded", "failed", "stopped", "busy", "queued"]
     reason: str = ""
@@ -60,7 +60,7 @@ class Outcome:
 
     @classmethod
     def failure(cls, error: Exception | str) -> Self:
-        """Of bad input its message is told, of any other exception the traceback, too."""
+        """The outcome of a failure: the message for bad input, and for any other exception also the traceback."""
         text = details = str(error)
         if isinstance(error, Exception) and not isinstance(error, Mistake | ChildProcessError):
             text, details = f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))
@@ -68,7 +68,7 @@ class Outcome:
 
     @property
     def objective(self) -> float | None:
-        """The mean over the seeds of the best validation accuracy, 0 for one that diverged; None without records."""
+        """The mean over seeds of the best validation accuracy; 0 for a seed that diverged, None without records."""
         return mean(r.validation for r in self.records) if self.records else None
 
 
@@ -76,22 +76,22 @@ Say = Callable[[int, str], None]  # a job's number, and what is said of it
 
 
 class Launcher(Protocol):
-    """Where the jobs of a sweep are trained, and how many at a time."""
+    """Trains the jobs of a sweep, several at a time or one after another."""
 
     def at_once(self, jobs: Sequence[Job]) -> int: ...
 
     def run(
         self, jobs: Mapping[int, Job], say: Say, console: Console, wait_for_others: bool
     ) -> Iterator[tuple[int, Outcome]]:
-        """The outcome of each job, when it is known; `say` tells the user that a job starts, `console` its progress.
+        """Gives the outcome of each job when it is known. `say` tells that a job starts, `console` shows its progress.
 
-        Without `wait_for_others`, a job of which another process trains a seed is busy.
+        Without `wait_for_others`, a job is busy if another process trains one of its seeds.
         """
         ...
 
 
 def attempt(job: Job, console: Console, wait_for_others: bool) -> Outcome:
-    """Trains a job. Whatever goes wrong is an outcome, too."""
+    """Trains a job. A failure is an outcome, too."""
     try:
         with about_files(job.config):
             records = train(job.run, console, wait_for_others)
@@ -103,7 +103,7 @@ def attempt(job: Job, console: Console, wait_for_others: bool) -> Outcome:
 
 
 def note(job: Job, outcome: Outcome) -> None:
-    """Leaves the reason of a failure in the run's folder, so that the next attempt can say what it repeats."""
+    """Writes the reason of a failure into the run's folder, so that the next attempt can tell what it repeats."""
     path = job.file("error")
     if outcome.state == "finished":
         path.unlink(missing_ok=True)

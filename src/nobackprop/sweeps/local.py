@@ -33,7 +33,7 @@ class Basic:
 
 @dataclass(frozen=True)
 class Processes:
-    """A process for each job, `workers` at a time: by default, and at most, what the granted cores have threads for."""
+    """A process for each job, `workers` at a time. The default, and the most, is what the granted cores allow."""
 
     workers: PositiveInt | None = None
 
@@ -54,7 +54,7 @@ class Processes:
 
 
 def _attempt(wait_for_others: bool, job: Job, screen: Screen) -> Outcome:
-    """What a process does with a job. Its progress is not shown: the bars of several jobs would run into each other."""
+    """The work of a process on a job. Its progress is not shown, since the bars of several jobs would get mixed up."""
     return attempt(job, Console(quiet=True), wait_for_others)
 
 
@@ -63,10 +63,10 @@ def _died(job: Job | None, status: int) -> Outcome:
 
 
 def room(jobs: Sequence[Job]) -> int:
-    """How many of these jobs the granted cores have threads for."""
+    """How many of these jobs the granted cores can train at once, by their threads."""
     return max(1, cores() // max((job.config.threads * (job.config.workers or 1) for job in jobs), default=1))
 
 
 def beside_others(job: Job) -> Job:
-    """A job that shares this machine's cores with others: its seeds stay in one process unless `workers` is given."""
+    """A job that shares this machine's cores with others. Its seeds stay in one process unless `workers` is given."""
     return replace(job, config=OmegaConf.merge(job.config, {"workers": job.config.workers or 1}))

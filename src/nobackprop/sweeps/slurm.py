@@ -1,7 +1,8 @@
 """The launcher that submits a sweep's jobs to SLURM.
 
-Hydra's own plugin for submitit blocks until all is over, runs what is finished again after a crash, and writes no
-checkpoint on preemption; its jobs take the code as it is when they start, edited meanwhile. submitit does the rest.
+Hydra's own plugin for submitit blocks until all jobs are over, repeats finished jobs after a crash, and writes no
+checkpoint on preemption. Its jobs run the code as it is when they start, which may have been edited since. So this
+launcher does these things itself, and submitit does the rest.
 """
 
 import json
@@ -33,11 +34,11 @@ from nobackprop.sweeps.local import beside_others, room
 
 @dataclass(frozen=True)
 class Cluster:
-    """SLURM jobs by submitit, or (`executor="local"`) processes of its that behave like them.
+    """SLURM jobs by submitit or, with `executor="local"`, processes by submitit that behave like them.
 
-    A job has `hours`; a run that takes longer writes a checkpoint and goes back into the queue, and so does one that is
-    preempted. `parallel` is how many run at once. Without `wait` the command ends when all are submitted (to SLURM).
-    The jobs run from a copy of this program's source as it is now.
+    A job has `hours`. A run that takes longer, or is preempted, writes a checkpoint and goes back into the queue.
+    `parallel` is how many jobs run at once. Without `wait` the command ends when all jobs are submitted to SLURM. The
+    jobs run from a copy of this program's source as it is now.
     """
 
     executor: Literal["slurm", "local"]
@@ -50,7 +51,7 @@ class Cluster:
     memory_gb: PositiveFloat = 4
     parallel: PositiveInt = 256
     wait: bool = True
-    options: dict[str, Any] | None = None  # any others of sbatch's
+    options: dict[str, Any] | None = None  # any other options of sbatch
 
     def at_once(self, jobs: Sequence[Job]) -> int:
         most = self.parallel if self.executor == "slurm" else min(self.parallel, room(jobs))
@@ -132,7 +133,7 @@ _TIMEOUTS = {"slurm": "slurm_max_num_timeout", "local": "local_max_num_timeout"}
 
 
 class ClusterTask:
-    """What a cluster's job calls; called again after a time-out or preemption, it finds the run's checkpoint."""
+    """The function that a cluster's job calls. Called again after a time-out or preemption, it finds the checkpoint."""
 
     def __init__(self, argv: list[str]) -> None:
         self.argv = argv
@@ -140,21 +141,21 @@ class ClusterTask:
     def __call__(self, job: Job) -> Outcome:
         sys.argv = self.argv  # the command, for the record
         outcome = attempt(job, Console(), wait_for_others=True)
-        note(job, outcome)  # the sweep may no longer be there to do it
+        note(job, outcome)  # the sweep may have ended already
         return outcome
 
     def checkpoint(self, job: Job) -> Any:
-        """What to put back into the queue: the same. (submitit calls it, and StopSignals have written a checkpoint.)"""
+        """Puts the same back into the queue. submitit calls it after StopSignals has written a checkpoint."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, job)
 
 
 class Submitted:
-    """A cluster's job that is waited for. It is over when there is a result, or when it is gone without one."""
+    """A cluster's job that is waited for. It is over when there is a result, or when it has gone without one."""
 
     POLL_S = 10.0
-    queued: tuple[float, set[str] | None] = (0.0, set())  # one look tells of all jobs; None: the look failed
+    queued: tuple[float, set[str] | None] = (0.0, set())  # one look shows all jobs; None: it failed
 
     def __init__(self, handle: Any, slurm: bool) -> None:
         self.handle, self.slurm = handle, slurm
@@ -165,12 +166,12 @@ class Submitted:
             return True
         if not self.slurm:
             return self.handle.done()
-        # Without accounting, which not every cluster has, SLURM does not tell how a job ended, but which there are.
+        # Not every cluster has accounting. Without it SLURM tells which jobs there are, but not how a job ended.
         now = time.monotonic()
         if now - Submitted.queued[0] > self.POLL_S:
             try:
                 Submitted.queued = now, _queued_jobs()
-            except Mistake:  # the controller is busy or away for a while; the job is not
+            except Mistake:  # the controller is busy or away for a while, not the job
                 Submitted.queued = now, None
         names = Submitted.queued[1]
         if names is None or self.handle.job_id in names:
@@ -190,7 +191,7 @@ class Submitted:
 
 
 def _queued_jobs() -> set[str]:
-    """The user's SLURM jobs that run or wait, as 12 or 12_3. Raises Mistake where SLURM does not tell."""
+    """The user's SLURM jobs that run or wait, such as 12 or 12_3. Raises Mistake where SLURM does not answer."""
     command = ["squeue", "--noheader", "--array", "--format=%i", f"--user={os.getuid()}"]
     try:
         shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
@@ -203,14 +204,14 @@ def _queued_jobs() -> set[str]:
 
 
 def _submitted_as(job: Job) -> str | None:
-    """The cluster's name of the job that was submitted last for these seeds of this run."""
+    """The cluster's name of the last job that was submitted for these seeds of this run."""
     with suppress(FileNotFoundError):
         return job.file("job").read_text(errors="replace")
     return None
 
 
 def snapshot(folder: Path) -> Path:
-    """Copies the package, as it is in the working tree, into a folder; gives what to put on PYTHONPATH.
+    """Copies the package, as it is in the working tree, into a folder, and gives the entry for PYTHONPATH.
 
     The copy's records name the commit of the original and whether it was changed.
     """

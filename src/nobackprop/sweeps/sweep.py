@@ -1,7 +1,7 @@
-"""Many runs as one sweep: what is recorded is skipped, what was interrupted goes on, what failed is tried again.
+"""Many runs as one sweep: recorded runs are skipped, interrupted ones go on, and failed ones are tried again.
 
-A launcher (launchers.py) says where the runs are trained. Several sweeps may run at once, here or on other machines
-with the same folder: no seed is trained twice.
+A launcher (jobs.py) trains the runs. Several sweeps may run at once, here or on other machines that share the folder.
+No seed is trained twice.
 """
 
 import json
@@ -31,12 +31,12 @@ from nobackprop.training.stopping import Stopped
 
 @dataclass(frozen=True)
 class Earlier:
-    """What there is of a job's run from earlier commands."""
+    """What earlier commands have left of a job's run."""
 
     settings: Settings
     records: Sequence[Record]
     missing: int  # seeds
-    before: str  # what there is to say of an earlier attempt
+    before: str  # in words, on an earlier attempt
 
 
 def look(job: Job) -> Earlier:
@@ -55,9 +55,9 @@ def look(job: Job) -> Earlier:
 
 
 def run(jobs: Sequence[Job], launcher: Launcher, console: Console, dry_run: bool = False) -> list[Outcome]:
-    """Runs all jobs; gives their outcomes. A line for each event, and a table at the end.
+    """Runs all jobs and gives their outcomes. It prints a line for each event, and a table at the end.
 
-    Raises Stopped where the user stops it; the outcomes so far are shown then.
+    Raises Stopped when the user stops it, after it has shown the outcomes so far.
     """
     outcomes: dict[int, Outcome] = {}
     found: dict[int, Earlier] = {}
@@ -90,11 +90,11 @@ def run(jobs: Sequence[Job], launcher: Launcher, console: Console, dry_run: bool
         return [outcomes.get(i, Outcome("queued")) for i in range(len(jobs))]
     start, to_run = time.monotonic(), len(left)
     try:
-        for wait_for_others in (False, True):  # what another process trains comes last
+        for wait_for_others in (False, True):  # runs that another process trains come last
             for i, outcome in launcher.run(left, starting, console, wait_for_others):
                 outcomes[i] = outcome
                 note(jobs[i], outcome)
-                over = sum(found[k].missing > 0 for k in outcomes if k in found)  # busy ones too: little is left
+                over = sum(found[k].missing > 0 for k in outcomes if k in found)  # busy ones, too, since little is left
                 rest = (time.monotonic() - start) / over * (to_run - over)
                 ahead = f"; about {_duration(rest)} for the other {to_run - over}" if over < to_run else ""
                 text = {
@@ -117,7 +117,7 @@ def run(jobs: Sequence[Job], launcher: Launcher, console: Console, dry_run: bool
 
 
 def table(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> Table:
-    """What became of each job; of those that failed the reason."""
+    """A table of what became of each job, with the reasons of failures."""
     counts = defaultdict(int)
     for outcome in outcomes:
         counts[outcome.state] += 1
@@ -132,7 +132,7 @@ def table(jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> Table:
 
 
 def _show_plan(jobs: Sequence[Job], found: Mapping[int, Earlier], launcher: Launcher, console: Console) -> None:
-    """What would run, and about how long it would take by earlier records in the same folder."""
+    """Prints what would run, and about how long it would take by earlier records in the same folder."""
     speeds, unreadable = _speeds(Path(folder) for folder in {f.settings.paths.runs for f in found.values()})
     shown, known, unknown = Table(title="dry run"), 0.0, 0
     for column in ("run", "seeds", "", "estimate"):
@@ -163,9 +163,9 @@ def _kind(name: str, config: Mapping[str, Any]) -> str:
 
 
 def _speeds(folders: Iterable[Path]) -> tuple[dict[str, list[tuple[float, float]]], list[str]]:
-    """Seconds of an epoch and of a step that records tell of, by kind and by name of the run.
+    """Seconds of an epoch and of a step in earlier records, by kind and by name of the run.
 
-    And in sentences which records can't be read.
+    It also gives sentences that name the records that can't be read.
     """
     speeds, unreadable = defaultdict(list), []
     for path in (path for folder in folders for path in folder.glob("*/seed*/record.json")):
@@ -175,7 +175,7 @@ def _speeds(folders: Iterable[Path]) -> tuple[dict[str, list[tuple[float, float]
             unreadable.append(str(e))
             continue
         per_epoch = r.data.train // r.config["batch_size"]
-        if r.steps < per_epoch:  # cut short, and most of its time the start
+        if r.steps < per_epoch:  # it was cut short, and took most of its time to start
             continue
         step = r.seconds / r.steps
         epoch = step * per_epoch

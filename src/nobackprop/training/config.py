@@ -32,7 +32,7 @@ from pydantic import (
 from nobackprop.mistakes import Mistake, close
 from nobackprop.records.identity import before, current_name, digest, recorded_name, run_name
 
-MOST_SEEDS = 100_000  # when counted; more are a slip of the pen
+MOST_SEEDS = 100_000  # more are taken for a typing error
 
 
 def _component(node: Any) -> Any:
@@ -92,14 +92,14 @@ class DatasetSettings(_Strict):
 
 
 class InitSettings(_Strict):
-    """conf/init: a `_target_` or one of the mDFA program's strings, for W and for the rule's own weights."""
+    """conf/init: for W and for the rule's own weights, a `_target_` or one of the mDFA program's strings."""
 
     forward: Start
     backward: Start
 
 
 class TrainerSettings(_Strict):
-    """conf/trainer: what of Lightning's Trainer may be set; all else would break the count of epochs and steps."""
+    """conf/trainer: the settings of Lightning's Trainer that may be changed. Others would break the count of steps."""
 
     accelerator: Literal["auto", "cpu", "gpu", "cuda"]
     strategy: Literal["auto", "ddp"]
@@ -131,7 +131,7 @@ class Paths(_Strict):
 
 
 class Settings(_Strict):
-    """Every top-level key of conf/train.yaml, in its order; unknown keys are refused."""
+    """Every top-level key of conf/train.yaml, in its order. Unknown keys are refused."""
 
     rule: Component
     dataset: DatasetSettings
@@ -162,7 +162,7 @@ class Settings(_Strict):
 
     @classmethod
     def of(cls, cfg: DictConfig) -> "Settings":
-        """The settings in a composed config. Raises Mistake, naming every key at fault and what it may be.
+        """The settings in a composed config. Raises Mistake, which names every wrong key and what is allowed.
 
         Of the processes of a data-parallel run the first raises it; the others end.
         """
@@ -177,7 +177,7 @@ class Settings(_Strict):
             settings = cls.model_validate(content)
         except MissingMandatoryValue as e:
             raise Mistake(f"{e.full_key} must be given: add {e.full_key}=...") from None
-        except OmegaConfBaseException as e:  # an interpolation of what is not there
+        except OmegaConfBaseException as e:  # an interpolation of a key that does not exist
             raise Mistake(f"{e.full_key}: {str(e).splitlines()[0]}") from None
         except PydanticError as e:
             raise Mistake("; ".join(_sentence(error) for error in e.errors())) from None
@@ -187,19 +187,19 @@ class Settings(_Strict):
 
     @property
     def name(self) -> str:
-        """`rule_arch_dataset`, as in `lra_e_mlp_mnist`."""
+        """`rule_arch_dataset`, such as `lra_e_mlp_mnist`."""
         return run_name(self.rule, self.arch, self.dataset.name)
 
     @property
     def folder(self) -> Path:
-        """Where the run keeps everything: one folder a seed, and checkpoints while it trains."""
+        """The folder of the run: it has a folder for each seed, and checkpoints while the run trains."""
         return Path(self.paths.runs) / f"{self.name}-{self.signature}"
 
     def identity(self) -> dict[str, Any]:
-        """All that can change a seed's result, not what cannot: no seeds, loggers, paths, devices or compiler.
+        """All settings that can change a seed's result. Seeds, loggers, paths, devices and the compiler are left out.
 
-        The last two, and threads, change float32 rounding; a record states them beside its config. A component's key is
-        left out where it has the value that records without it mean, so that these keep their signatures.
+        Devices, the compiler and threads change float32 rounding, and a record states them beside its config. A key of
+        a component is left out where it has the value that records without it mean. So these keep their signatures.
         """
         how = {"stack", "compile", "recompute", "threads", "workers", "launcher", "checkpoint_minutes", "dry_run"}
         config = self.model_dump(exclude={"seeds", "logger", "diagnostics", "paths", *how})
@@ -210,13 +210,13 @@ class Settings(_Strict):
 
     @property
     def signature(self) -> str:
-        """A hash of `identity`: with the seed it is the key of a record."""
+        """A hash of `identity`. Together with the seed it is the key of a record."""
         return digest(self.identity())
 
 
 @contextmanager
 def told_once(strategy: str | None) -> Iterator[None]:
-    """Lets the first of the processes of a data-parallel run alone raise a Mistake; the others end, with status 1."""
+    """Lets only the first process of a data-parallel run raise a Mistake. The others end with status 1."""
     try:
         yield
     except Mistake:
@@ -227,7 +227,7 @@ def told_once(strategy: str | None) -> Iterator[None]:
 
 
 def _check_finite(tree: Any, *path: Any) -> None:
-    """Raises Mistake for a number that is infinite or none: no record could say what was run."""
+    """Raises Mistake for an infinite number and for NaN, since no record could hold it."""
     if isinstance(tree, float) and not isfinite(tree):
         raise Mistake(f"{'.'.join(map(str, path))}: write a finite number, got {tree}")
     nodes = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
@@ -236,8 +236,10 @@ def _check_finite(tree: Any, *path: Any) -> None:
 
 
 def _as_recorded(node: Any, name: str) -> Any:
-    """A config's node with the later keys of components, also where it leaves them to their defaults, and without those
-    that have the value which records without them mean. Raises Mistake for an unknown target.
+    """A config's node as it identifies a run, with respect to keys that components got after the first records.
+
+    Such a key is added where the config leaves it at its default. It is left out where it has the value that records
+    without it mean. Raises Mistake for an unknown target.
     """
     if not isinstance(node, dict):
         return node
@@ -252,8 +254,8 @@ def _as_recorded(node: Any, name: str) -> Any:
 def build(node: Component, key: str, *args: Any, **kwargs: Any) -> Any:
     """Instantiates a config node, called `key` in messages.
 
-    Raises Mistake for an unknown target, key or value. What the target's own code raises for another reason is an
-    InstantiationException, with the error as its cause.
+    Raises Mistake for an unknown target, key or value. Any other error of the target's own code becomes the cause of an
+    InstantiationException.
     """
     target = _target(node["_target_"], key)
     takes = signature(target)
@@ -282,9 +284,9 @@ def build(node: Component, key: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def _least(annotation: Any) -> Any:
-    """What a value must be for others' code, whose annotations promise less than it takes: flag, number, list, or any.
+    """The kind of value that a parameter of others' code takes: flag, number, list, or any.
 
-    torch's schedules have them as text.
+    Such code often takes more than its annotations say. The annotations of torch's schedules are text.
     """
     text = annotation if isinstance(annotation, str) else formatannotation(annotation)
     text = re.sub(r"\w+\.", "", text)  # without modules
@@ -296,7 +298,7 @@ def _least(annotation: Any) -> Any:
 
 
 def _target(name: str, key: str) -> Any:
-    """What a `_target_` names. Raises Mistake where there is no such thing; other errors of its module are its own."""
+    """What a `_target_` names. Raises Mistake where it does not exist. Other errors of its module pass through."""
     found, path = None, ""
     for part in name.split("."):
         within, path = path, f"{path}.{part}".removeprefix(".")
@@ -315,7 +317,7 @@ def _target(name: str, key: str) -> Any:
 
 
 def _check_type(key: str, value: Any, annotation: Any) -> None:
-    """Raises Mistake where a value read from a config is not of the annotated type; `no` is a string, not false."""
+    """Raises Mistake where a value from a config is not of the annotated type. (`no` is a string, not false.)"""
     try:
         TypeAdapter(annotation).validate_json(json.dumps(value), strict=True)
     except PydanticError as e:

@@ -1,7 +1,7 @@
-"""Data-parallel training: several processes with a device each, every one of which takes its part of each mini-batch.
+"""Data-parallel training: several processes, each with a device of its own, share every mini-batch.
 
-The processes start from equal weights and step with equal gradients, the mean over all of them, so their weights stay
-equal. Rank 0 alone writes and prints.
+The processes start from equal weights. Each steps with the mean gradient of all, so their weights stay equal. Only rank
+0 writes and prints.
 """
 
 import logging
@@ -27,13 +27,13 @@ from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
 from nobackprop.training.stopping import StopSignals, how_it_ended
 
-logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # that it ends the others is no news
+logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # that it ends the others need not be told
 
 
 class DataParallel(DDPStrategy):
-    """Lightning's DDP without what it wraps around a module: that reduces autograd's gradients, and there are none.
+    """Lightning's DDP without its wrapper around a module, which reduces autograd's gradients. There are none here.
 
-    Nor does it start processes, by running the command again: `start` or a cluster does.
+    It does not start processes, either. `start` or a cluster does.
     """
 
     def configure_ddp(self) -> None:
@@ -44,7 +44,7 @@ class DataParallel(DDPStrategy):
 
 
 def mean_over_processes(grads: Mapping[str, Tensor], strategy: Strategy, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The mean of each gradient over all processes, computed in `dtype`; in one message, since each costs a wait."""
+    """The mean of each gradient over all processes, computed in `dtype`, in one message, since each takes time."""
     numbers = torch.cat([g.flatten().to(dtype) for g in grads.values()])
     numbers = strategy.reduce(numbers, reduce_op="mean")
     parts = numbers.split([g.numel() for g in grads.values()])
@@ -52,9 +52,9 @@ def mean_over_processes(grads: Mapping[str, Tensor], strategy: Strategy, dtype: 
 
 
 class SameWeights(Callback):
-    """Makes sure that all processes have the same weights, and with them the same `task`: its names and numbers.
+    """Makes sure that all processes have the same weights, and the same names and numbers in `task`.
 
-    Checked when training starts and after each epoch. Raises RuntimeError where they differ.
+    It checks when training starts and after each epoch. Raises RuntimeError where they differ.
     """
 
     def __init__(self, *task: object) -> None:
@@ -76,9 +76,9 @@ class SameWeights(Callback):
 
 
 def environment(parallel: bool) -> ClusterEnvironment:
-    """Who has started this process: torchrun, SLURM's srun, or nobody that a run on one device needs to know of.
+    """What has started this process: torchrun, SLURM's srun, or nothing that a run on one device needs to know of.
 
-    A cluster's job is never Lightning's to put back into the queue.
+    Lightning is kept from putting a cluster's job back into the queue.
     """
     if parallel and TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
@@ -86,7 +86,7 @@ def environment(parallel: bool) -> ClusterEnvironment:
 
 
 def to_start(strategy: Strategy) -> int:
-    """How many processes are still to be started: none where a cluster, torchrun or `start` has done so."""
+    """How many processes are still to be started: 0 where a cluster, torchrun or `start` has started them."""
     if not isinstance(strategy, DataParallel):
         return 0
     environment = strategy.cluster_environment
@@ -96,7 +96,7 @@ def to_start(strategy: Strategy) -> int:
 
 
 def connect(strategy: Strategy) -> None:
-    """Lets this process `broadcast` to the others of its run. Does nothing where it has none, or is to start them."""
+    """Lets this process `broadcast` to the others of its run. Does nothing where there are no others yet."""
     if isinstance(strategy, DataParallel) and not to_start(strategy):
         strategy.setup_environment()
 
@@ -104,13 +104,13 @@ def connect(strategy: Strategy) -> None:
 def start(function: Callable[..., None], processes: int, *args: Any) -> None:
     """Runs `function(*args)` in so many new processes on this machine, ranks 0, 1, ..., until all are done.
 
-    Where one fails the others are ended, and its exception is raised, or ChildProcessError where it was killed or
-    stopped by itself. Where this process is asked to end it asks them, and raises Stopped when they have.
+    If one fails, the others are ended and its exception is raised. If one was killed or ended by itself,
+    ChildProcessError is raised. If this process is asked to end, it asks them, and raises Stopped when they have ended.
     """
     errors = torch.multiprocessing.get_context("spawn").SimpleQueue()
     args = find_free_network_port(), errors, function, args
     spawned: Any = torch.multiprocessing.spawn(_as_rank, args, processes, join=False)
-    first: list[Exception] = []  # what made the others fail, too
+    first: list[Exception] = []  # the error that made the others fail, too
     with StopSignals() as signals:
         try:
             while not spawned.join(timeout=0.5):
@@ -147,7 +147,7 @@ def _as_rank(rank: int, port: int, errors: Any, function: Callable[..., None], a
 
 
 def portable(error: Exception) -> Exception:
-    """An error that another process can take, with a note of where it was; another one where it can't be pickled."""
+    """The error with a note of its traceback, for another process; a RuntimeError where it can't be pickled."""
     note = f"In a process of its own:\n{traceback.format_exc()}"
     try:
         pickle.loads(pickle.dumps(error))

@@ -1,7 +1,7 @@
-"""What goes on inside a net as it trains: angles to the gradient, saturation, norms. Off unless asked for.
+"""Diagnostics of a net as it trains: angles to the gradient, saturation, norms. They are off unless asked for.
 
-It stands outside the rules and knows three of them: backpropagation, the measure of the others, feedback alignment,
-whose kin say what errors go down through, and DFA, whose kin send them from the output to each layer.
+They stand outside the rules and know three of them: backpropagation, the measure of the others; feedback alignment,
+whose subclasses say what errors go down through; and DFA, whose subclasses send errors from the output to each layer.
 """
 
 from typing import Any
@@ -24,9 +24,9 @@ CHUNK = 10_000_000  # about how many numbers the gradients of single samples may
 
 
 class Diagnostics(Callback):
-    """Adds what `diagnose` finds to each epoch's entry of each seed; training stays as it is, to the bit.
+    """Adds what `diagnose` finds to each epoch's entry of each seed. It does not change training by a single bit.
 
-    The images are the first `samples` of the seed's validation images, all of them where there are fewer.
+    The images are the first `samples` of the seed's validation images, or all of them if there are fewer.
     """
 
     def __init__(self, samples: int) -> None:
@@ -64,10 +64,10 @@ class Diagnostics(Callback):
 
 
 def diagnose(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, float]:
-    """What one seed's weights do on a batch of images, by name; empty where its logits are not finite.
+    """What one seed's weights do on a batch of images, by name. It is empty where the logits are not finite.
 
-    The batch holds the noise that the rule asks for. Of a rule with phases each weight's last gradient is measured, all
-    from these weights.
+    The batch holds the noise that the rule asks for. A rule with phases computes all of them at these weights, and of
+    each weight the last gradient is measured.
 
     | name | what | where |
     | --- | --- | --- |
@@ -78,12 +78,14 @@ def diagnose(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, fl
     | `saturation/h{l}` | share of units, over all images, where abs(df) < 0.05 | hidden, f has a derivative |
     | `opposed/W{l}` | share of images whose own update of W and b opposes their own gradient | one output unit |
 
-    And what the rule itself measures. Angles are in degrees; one with a zero vector is left out. The loss is that of
-    what the rule predicts: of the forward pass, whose gradient is backpropagation's, or of its own answer, through all
-    that this takes (such as states that come to rest). Feedback alignment and its kin say what they have in the place
-    of W. Of DFA and its kin B stands in for the product of the weights above its layer, where those layers are dense;
-    of other rules weights of their own (`E3`, ...) that are all shaped like W stand in for the W of their layer. An
-    update opposes a gradient where their inner product is negative.
+    What the rule itself measures is added. Angles are in degrees, and an angle with a zero vector is left out. The loss
+    is that of the rule's prediction. For most rules this is the forward pass, and its gradient is backpropagation's.
+    For the others it is their own answer, with all steps that lead to it, such as states that come to rest.
+
+    The feedback angle needs a weight that stands in for another. Feedback alignment and its subclasses say which matrix
+    replaces W. For DFA and its subclasses, B stands in for the product of the weights above its layer, where those
+    layers are dense. For other rules, own weights (`E3`, ...) that are all shaped like W stand in for the W of their
+    layer. An update opposes a gradient where their inner product is negative.
     """
     update, logits = rule.all_grads(net, w, batch)
     if not logits.isfinite().all():
@@ -105,13 +107,13 @@ def diagnose(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, fl
 
 
 def angle(u: Tensor, v: Tensor) -> Tensor:
-    """The angle between two tensors in degrees, NaN where one is zero; also exact for small angles (Kahan)."""
+    """The angle between two tensors in degrees, by Kahan's formula, exact for small angles; NaN where one is zero."""
     u, v = u / u.norm(), v / v.norm()
     return torch.rad2deg(2 * torch.atan2((u - v).norm(), (u + v).norm()))
 
 
 def loss_gradient(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, Tensor]:
-    """The gradient of the mean loss of what the rule predicts, by W and b; in the type of the weights."""
+    """The gradient of the mean loss of the rule's prediction by W and b, in the type of the weights."""
     if type(rule).logits is Rule.logits:
         return BP().grads(net, w, batch)[0]
 

@@ -10,7 +10,7 @@ from nobackprop.records import provenance
 from nobackprop.records.files import write_atomically
 from nobackprop.training.config import Settings
 
-ELSEWHERE = {"paths", "launcher", "logger", "dry_run"}  # they say where, not what; those of the new command hold
+ELSEWHERE = {"paths", "launcher", "logger", "dry_run"}  # they say where, not what; the new command has its own
 
 HEAD = """\
 # What was run here, but for paths, logger and launcher. This makes the same run again, with any other key=value:
@@ -22,8 +22,8 @@ HEAD = """\
 def write(settings: Settings) -> None:
     """Writes the settings of a run into its folder, in place of those from before.
 
-    Folders below paths.data are told so; other places on this machine, and what may be a secret, are `???`, which Hydra
-    asks for.
+    Folders below paths.data are written relative to it. Other places on this machine, and texts that may be a secret,
+    are written as `???`, and Hydra asks for them.
     """
     content = settings.model_dump(exclude=ELSEWHERE)
     source = content["dataset"]["source"]
@@ -31,19 +31,19 @@ def write(settings: Settings) -> None:
     groups = [key for key, value in content.items() if isinstance(value, dict)]
     defaults = ["train", "_self_", *({f"override {group}": None} for group in groups), {"override tuned": "none"}]
     told = HEAD.format(command=provenance.command()) + OmegaConf.to_yaml({"defaults": defaults} | _public(content))
-    with suppress(OSError):  # a full disk; the record holds what identifies the run, too
+    with suppress(OSError):  # such as a full disk; the record has all that identifies the run
         write_atomically(settings.folder / "config.yaml", told.encode())
 
 
 def _place(path: str, data: str) -> str:
-    """A folder by its place below paths.data."""
+    """A folder, written relative to paths.data."""
     if not Path(path).is_relative_to(data):
         return "???"
     return "/".join(["${paths.data}", *Path(path).relative_to(data).parts])
 
 
 def _public(tree: dict[str, Any]) -> dict[str, Any]:
-    """The same without texts that say where things are on this machine, or may hold a secret."""
+    """The same settings without texts that name a place on this machine, or may hold a secret."""
 
     def public(key: Any, value: Any) -> Any:
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""A lock on each seed, so that no two processes train it; and tidying up behind processes that were killed."""
+"""A lock on each seed, so that no two processes train it. It also removes what killed processes left behind."""
 
 import os
 import platform
@@ -14,14 +14,14 @@ from filelock import FileLock, Timeout
 from nobackprop.records.files import remove_unfinished, unfinished
 from nobackprop.training import checkpoints
 
-LOCK, HOLDER = ".lock", ".holder"  # in a seed's folder; the second says who has the lock
+LOCK, HOLDER = ".lock", ".holder"  # both are in a seed's folder; the second names the process that has the lock
 
 
 def take(run: Path, seeds: Iterable[int], held: ExitStack) -> str:
     """Takes the locks of seeds in a run's folder until `held` closes, and removes what a killed process left there.
 
-    Gives an empty text; or, where another process has one of the locks, takes none and says who it is. The system drops
-    a dead process's locks; those of a machine that has gone may stay where the folder is shared.
+    It returns an empty text. If another process has one of the locks, it takes none and returns a text that names that
+    process. The system drops the locks of a dead process. In a shared folder, those of a machine that is gone may stay.
     """
     folders = [run / f"seed{seed}" for seed in seeds]
     with ExitStack() as taken:
@@ -41,7 +41,7 @@ def take(run: Path, seeds: Iterable[int], held: ExitStack) -> str:
 
 
 def _who(folder: Path) -> str:
-    """Who trains a seed, and for how long, as its process has noted it."""
+    """The process that trains a seed, and for how long it has done so, as it has noted in the folder."""
     seed = folder.name.replace("seed", "seed ")
     with suppress(OSError):
         who, since = (folder / HOLDER).read_text(errors="replace"), (folder / HOLDER).stat().st_mtime
@@ -52,7 +52,7 @@ def _who(folder: Path) -> str:
 
 def tidy(run: Path) -> None:
     """Removes what killed processes left in a run's folder: unfinished files, and checkpoints of recorded seeds."""
-    with suppress(OSError):  # of a folder that may not be written
+    with suppress(OSError):  # the folder may be read-only
         remove_unfinished(run)
         recorded = {int(p.parent.name[4:]) for p in run.glob("seed*/record.json") if p.parent.name[4:].isdecimal()}
         for path, about in checkpoints.interrupted(run):

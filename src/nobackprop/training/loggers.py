@@ -1,7 +1,7 @@
-"""Logs of a run for people to look at, one a seed in its folder: W&B, TensorBoard, CSV. The records are the truth.
+"""Logs of a run for people to look at, one for each seed: W&B, TensorBoard, CSV. The records are the truth.
 
-All get the same numbers under the same names: each epoch as in the record, then the final figures; and the config as
-hyper-parameters. Weights & Biases has a module of its own, so that only runs that log there import it.
+All logs get the same numbers under the same names: each epoch as in the record, then the final figures, and the config
+as hyper-parameters. Weights & Biases has a module of its own, so that only runs that log there import it.
 """
 
 import shutil
@@ -20,15 +20,15 @@ from nobackprop.training.learner import Learner
 
 
 class SeedLog(Logger):
-    """The log of one seed: a Lightning logger that also takes the final figures, and is closed by who opened it."""
+    """The log of one seed: a Lightning logger that also takes the final figures. The one who opened it closes it."""
 
     @abstractmethod
     def result(self, figures: Mapping[str, float], step: int) -> None:
-        """Takes the final figures, reached after so many mini-batches."""
+        """Takes the final figures, which were reached after so many mini-batches."""
 
     @abstractmethod
     def close(self, failed: bool) -> None:
-        """Writes what is left. Lightning says after the epochs that all is over; but the final figures come later."""
+        """Writes what is left. Lightning finalizes a logger after the epochs, but the final figures come later."""
 
 
 class Logging(ABC):
@@ -36,18 +36,18 @@ class Logging(ABC):
 
     @abstractmethod
     def open(self, folder: Path, seed: int, config: dict[str, Any]) -> SeedLog:
-        """The log of a seed of the run in `folder`; `config` is all of the run's settings, and is not changed."""
+        """The log of a seed of the run in `folder`. `config` has all settings of the run, and is not changed."""
 
 
 class EpochLog(Callback):
-    """Gives each seed's log that seed's epochs, one entry an epoch; mini-batches are the log's steps.
+    """Gives each seed's log that seed's epochs, one entry for each. The log's steps count mini-batches.
 
-    A resumed run gives the epochs before the interruption again: a log in files has been made anew, and an online run
-    of W&B ignores what it has.
+    A resumed run gives the epochs before the interruption again. A log in files has been made anew by then, and an
+    online run of W&B ignores what it has already.
     """
 
     def __init__(self) -> None:
-        self.given: dict[int, int] = {}  # how many epochs of each seed
+        self.given: dict[int, int] = {}  # how many epochs of each seed were given
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Learner)
@@ -56,18 +56,18 @@ class EpochLog(Callback):
                 log.log_metrics({**epoch, "trainer/global_step": epoch["step"]}, step=int(epoch["step"]))
             self.given[i] = len(p.epochs)
 
-    on_train_epoch_end = on_fit_end = on_train_start  # the last, where nothing was left to train
+    on_train_epoch_end = on_fit_end = on_train_start  # the last epoch, where nothing was left to train
 
 
 def without_machine(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's settings without what says where things are on this machine."""
+    """A run's settings without those that name places on this machine."""
     source = {key: value for key, value in config["dataset"]["source"].items() if key not in ("root", "cache")}
     kept = {key: value for key, value in config.items() if key not in ("paths", "launcher")}
     return kept | {"dataset": config["dataset"] | {"source": source}}
 
 
 def _emptied(folder: Path, seed: int, name: str) -> dict[str, Any]:
-    """Where a log in files is written, in Lightning's words: `seed<k>/name`, without what was there."""
+    """The arguments by which Lightning writes a log into `seed<k>/name`. What was there is removed."""
     seed_folder = folder / f"seed{seed}"
     if (old := seed_folder / name).exists():
         shutil.rmtree(old)
@@ -76,9 +76,10 @@ def _emptied(folder: Path, seed: int, name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class CSV(Logging):
-    """Each seed's `csv/metrics.csv`, a line an epoch and a last one for the final figures, and `csv/hparams.yaml`.
+    """Writes `csv/metrics.csv` and `csv/hparams.yaml` for each seed, by Lightning's CSVLogger.
 
-    Lightning's CSVLogger writes them. A resumed run writes them anew, from the first epoch on.
+    The table has a line for each epoch and a last one for the final figures. A resumed run writes both files anew, from
+    the first epoch on.
     """
 
     def open(self, folder: Path, seed: int, config: dict[str, Any]) -> SeedLog:
@@ -97,11 +98,11 @@ class _CSVLog(CSVLogger, SeedLog):
 
 @dataclass(frozen=True)
 class TensorBoard(Logging):
-    """Each seed's `tensorboard/`, to be seen with `tensorboard --logdir runs`.
+    """Writes `tensorboard/` for each seed, by Lightning's TensorBoardLogger. `tensorboard --logdir runs` shows it.
 
-    Lightning's TensorBoardLogger writes it. A resumed run writes it anew, from the first epoch on, so the epochs before
-    the interruption have the time of day when it was resumed. TensorBoard's table of hyper-parameters has a seed when
-    it has final figures; until then its config is in `tensorboard/hparams.yaml`. Raises Mistake without tensorboard.
+    A resumed run writes it anew, from the first epoch on, so the epochs before the interruption have the time of day at
+    which the run was resumed. A seed appears in TensorBoard's table of hyper-parameters when it has final figures.
+    Until then its config is in `tensorboard/hparams.yaml`. Raises Mistake where tensorboard is not installed.
     """
 
     def __post_init__(self) -> None:
@@ -121,7 +122,7 @@ class _TensorBoardLog(TensorBoardLogger, SeedLog):
         self.log_hyperparams(self.hparams, dict(figures), step)
 
     def finalize(self, status: str) -> None:
-        self.save()  # Lightning's closes the file, and the final figures would begin another
+        self.save()  # Lightning's closes the file, and the final figures would open another one
 
     def close(self, failed: bool) -> None:
         self.experiment.close()

@@ -24,7 +24,7 @@ class Scores(Metric):
         # Sums in float64: a mean over 10^6 images must not depend on how they were batched.
         self.add_state("sums", torch.zeros(len(self.names), seeds, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros(seeds, dtype=torch.int64), dist_reduce_fx="sum")
-        self.persistent(True)  # a checkpoint in mid-epoch keeps what the epoch has summed up
+        self.persistent(True)  # a checkpoint in mid-epoch keeps the sums so far
 
     def update(self, logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> None:
         z = logits.double()

@@ -20,9 +20,9 @@ from nobackprop.mistakes import Mistake, close
 class Gradients(nn.Module):
     """`step(x, y)` fills `.grad` of all weights by a learning rule, where `loss.backward()` would by autograd.
 
-    `step.parameters()` are those of `step.module` and the rule's own weights (`step.feedback`: `B1`, `E2`, ...), for
-    one optimizer to take together. `.grad` is None for those that the rule leaves alone. `step.state_dict()` holds
-    both, and how many steps there were, of which noise is a function. Made by `gradients`.
+    `gradients` makes it. `step.parameters()` are the parameters of `step.module` and the rule's own weights
+    (`step.feedback`: `B1`, `E2`, ...), so that one optimizer takes both. `.grad` is None for weights that the rule
+    leaves alone. `step.state_dict()` holds both kinds of weights and the number of steps, which noise depends on.
     """
 
     def __init__(
@@ -56,8 +56,8 @@ class Gradients(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Fills `.grad` from inputs x (N, ...) and labels y (N,) or targets (N, outputs); gives logits (N, outputs).
 
-        Gradients of before are replaced, so that no `zero_grad` is needed. They are those of the mean over the
-        mini-batch, changed as `update` says. Raises Mistake where x or y do not have the shape that is needed.
+        Earlier gradients are replaced, so no `zero_grad` is needed. The new ones are means over the mini-batch, changed
+        as `update` says. Raises Mistake where x or y do not have the shape that is needed.
         """
         x = self._inputs(x)
         if tuple(y.shape) not in {(len(x),), (len(x), self.loss.outputs)} or y.is_floating_point() == (y.ndim == 1):
@@ -82,9 +82,10 @@ class Gradients(nn.Module):
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
-        """What the rule makes the net say of x (N, ...): (N, outputs).
+        """The rule's prediction for x (N, ...): logits (N, outputs).
 
-        It is what the module says, but for rules that predict in their own way. Raises Mistake for another shape of x.
+        It is the module's output, except for rules that predict in their own way. Raises Mistake for another shape of
+        x.
         """
         x = self._inputs(x)
         self.constrain()
@@ -94,7 +95,7 @@ class Gradients(nn.Module):
     def constrain(self) -> None:
         """Puts weights back into the bounds that the rule sets (mDFA), in place.
 
-        `step` and `logits` begin with it. Call it after the optimizer's last step before the module is used by itself.
+        `step` and `logits` begin with it. After the optimizer's last step, call it before you use the module by itself.
         """
         w = self.weights()
         for name, projected in self.rule.constrain(self.net, w).items():
@@ -132,18 +133,18 @@ def gradients(
             optimizer.step()
 
     The module is what `from_torch` takes: an `nn.Sequential` of nn.Linear, nn.Conv2d, activations, pooling, norms,
-    dropout, residual blocks. Its weights stay where they are and start as they are; where the rule needs non-negative
-    ones (mDFA), as their absolute values. `step` draws dropout whatever mode the module is in; where it has any, call
-    `module.eval()` before the module is used by itself.
+    dropout, residual blocks. Its weights are trained in place, from the values that they have. Where the rule needs
+    non-negative weights (mDFA), they are first replaced by their absolute values. `step` draws dropout whatever mode
+    the module is in. If the module has dropout, call `module.eval()` before you use it by itself.
 
-    `in_shape` is the shape of one input, such as (C, H, W); it must be given unless nn.Linear comes first. The rule's
-    own weights are drawn by `feedback` (by default uniform in +-1/sqrt(fan-in)) from `seed`, as are noise and dropout.
-    `update` is how a batch becomes one update: mean, sum, unit_norm or unit_norm_relative. Move `step`, not the module,
-    to a device. A rule of several phases (weight mirrors) takes all of them from the same weights, where
-    `nobackprop.train` lets the optimizer step between them.
+    `in_shape` is the shape of one input, such as (C, H, W). It must be given unless nn.Linear comes first. The rule's
+    own weights are drawn by `feedback`, by default uniform in +-1/sqrt(fan-in). `seed` decides what is drawn, also for
+    noise and dropout. `update` says how a batch becomes one update: mean, sum, unit_norm or unit_norm_relative. Move
+    `step`, not the module, to a device. A rule with several phases (weight mirrors) computes all of them at the same
+    weights, while `nobackprop.train` lets the optimizer step between them.
 
-    Raises Mistake for a module with anything else in it, and says where; for one that the rule does not train; and for
-    a loss of another number of outputs.
+    Raises Mistake for a module with other parts, and names the place; for a net that the rule does not train; and for a
+    loss with another number of outputs.
     """
     if update not in UPDATES:
         raise Mistake(f"unknown update {update!r}: choose one of {', '.join(UPDATES)}{close(update, UPDATES)}")

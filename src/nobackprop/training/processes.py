@@ -1,11 +1,11 @@
 """Jobs side by side in processes of their own: seeds of a run, or the runs of a sweep.
 
-Seeds are trained on a CPU in processes that are forked when the data is loaded: a fork has all imports and shares the
-images with its parent; a fresh process would spend seconds on the first and need memory for the second. torch's threads
-do not survive a fork, so seeds with several threads are trained in turn.
+On a CPU, seeds are trained in processes that are forked once the data is loaded. A fork has all imports and shares the
+images with its parent. A fresh process would need seconds for the imports and memory for the images. torch's threads do
+not survive a fork, so seeds with several threads are trained in turn.
 
-A pool of the standard library or joblib would not do: there one process that dies takes all others with it, or its job
-is waited for for ever; none lets the others write their checkpoints.
+A pool of the standard library or of joblib would not do. If one of its processes dies, it ends all others, or waits for
+the lost job for ever, and it does not let the others write their checkpoints.
 """
 
 import multiprocessing
@@ -33,10 +33,10 @@ Result = TypeVar("Result")
 
 
 def workers(jobs: int, threads: int, most: int | None = None) -> int:
-    """How many processes to train seeds in: at the most one a core, and `most` if that is given; 1: in this process.
+    """How many processes to train seeds in: at most one for each core, and at most `most` if that is given.
 
-    It is 1 where seeds have several threads, where the system can't fork safely (macOS, Windows), and in a process that
-    may have no children.
+    1 means this process. It is 1 where seeds have several threads, where the system can't fork safely (macOS, Windows),
+    and in a process that may have no children.
     """
     if jobs == 1 or threads > 1 or sys.platform != "linux" or multiprocessing.current_process().daemon:
         return 1
@@ -46,10 +46,11 @@ def workers(jobs: int, threads: int, most: int | None = None) -> int:
 def side_by_side(
     work: Callable[[Job, Screen], Result], jobs: Sequence[Job], count: int, screen: Screen
 ) -> Iterator[tuple[Job, Result]]:
-    """Gives each job with `work(job, screen)` as they end, done by up to `count` forks at once; 1: by this process.
+    """Gives each job with the result of `work(job, screen)`, as jobs end. Up to `count` forks work at once.
 
-    The first error is raised at once; the other processes are asked to end, as they are by Ctrl-C, and write a
-    checkpoint. Raises ChildProcessError, with the name that a job has as text, where its process was killed or stopped.
+    With a `count` of 1 this process does the work. The first error is raised at once. The other processes are then
+    asked to end, as by Ctrl-C, and write a checkpoint. Raises ChildProcessError, which names the job, where its process
+    was killed or stopped.
     """
     if count == 1:
         for job in jobs:
@@ -69,10 +70,10 @@ def side_by_side(
 
 @dataclass
 class Pool(Generic[Job, Result]):
-    """Processes that do `work(job, screen)`; what they have to show comes to the `screen` of this one.
+    """Processes that do `work(job, screen)`. What they show appears on the `screen` of this process.
 
-    With `fresh` each job has a process of its own, else a process does job after job. What came of a job whose process
-    ended before it is `died(job, exit status)`, which may raise; of one that ended between jobs, the job is None.
+    With `fresh` each job has a process of its own; otherwise a process does job after job. If a process ends before its
+    job, the result of the job is `died(job, exit status)`, which may raise. If it ends between jobs, the job is None.
     """
 
     work: Callable[[Job, Screen], Result]
@@ -85,15 +86,16 @@ class Pool(Generic[Job, Result]):
     def run(
         self, jobs: Sequence[Job], count: int, starting: Callable[[int], None] = lambda _: None
     ) -> Iterator[tuple[int, Result]]:
-        """Gives the number of each job with its result as they end, up to `count` at once; `starting(number)` is told.
+        """Gives the number of each job with its result, as jobs end. Up to `count` jobs run at once.
 
-        An error of `work` is raised. Whatever ends this, the processes that still run are asked to end, and waited for.
+        `starting(number)` is called when a job starts. An error of `work` is raised. Whatever ends this, the processes
+        that still run are asked to end, and are waited for.
         """
         waiting = deque(range(len(jobs)))
         working: dict[Connection, int] = {}
 
         def give(connection: Connection) -> None:
-            """A process its next job, or word that there is none left."""
+            """Sends a process its next job, or the word that there is none left."""
             number = waiting.popleft() if waiting else None
             if number is not None:
                 working[connection] = number
@@ -129,7 +131,7 @@ class Pool(Generic[Job, Result]):
 
     @property
     def forks(self) -> bool:
-        """Whether processes have the jobs already, and are told their numbers."""
+        """Whether processes have the jobs already, so that a number is all they need."""
         return self.context.get_start_method() == "fork"
 
     def _start(self, jobs: Sequence[Job], signals: StopSignals) -> Connection:
@@ -144,7 +146,7 @@ class Pool(Generic[Job, Result]):
         return ours
 
     def _messages(self) -> Iterator[tuple[Connection, str, Any]]:
-        """What has come from processes within half a second, but for what is shown; "end" from one that is no more."""
+        """What processes have sent within half a second, except what is shown; "end" from a process that has ended."""
         for connection in wait([*self.running], timeout=0.5):
             assert isinstance(connection, Connection)
             content: Any = None
@@ -160,7 +162,7 @@ class Pool(Generic[Job, Result]):
                 yield connection, kind, content
 
     def _end(self) -> None:
-        """Asks processes to end and waits until they have, showing what they still have to say."""
+        """Asks processes to end and waits until they have. What they still say is shown."""
         for process in self.running.values():
             with suppress(ProcessLookupError):
                 os.kill(process.pid or 0, signal.SIGUSR2)
@@ -181,9 +183,9 @@ def _worker(
     inherited: Sequence[Connection],
     handlers: dict[int, Any],
 ) -> None:
-    """In a new process: does the jobs that come, or whose numbers do, sends what is to be shown and what came of them.
+    """The work of a new process: it does the jobs that it is sent, and sends back what is to be shown and the results.
 
-    It ends, after a checkpoint, when it is asked to, or when the process that started it is no more.
+    It ends, after a checkpoint, when it is asked to, or when the process that started it has ended.
     """
     for other in inherited:  # so that this process learns when its parent is no more
         other.close()

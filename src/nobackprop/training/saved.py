@@ -23,7 +23,7 @@ from nobackprop.training.metrics import Scores
 
 
 class Unknown(Mistake):
-    """A net was trained with a rule or a loss that is not to be had here; its file may be whole."""
+    """A net was trained with a rule or a loss that does not exist here. Its file may be whole."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Trained:
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """What the rule makes the net say of images, (N, outputs).
+        """The rule's prediction for images: logits (N, outputs).
 
         Raises Mistake for images of another type or shape.
         """
@@ -109,14 +109,14 @@ def _described(component: Rule | Loss) -> dict[str, Any]:
 
 
 def _full_name(kind: type) -> str:
-    """As records have it."""
+    """The value as records have it."""
     return recorded_name(f"{kind.__module__}.{kind.__qualname__}")
 
 
 def _made(base: Any, name: str, fields: Mapping[str, Any], path: Path) -> Any:
-    """A rule or loss by its class's name and fields, of this package or imported from elsewhere; nothing else is made.
+    """A rule or loss by its class's name and fields. Only classes of this package, or imported already, are made.
 
-    Raises Unknown where it is neither, or takes other hyper-parameters now.
+    Raises Unknown for any other class, and for one that takes other hyper-parameters now.
     """
     for module in iter_modules(rules.__path__, f"{rules.__name__}."):
         import_module(module.name)
@@ -136,8 +136,8 @@ def load(run_folder: str | Path) -> Trained:
     """The trained net of a seed's folder, such as `runs/lra_e_mlp_mnist-0123456789ab/seed0`, or of a run with one seed;
     a path to best.pt itself will do.
 
-    Nothing in the folder is run or unpickled. Raises Missing, with the folders there are, where there is no
-    trained net, and Mistake where the file is damaged, or its rule or loss is not to be had.
+    Nothing in the folder is run or unpickled. Raises Missing, which lists the folders that exist, where there is no
+    trained net. Raises Mistake where the file is damaged, or its rule or loss does not exist here.
     """
     path = Path(run_folder) if Path(run_folder).is_file() else Path(run_folder) / "best.pt"
     seeds = sorted(Path(run_folder).glob("seed*/best.pt"))

@@ -1,4 +1,4 @@
-"""What accompanies training: what it shows, and the checkpoints that it goes on from."""
+"""What training shows: lines and bars."""
 
 import time
 from functools import partial
@@ -15,7 +15,7 @@ from nobackprop.training.learner import Learner
 class Screen:
     """What a run shows on a console: lines, and a bar for each title that is training, in mini-batches.
 
-    Drawn when there is something new, without a thread of its own: it would take turns with the training.
+    It is drawn when there is something new. It has no thread of its own, which would take turns with the training.
     """
 
     def __init__(self, console: Console) -> None:
@@ -42,7 +42,7 @@ class Screen:
         self.bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def bar(self, title: str, **fields: Any) -> None:
-        """Draws a bar, a new one if need be: its `total`, how much is `completed`, its `state` in words."""
+        """Draws a bar, which may be new: its `total`, how much is `completed`, and its `state` in words."""
         if title not in self.tasks:
             self.tasks[title] = self.bars.add_task(title, total=None, state="")
         self.bars.update(self.tasks[title], refresh=True, **fields)
@@ -59,7 +59,7 @@ class Screen:
 
 
 class ProgressBar(Callback):
-    """Draws one bar for the whole fit: what is trained, epochs, validation accuracy, speed, time left."""
+    """Draws one bar for the whole fit, with what is trained, epochs, validation accuracy, speed and time left."""
 
     INTERVAL_S = 0.25
 

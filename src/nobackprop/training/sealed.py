@@ -20,7 +20,7 @@ END = 22  # bytes of a zip file's last part, which ends with the length of the c
 
 
 class Damaged(Mistake):
-    """A file is not what was written. The message names it and how that shows."""
+    """A file is not what was written. The message names the file and how this shows."""
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -34,7 +34,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> Any:
-    """What was written, on the CPU; nothing in the file is run or unpickled. Raises Damaged."""
+    """What was written, on the CPU. Nothing in the file is run or unpickled. Raises Damaged."""
     content = path.read_bytes()
     if not _fits(content):
         raise Damaged(f"{path} is damaged (it does not fit its checksum)")
@@ -45,7 +45,7 @@ def read(path: Path) -> Any:
 
 
 def whole(path: Path) -> bool:
-    """Whether a file is what was written. Of one from before there were checksums, whether its tensors are."""
+    """Whether a file is what was written. Of a file from before there were checksums, only the tensors are checked."""
     return _fits(path.read_bytes())
 
 

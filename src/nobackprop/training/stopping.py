@@ -10,14 +10,14 @@ AGAIN_S = 1.0  # seconds between two Ctrl-C
 
 
 class Stopped(SystemExit):
-    """The run was asked to end and did, after a checkpoint. The exit status is 128 + the signal's number."""
+    """The run was asked to end, and ended after a checkpoint. The exit status is 128 + the signal's number."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(128 + signum)
 
 
 def how_it_ended(status: int) -> str:
-    """What became of a child process, by its exit code, as in "was killed by SIGKILL (out of memory?)"."""
+    """How a child process ended, by its exit code, such as "was killed by SIGKILL (out of memory?)"."""
     names = {s.value: s.name for s in signal.Signals}
     if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         return f"was stopped by {names[status - 128]}"
@@ -49,7 +49,7 @@ class StopSignals:
         return self
 
     def listen(self) -> None:
-        """Takes the signals, again if somebody else has taken them since."""
+        """Takes the signals, and takes them again if another handler has been set since."""
         for signum in self.before:
             signal.signal(signum, self._note)
 

@@ -1,4 +1,4 @@
-"""Weights & Biases; a module of its own, so that only runs that log there import it, and before they fork."""
+"""Weights & Biases. It is a module of its own, so that only runs that log there import it, and before they fork."""
 
 import logging
 import os
@@ -20,9 +20,9 @@ from nobackprop.training.loggers import Logging, SeedLog, without_machine
 class WeightsAndBiases(Logging):
     """A Weights & Biases run of its own for each seed.
 
-    Its id is the run's signature and the seed, so that an interrupted run goes on as the same one: online W&B resumes
-    it, offline the new files replace those of before. Only with `machine` does W&B learn where it was trained: the name
-    of the machine, folders, the command, the git state.
+    Its id is the run's signature and the seed, so that an interrupted run goes on as the same one. Online, W&B resumes
+    it. Offline, the new files replace the earlier ones. Only with `machine` does W&B learn where the run was trained:
+    the name of the machine, folders, the command, the git state.
     """
 
     project: str
@@ -33,8 +33,9 @@ class WeightsAndBiases(Logging):
     machine: bool
 
     def open(self, folder: Path, seed: int, config: dict[str, Any]) -> SeedLog:
-        """Starts the seed's run. A W&B sweep gives ids itself, one a command; raises Mistake where a command of a sweep
-        has several seeds, and where W&B can't be reached.
+        """Starts the seed's run. A W&B sweep gives an id to each command by itself.
+
+        Raises Mistake where a command of a sweep has several seeds, and where W&B can't be reached.
         """
         if "WANDB_SWEEP_ID" in os.environ and len(config["seeds"]) > 1:
             raise Mistake(f"seeds: a run of a W&B sweep is one seed, such as seeds=[0]; got {config['seeds']}")
@@ -71,7 +72,7 @@ class WeightsAndBiases(Logging):
 
 class _Log(WandbLogger, SeedLog):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self.experiment.log(dict(metrics), step=step)  # Lightning's gives W&B no step, by which it knows what it has
+        self.experiment.log(dict(metrics), step=step)  # Lightning's gives no step, and W&B needs it
 
     def result(self, figures: Mapping[str, float], step: int) -> None:
         self.experiment.summary.update(figures)
