@@ -8,11 +8,16 @@ import torch
 from conftest import NETS, Problem
 from torch import Tensor
 
+from nobackprop.core.losses import SoftmaxCrossEntropy
+from nobackprop.core.network import mlp
+from nobackprop.core.rule import Batch
 from nobackprop.mistakes import Mistake
 from nobackprop.rules.bp import BP
 from nobackprop.rules.difference_reconstruction import DifferenceReconstruction
 from nobackprop.rules.dual_propagation import DualPropagation
 from nobackprop.rules.fixed_weight_dtp import FixedWeightDTP
+from nobackprop.rules.lra_e import LRAE
+from nobackprop.rules.recursive_lra import RecursiveLRA
 
 
 def _decoding(problem: Problem, w: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -104,9 +109,51 @@ def test_after_the_feedback_phase_targets_are_near_the_gradient(problem: Problem
         (lambda: DifferenceReconstruction(eta=0), "rule.eta is 0: it scales the step to the first target"),
         (lambda: DifferenceReconstruction(sigma=0), "rule.sigma is 0: decoders learn from noise alone"),
         (lambda: DifferenceReconstruction(iterations=0), "rule.iterations is 0: decoders take 1 step or more"),
+        (lambda: RecursiveLRA(skip=-1), "rule.skip is -1: 1 or more, where 2 means every second layer, or 0 for no"),
+        (lambda: RecursiveLRA(alpha=2), "rule.alpha is 2: it is a share of the error itself, so 0 to 1"),
+        (lambda: RecursiveLRA(update_E="w"), "rule.update_E is 'w': write recursive or lra_e"),  # pyright: ignore
         (lambda: DifferenceReconstruction(decoder_rate=-1), "rule.decoder_rate is -1: it scales the rate of Q"),
     ],
 )
 def test_settings_that_make_no_sense_are_told(make: Any, message: str) -> None:
     with pytest.raises(Mistake, match=message):
         make()
+
+
+@pytest.mark.parametrize("problem", [*[(n, "softmax") for n in NETS], ("lenet", "sigmoid")], indirect=True)
+def test_recursive_lra_without_skips_and_with_its_update_of_e_is_lra_e(problem: Problem) -> None:
+    plain = RecursiveLRA(skip=0, alpha=1.0, gamma=0.7, update_E="lra_e")
+    w, lra_e = problem.weights(plain), LRAE(gamma=0.7)
+    torch.testing.assert_close(plain.grads(problem.net, w, problem.batch), lra_e.grads(problem.net, w, problem.batch))
+    assert {name: plain.gain(name) for name in w} == {name: lra_e.gain(name) for name in w}
+    drawn = lra_e.feedback(problem.net, lambda _, shape: torch.arange(float(torch.Size(shape).numel())).view(shape))
+    ours = plain.feedback(problem.net, lambda _, shape: torch.arange(float(torch.Size(shape).numel())).view(shape))
+    assert drawn.keys() == ours.keys()
+    assert all(torch.equal(drawn[name], ours[name]) for name in drawn)
+
+
+def test_recursive_lra_mixes_errors_with_signs_and_skips_layers() -> None:
+    """By hand, on an MLP with four hidden layers: the output's error skips to the second."""
+    net = mlp((5,), 3, hidden=[4, 4, 4, 4], activation="tanh")
+    numbers = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 5, dtype=torch.float64, generator=numbers)
+    loss = SoftmaxCrossEntropy(3)
+    problem = Problem(net, Batch(x, loss.target(torch.arange(6) % 3, x.dtype), loss))
+    rule = RecursiveLRA(beta=0.3)
+    w = problem.weights(rule)
+    assert {name for name in w if name[0] in "DE"} == {"D2", "E2", "E4", "E5"}
+    z, h = net.forward(w, x)
+    e = {5: problem.batch.error(z[5])}
+    for l, d, alpha in (
+        (4, e[5] @ w["E5"], 0.24),
+        (3, None, 0.24),
+        (2, e[5] @ w["D2"].mT, 0.19),
+        (1, None, 0.24),
+    ):
+        d = e[l + 1] @ w[f"E{l + 1}"] if d is None else d
+        change = h[l] - torch.tanh(z[l] - 0.3 * d)
+        e[l] = alpha * change + (1 - alpha) * change.sign()
+    found, _ = rule.grads(net, w, problem.batch)
+    torch.testing.assert_close({f"W{l}": e[l].mT @ h[l - 1] / 6 for l in e}, {f"W{l}": found[f"W{l}"] for l in e})
+    torch.testing.assert_close(found["D2"], -(e[5] @ w["D2"].mT).mT @ e[5] / 6)
+    torch.testing.assert_close(found["E4"], -e[4].mT @ (e[4] @ w["E4"]) / 6)

@@ -75,13 +75,13 @@ class LRAE(Rule):
         return g, z[net.L]
 
     def feedback(self, net: Network, draw: Draw) -> dict[str, Tensor]:
-        """E, drawn in the shape of the paper's E, W transposed, so that its fan-in is the number of incoming errors."""
+        return {f"E{l}": self.drawn(net, draw, l) for l in range(2, net.L + 1)}
 
-        def drawn(l: int) -> Tensor:
-            outputs, inputs, *kernel = net.weight_shape(l)
-            return draw(f"E{l}", (inputs, outputs, *kernel)).transpose(0, 1).contiguous()
-
-        return {f"E{l}": drawn(l) for l in range(2, net.L + 1)}
+    @staticmethod
+    def drawn(net: Network, draw: Draw, l: int) -> Tensor:
+        """E[l], drawn as the paper's E, W's transpose, so that its fan-in is the number of errors that come in."""
+        outputs, inputs, *kernel = net.weight_shape(l)
+        return draw(f"E{l}", (inputs, outputs, *kernel)).transpose(0, 1).contiguous()
 
     def gain(self, name: str) -> float:
         return self.gamma if name.startswith("E") else 1.0
