@@ -23,7 +23,7 @@ from nobackprop import usage
 from nobackprop.core.initializers import Normal, initial_weights
 from nobackprop.core.losses import SoftmaxCrossEntropy
 from nobackprop.core.network import Network, mlp
-from nobackprop.core.rule import Batch, Rule
+from nobackprop.core.rule import FAMILIES, Batch, Rule
 from nobackprop.mistakes import Mistake
 from nobackprop.papers.figures import within_a_page
 from nobackprop.papers.results import Cost, Findings
@@ -95,18 +95,6 @@ class Needs:
     noise: str
     refuses: str  # kinds of parts of a net
     work: float  # of a step, in forward passes
-
-    @property
-    def family(self) -> str:
-        if self.work > 10:
-            return "The net relaxes"
-        if self.above in ("values", "signs"):
-            return "Errors come down through the forward weights"
-        if "as W" in self.own:
-            return "Errors or targets come down through weights of their own"
-        if "units x outputs" in self.own:
-            return "The output's error or the label reaches each layer at once"
-        return "No path downward"
 
 
 def needs(rule: Rule) -> Needs:
@@ -193,21 +181,23 @@ def rules(every: Sequence[Findings], drawn: Mapping[str, Mapping[str, bytes]]) -
     """Every rule that has a file in conf/rule, in families."""
     found = {path.stem: instantiate(OmegaConf.load(path)) for path in sorted((CONF / "rule").glob("*.yaml"))}
     known = {name: needs(rule) for name, rule in found.items()}
-    families = dict.fromkeys(each.family for each in known.values())
     experiment, costs = _costs(every)
-    parts = [RULES.format(experiment=f"`{experiment}`"), raw(_table(known, costs)), *_field(every, drawn)]
-    for family in sorted(families, key=lambda f: (f.startswith("The net"), f.startswith("No"), f)):
-        parts.append(f"## {family}")
-        for name, rule in found.items():
-            if known[name].family == family:
-                parts.append(_rule(name, rule))
+    parts = [
+        RULES.format(experiment=f"`{experiment}`"),
+        raw(_table(known, {name: rule.family for name, rule in found.items()}, costs)),
+        *_field(every, drawn),
+    ]
+    for family, told in FAMILIES.items():
+        if members := [_rule(name, rule) for name, rule in found.items() if rule.family == family]:
+            parts += [f"## {family.capitalize()}", told, *members]
     return "\n\n".join(parts) + "\n"
 
 
 RULES = """# Rules
 
 A learning rule says which error reaches each layer. The layer turns its input and that error into the gradient of its
-weights, and does so in the same way for every rule. So a rule is one short file, to be read beside its paper.
+weights, and does so in the same way for every rule. So a rule is one short file, to be read beside its paper. Families
+of rules differ in how a layer learns what it did wrong.
 
 The table says what each rule needs. It is made by running the rule on small nets when this page is built. *f'* says
 whether the rule needs the derivative of the activation. *Uses of W above* says what a layer's error takes of the
@@ -223,12 +213,13 @@ def _costs(every: Sequence[Findings]) -> tuple[str, Mapping[str, Cost]]:
     return max(known.items(), key=lambda each: (len(each[1]), each[0]), default=("", {}))
 
 
-def _table(known: Mapping[str, Needs], costs: Mapping[str, Cost]) -> str:
+def _table(known: Mapping[str, Needs], families: Mapping[str, str], costs: Mapping[str, Cost]) -> str:
     rows = []
     for name, n in known.items():
         cost = costs.get(name)
         texts = [
             element("a", name, href=f"#{name.replace('_', '-')}"),
+            families[name],
             n.derivative,
             n.above,
             escape(n.own),
@@ -237,7 +228,7 @@ def _table(known: Mapping[str, Needs], costs: Mapping[str, Cost]) -> str:
         ]
         measured = ["-", "-"] if cost is None else [f"{1 / cost.speed:.2f}", f"{cost.memory:.2f}"]
         rows.append([*map(cell, texts), *(cell(text, True) for text in [f"{n.work:.1f}", *measured])])
-    head = ["rule", "f'", "uses of W above", "own weights", "noise", "refuses", "work", "time", "memory"]
+    head = ["rule", "family", "f'", "uses of W above", "own weights", "noise", "refuses", "work", "time", "memory"]
     return sortable(head, rows, 3)
 
 

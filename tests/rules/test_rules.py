@@ -19,7 +19,7 @@ from nobackprop.core.layers import Shape
 from nobackprop.core.losses import SoftmaxCrossEntropy
 from nobackprop.core.network import mlp
 from nobackprop.core.random import normal
-from nobackprop.core.rule import Batch, Rule
+from nobackprop.core.rule import FAMILIES, Batch, Rule
 from nobackprop.mistakes import Mistake
 
 Outputs = tuple[dict[str, Tensor], list[Tensor]]
@@ -221,6 +221,10 @@ def test_a_step_takes_the_phases_in_turn_and_touches_nothing_else(
         assert torch.equal(after[name], projected), name
     for name in w.keys() - moved:
         assert torch.equal(after[name], before[name]), name
+
+
+def test_every_rule_says_to_which_family_it_belongs(rule: Rule) -> None:
+    assert rule.family in FAMILIES.keys() - {"others"}
 
 
 def test_the_loss_falls(

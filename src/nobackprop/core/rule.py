@@ -30,6 +30,17 @@ class Batch:
         return self.loss.error(z, self.y)
 
 
+# What kinds of rules there are: how a layer learns what it did wrong.
+FAMILIES = {
+    "exact": "The error comes down through the weights that led up, as the chain rule has it.",
+    "aligned feedback": "The output's error, or the label, comes through weights of its own, with which W aligns.",
+    "targets": "Each layer gets a target for its activation, and learns from the distance.",
+    "energies": "States of the net relax, or are nudged, and what that changes trains it.",
+    "local losses": "Each layer has a loss of its own, and no error comes from the layers above.",
+    "perturbation": "Something is changed at random, and what that does to the loss is the error.",
+    "others": "What belongs to none of these.",
+}
+
 Phase = Callable[[Network, Weights, Batch], Grads]
 
 
@@ -46,6 +57,7 @@ class Rule(ABC):
     identity that fails.
     """
 
+    family: ClassVar[str] = "others"  # one of FAMILIES
     refuses: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -30,6 +31,8 @@ class BlockDFA(Rule):
     Departs from the paper's program: B has its own weights for each end and unit, and `init.backward` says what they
     are drawn from. The program cuts all of them from one matrix, uniform in +-1, and repeats them for each token.
     """
+
+    family: ClassVar[str] = "aligned feedback"
 
     ends: Sequence[int] | None = None
 

@@ -1,6 +1,7 @@
 """Backpropagation: the reference, written by hand like every other rule."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,6 +15,8 @@ class BP(Rule):
 
     Rumelhart, Hinton & Williams, "Learning representations by back-propagating errors", Nature 1986.
     """
+
+    family: ClassVar[str] = "exact"
 
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
         z, h = net.forward(w, batch.x)

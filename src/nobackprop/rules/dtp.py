@@ -34,6 +34,8 @@ class DTP(Rule):
     form used here parallel DTP).
     """
 
+    family: ClassVar[str] = "targets"
+
     refuses: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(
             ("pooling", "normalization", "attention", "activation", "dropout"),

@@ -32,6 +32,8 @@ class DualPropagation(Rule):
     computed without subtracting h- from h+, the same number but for rounding.
     """
 
+    family: ClassVar[str] = "energies"
+
     refuses: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("normalization", "shortcut", "attention"),
         "the paper derives states for layers of a product and an activation, and its nets add pooling alone",

@@ -73,6 +73,8 @@ class EquilibriumPropagation(Rule):
       first from 0.
     """
 
+    family: ClassVar[str] = "energies"
+
     refuses: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("normalization", "shortcut", "attention", "activation"),
         "the energies of its papers have products and pooling alone (Laborieux et al. 2021, section 2)",

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -34,6 +35,8 @@ class Evolution(Rule):
     Departs from EGGROLL: the products with A and B are not kept apart, so that a step on a GPU saves no memory; nor are
     losses ranked or normalized.
     """
+
+    family: ClassVar[str] = "perturbation"
 
     sigma: float = 0.01
     population: int = 10

@@ -1,6 +1,7 @@
 """Feedback alignment."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -19,6 +20,8 @@ class FA(BP):
     `B2 ... BL` have the shapes of `W2 ... WL` (the paper's B is their transpose). In a convolutional layer the error
     goes down through a transposed convolution with B.
     """
+
+    family: ClassVar[str] = "aligned feedback"
 
     def down(self, l: int, w: Weights, batch: Batch) -> Tensor:
         return w[f"B{l}"]

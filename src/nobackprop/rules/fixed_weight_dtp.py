@@ -17,7 +17,7 @@ class FixedWeightDTP(Rule):
     """Difference target propagation whose decoders stay as they were drawn.
 
     Shibuya, Inoue, Kawakami & Sato, "Fixed-weight difference target propagation", AAAI 2023 (arXiv 2212.10352), and its
-    program. With decoders g[l](u) = f(Q[l]^T u) from layer l to the layer below, and the output itself as the first
+    program. With decoders `g[l](u) = f(Q[l]^T u)` from layer l to the layer below, and the output itself as the first
     layer that has a target,
 
         t[L] = z[L] - eta e,   t[l-1] = h[l-1] - g[l](h[l]) + g[l](t[l])
@@ -32,6 +32,8 @@ class FixedWeightDTP(Rule):
     mean what they do elsewhere; what h lacks, h - t, is carried down without subtracting, the same number but for
     rounding.
     """
+
+    family: ClassVar[str] = "targets"
 
     refuses: ClassVar[Mapping[str, str]] = DTP.refuses
 

@@ -64,6 +64,8 @@ class ForwardForward(Rule):
       do much the same.
     """
 
+    family: ClassVar[str] = "local losses"
+
     refuses: ClassVar[Mapping[str, str]] = {
         "normalization": "a layer hands on its activations at one length already, all that the paper normalizes",
         "shortcut": "a layer would see the goodness of layers below, which the paper hides from it (section 2)",

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class ForwardGradient(Rule):
     and patch besides, which `local_errors` has exact gradients of. Raises Mistake for another `perturb`, or fewer
     `directions` than one.
     """
+
+    family: ClassVar[str] = "perturbation"
 
     perturb: Literal["activities", "weights"] = "activities"
     directions: int = 1

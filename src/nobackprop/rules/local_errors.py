@@ -1,7 +1,7 @@
 """Local error signals."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -41,6 +41,8 @@ class LocalErrors(Rule):
     Departs from the paper's program: no batch norm; heads have no biases, start as `init.backward` says (there at 0),
     and read a convolution's output whole, where the program pools it to a few thousand units.
     """
+
+    family: ClassVar[str] = "local losses"
 
     loss: Literal["prediction", "similarity", "both"] = "prediction"
     beta: float = 0.99

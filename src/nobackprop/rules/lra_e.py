@@ -40,6 +40,8 @@ class LRAE(Rule):
       programs do.
     """
 
+    family: ClassVar[str] = "targets"
+
     refuses: ClassVar[Mapping[str, str]] = {
         "shortcut": "each layer that an error passes scales it by beta. The error from the shortcut and that from the "
         "layers beside it would be summed at different scales, and with E = W their sum is not the gradient, however "

@@ -1,6 +1,7 @@
 """Node perturbation."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -25,6 +26,8 @@ class NodePerturbation(Rule):
 
     `sigma` is the standard deviation of the noise, in units of z. Raises Mistake for a `sigma` of 0 or less.
     """
+
+    family: ClassVar[str] = "perturbation"
 
     sigma: float = 0.01
 

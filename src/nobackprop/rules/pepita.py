@@ -38,6 +38,8 @@ class PEPITA(Rule):
     - There is no dropout.
     """
 
+    family: ClassVar[str] = "aligned feedback"
+
     refuses: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("normalization", "shortcut", "attention"),
         "the paper and its program have products, activations, pooling and dropout alone",

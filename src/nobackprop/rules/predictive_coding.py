@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -68,6 +68,8 @@ class PredictiveCoding(Rule):
     - The output is not clamped to the target. The target acts through the loss, which is the same for `squared_error`.
     - The input is not sent through f.
     """
+
+    family: ClassVar[str] = "energies"
 
     steps: int | None = None
     rate: float = 0.2

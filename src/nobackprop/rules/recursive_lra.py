@@ -1,7 +1,7 @@
 """Recursive local representation alignment."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ class RecursiveLRA(Rule):
     Departs from that program: the first layer gets an error, too; updates are not cut to a largest norm, and images get
     no noise (`update=unit_norm` fixes the norm).
     """
+
+    family: ClassVar[str] = "targets"
 
     beta: float = 0.1
     skip: int = 2
