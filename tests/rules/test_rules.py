@@ -223,6 +223,7 @@ def test_a_step_takes_the_phases_in_turn_and_touches_nothing_else(
         assert torch.equal(after[name], before[name]), name
 
 
+@pytest.mark.few
 def test_the_loss_falls(
     rule: Rule, problem: Problem, hundred_steps: Callable[[Problem, Rule], tuple[float, float]]
 ) -> None:
