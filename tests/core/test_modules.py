@@ -335,7 +335,7 @@ class Own(nn.Module):
         (IMAGE, [nn.AvgPool2d(3, count_include_pad=False)], r"^module\.0, AvgPool2d.*count_include_pad must be True"),
         (IMAGE, [nn.AvgPool2d(3, divisor_override=2)], r"^module\.0, AvgPool2d.*divisor_override must be None, got 2"),
         (IMAGE, [nn.AdaptiveAvgPool2d(1), nn.ReLU()], r"^module\.0, Adaptive.*without nn\.Flatten\(\) right behind it"),
-        (IMAGE, [nn.AdaptiveAvgPool2d(2), nn.Flatten()], r"^module\.0, Adaptive.*but as nn\.AdaptiveAvgPool2d\(1\) on"),
+        (IMAGE, [nn.AdaptiveAvgPool2d(2), nn.Flatten()], r"^module\.0, Adaptive.*only as nn\.AdaptiveAvgPool2d\(1\)"),
         (
             IMAGE,
             [nn.GroupNorm(2, 4)],

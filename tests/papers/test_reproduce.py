@@ -146,18 +146,21 @@ def test_a_choice_that_is_not_there_is_named(only: list[str], message: str) -> N
         ),
         (["lra_e", "--only", "rul=bp"], "--only rul=...: no such axis; .*\\. Did you mean rule\\?"),
         (
-            ["mdfa", "--only", "rule=bp", "--set", "optimizer.lrr=1"],
+            ["mdfa", "--only", "rule=bp", "net=mlp_mnist", "classes=2", "--set", "optimizer.lrr=1"],
             "there is no key optimizer.lrr; .* Did you mean lr\\?",
         ),
         (
-            ["mdfa", "--only", "rule=bp", "--set", "dataset=MNIST"],
+            ["mdfa", "--only", "rule=bp", "net=mlp_mnist", "classes=2", "--set", "dataset=MNIST"],
             "there is no dataset=MNIST; .* Did you mean mnist\\?",
         ),
         (
-            ["mdfa", "--only", "rule=bp", "--set", "~logger"],
+            ["mdfa", "--only", "rule=bp", "net=mlp_mnist", "classes=2", "--set", "~logger"],
             "~logger: logger can't be taken out of a run; write logger=none",
         ),
-        (["mdfa", "--only", "rule=bp", "--jobs", "0"], "launcher.workers: Input should be greater than 0"),
+        (
+            ["mdfa", "--only", "rule=bp", "net=mlp_mnist", "classes=2", "--jobs", "0"],
+            "launcher.workers: Input should be greater than 0",
+        ),
     ],
 )
 def test_a_mistake_ends_in_one_sentence(monkeypatch: pytest.MonkeyPatch, given: list[str], told: str) -> None:

@@ -14,7 +14,9 @@ from nobackprop.core.initializers import Normal, Uniform, initial_weights
 from nobackprop.core.losses import SoftmaxCrossEntropy
 from nobackprop.core.network import mlp
 from nobackprop.core.rule import Batch
+from nobackprop.mistakes import Mistake
 from nobackprop.rules.bp import BP
+from nobackprop.rules.incremental_predictive_coding import IncrementalPredictiveCoding
 from nobackprop.rules.predictive_coding import PredictiveCoding
 from nobackprop.training.diagnostics import angle
 
@@ -170,3 +172,33 @@ def test_by_default_updates_follow_the_gradient(
     problem, w = _deep(32, depth, name, std)
     grads, expected = _grads(PredictiveCoding(form=form), problem, w), BP().grads(problem.net, w, problem.batch)[0]
     assert max(float(angle(grads[name], g)) for name, g in expected.items() if name.startswith("W")) < degrees
+
+
+def test_incremental_predictive_coding_at_rate_0_moves_the_output_alone(problem: Problem) -> None:
+    """At first the output's error alone is not 0, and its gradient is backpropagation's; states stay."""
+    rule, net, w = IncrementalPredictiveCoding(rate=0.0, steps=2), problem.net, problem.weights(BP())
+    expected, _ = BP().grads(net, w, problem.batch)
+    given, _ = rule.step(0, net, w, problem.batch)
+    grads, batch = problem.batch.after(given, w)
+    output = {f"{letter}{net.L}" for letter in "Wb"}
+    torch.testing.assert_close(grads, {name: expected[name] for name in output})
+    z, _ = net.forward(w, problem.batch.x)
+    assert batch.noise.keys() == {"logits"} | {f"x{l}" for l in range(1, net.L)}
+    for l in range(1, net.L):
+        torch.testing.assert_close(batch.noise[f"x{l}"], z[l])
+    again, _ = problem.batch.after(rule.step(1, net, w, batch)[0], w)
+    torch.testing.assert_close(again, {name: grads.get(name, torch.zeros_like(g)) for name, g in again.items()})
+
+
+def test_incremental_predictive_coding_at_fixed_weights_relaxes_as_predictive_coding(problem: Problem) -> None:
+    steps, net = 7, problem.net
+    rule, w = IncrementalPredictiveCoding(rate=0.2, steps=steps + 1), problem.weights(BP())
+    found, _ = rule.all_grads(net, w, problem.batch)
+    relaxed = PredictiveCoding(form="subtracted", steps=steps, rate=0.2, variance=1.0)
+    torch.testing.assert_close(found, relaxed.grads(net, w, problem.batch)[0])
+
+
+@pytest.mark.parametrize(("key", "value"), [("steps", 0), ("rate", -0.1), ("rate", 2)])
+def test_incremental_predictive_coding_tells_settings_that_make_no_sense(key: str, value: Any) -> None:
+    with pytest.raises(Mistake, match=f"rule.{key} is {value}"):
+        IncrementalPredictiveCoding(**{key: value})

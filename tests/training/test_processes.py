@@ -208,7 +208,7 @@ def start(tmp_path: Path) -> tuple[subprocess.Popen[str], list[int]]:
     code = "from nobackprop import quick_start; quick_start.start()\n"
     code += "import nobackprop.training.processes as w; w.cores = lambda: 2\n"
     code += "from nobackprop.cli import main; main()"
-    overrides = [*SMALL, "seeds=2", "max_epochs=60", "checkpoint_minutes=0", "paths.runs=runs"]
+    overrides = [*SMALL, "seeds=2", "max_epochs=30", "checkpoint_minutes=0", "paths.runs=runs"]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *overrides],
         cwd=tmp_path,
@@ -262,9 +262,9 @@ def test_a_killed_run_ends_its_workers_and_goes_on_to_the_same_records(config: C
     process.kill()
     process.communicate()
     wait_for_the_end_of(children)
-    killed = config("seeds=2", "max_epochs=60")
+    killed = config("seeds=2", "max_epochs=30")
     assert not list(folder(killed).glob("seed*/record.json"))
     assert len(list(folder(killed).glob("checkpoints/*/*.ckpt"))) >= 2
     train(killed)
-    train(small(tmp_path / "alone", "seeds=2", "max_epochs=60", "workers=1"))
+    train(small(tmp_path / "alone", "seeds=2", "max_epochs=30", "workers=1"))
     assert same_results(tmp_path / "runs", tmp_path / "alone") == 2

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -18,7 +18,10 @@ Grads = tuple[dict[str, Tensor], Tensor | None]
 
 @dataclass(frozen=True)
 class Batch:
-    """One mini-batch: inputs x (N, *in_shape), targets y (N, outputs) and what the rule's `noise` asks for, by name."""
+    """One mini-batch: inputs x (N, *in_shape), targets y (N, outputs), and other tensors of this step, by name.
+
+    These are what the rule's `noise` asks for, and what earlier phases of the step have left.
+    """
 
     x: Tensor
     y: Tensor
@@ -28,6 +31,12 @@ class Batch:
     def error(self, z: Tensor) -> Tensor:
         """The error at the output, per sample: the derivative of the loss by the logits z, (N, outputs)."""
         return self.loss.error(z, self.y)
+
+    def after(self, given: Mapping[str, Tensor], w: Weights) -> tuple[dict[str, Tensor], "Batch"]:
+        """What a phase gave for the weights, and the batch as the next phase gets it, with all else that it gave."""
+        left = {name: t for name, t in given.items() if name not in w}
+        grads = {name: t for name, t in given.items() if name in w}
+        return grads, replace(self, noise={**self.noise, **left}) if left else self
 
 
 # What kinds of rules there are: how a layer learns what it did wrong.
@@ -79,7 +88,8 @@ class Rule(ABC):
     def phases(self) -> tuple[Phase, ...]:
         """The updates that make one step, in order. Each is like `grads`, at the weights that the one before left.
 
-        Training metrics are those of the last update's logits.
+        Training metrics are those of the last update's logits. A phase may give more tensors than gradients, under
+        names that no weight has: the phases after it find them in `batch.noise`.
         """
         return (self.grads,)
 
@@ -88,10 +98,12 @@ class Rule(ABC):
 
         It is for looking at a step without taking it. Training goes through `phases`.
         """
-        each = [phase(net, w, batch) for phase in self.phases()]
-        logits = each[-1][1]
-        grads = {name: g for grads, _ in each for name, g in grads.items()}
-        return grads, self.logits(net, w, batch.x) if logits is None else logits
+        every, logits = {}, None
+        for phase in self.phases():
+            given, logits = phase(net, w, batch)
+            grads, batch = batch.after(given, w)
+            every |= grads
+        return every, self.logits(net, w, batch.x) if logits is None else logits
 
     def noise(self, net: Network, samples: int) -> dict[str, Shape]:
         """Shapes of the standard normal numbers that a step on so many samples needs, by name: `batch.noise[name]`.

@@ -20,8 +20,8 @@ class DifferenceReconstruction(Rule):
 
     Ernoult, Normandin, Moudgil, Spinney, Belilovsky, Rish, Richards & Bengio, "Towards scaling difference target
     propagation by learning backprop targets", ICML 2022 (arXiv 2201.13415), and its program. A decoder G[l] leads from
-    layer l to the layer below, `G[l](u) = Q[l]^T f(u)` (without f at the output). Before each step of the forward weights
-    decoders take `iterations` steps down their own loss, with epsilon and eta normal of deviation sigma,
+    layer l to the layer below, `G[l](u) = Q[l]^T f(u)` (without f at the output). Before each step of the forward
+    weights decoders take `iterations` steps down their own loss, with epsilon and eta normal of deviation sigma,
 
         (-2 epsilon . (G(F(h[l-1] + epsilon)) - G(h[l])) + |G(h[l] + eta) - G(h[l])|^2) / sigma^2
 

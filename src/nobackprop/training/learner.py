@@ -131,7 +131,9 @@ class Learner(LightningModule):
         for phase in self.phases:
             for p in self.weights.values():
                 p.grad = None  # also: without a gradient from the rule, the optimizer leaves p alone, weight decay too
-            grads, logits = phase(self.stack, x, y, noise)
+            given, logits = phase(self.stack, x, y, noise)
+            noise = {**noise, **{name: t for name, t in given.items() if name not in self.weights}}
+            grads = {name: g for name, g in given.items() if name in self.weights}
             if self.ranks > 1:
                 grads = mean_over_processes(grads, self.trainer.strategy, self.w["W1"].dtype)
             self._update({name: g.unsqueeze(0) for name, g in grads.items()} if self.alone else grads, samples)
