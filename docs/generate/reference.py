@@ -189,7 +189,7 @@ def rules(every: Sequence[Findings], drawn: Mapping[str, Mapping[str, bytes]]) -
     ]
     for family, told in FAMILIES.items():
         if members := [_rule(name, rule) for name, rule in found.items() if rule.family == family]:
-            parts += [f"## {family.capitalize()}", told, *members]
+            parts += [f"## {family[0].upper()}{family[1:]}", told, *members]
     return "\n\n".join(parts) + "\n"
 
 

@@ -20,6 +20,7 @@ from nobackprop.rules.evolution import Evolution
 from nobackprop.rules.forward_gradient import ForwardGradient
 from nobackprop.rules.local_errors import LocalErrors
 from nobackprop.rules.node_perturbation import NodePerturbation
+from nobackprop.rules.soft_hebb import SoftHebb
 
 Losses = Literal["prediction", "similarity", "both"]
 
@@ -163,11 +164,49 @@ def test_evolution_follows_the_slope_along_its_change(problem: Problem) -> None:
     torch.testing.assert_close(rule.grads(problem.net, w, batch)[0], expected, rtol=1e-4, atol=1e-6)
 
 
+def test_soft_hebb_rests_at_the_centres_of_a_mixture() -> None:
+    """Each unit of a hard competition ends at length 1, in the direction of the mean of the cluster that it wins."""
+    numbers = torch.Generator().manual_seed(0)
+    centres = torch.linalg.qr(torch.randn(8, 3, generator=numbers, dtype=torch.float64))[0].T  # orthogonal, length 1
+    x = centres.repeat_interleave(40, 0) + 0.05 * torch.randn(120, 8, generator=numbers, dtype=torch.float64)
+    loss = SquaredError(2)
+    batch = Batch(x, loss.target(torch.arange(120) % 2, x.dtype), loss)
+    net = mlp((8,), 2, hidden=[3], activation="relu")
+    rule = SoftHebb(temperature=0.01, anti_hebbian=False)
+    w = Problem(net, batch).weights(rule) | {"W1": centres + 0.3 * torch.randn(3, 8, generator=numbers).double()}
+    for _ in range(500):
+        w["W1"] = w["W1"] - 0.3 * rule.grads(net, w, batch)[0]["W1"]
+    means = x.view(3, 40, 8).mean(1)
+    torch.testing.assert_close(w["W1"], F.normalize(means, dim=1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("anti", [False, True])
+@pytest.mark.parametrize("problem", [("mlp", "softmax"), ("padded_conv", "softmax")], indirect=True)
+def test_soft_hebb_is_the_papers_update_of_each_unit(problem: Problem, anti: bool) -> None:
+    """Over all positions and samples by a loop, for the first layer."""
+    rule, net = SoftHebb(temperature=0.5, anti_hebbian=anti), problem.net
+    w, x = problem.weights(rule), problem.batch.x
+    W = w["W1"].flatten(1)
+    patches = F.unfold(x, 3, padding=1).mT.flatten(0, 1) if w["W1"].ndim == 4 else x.flatten(1)
+    expected = torch.zeros_like(W)
+    for r in patches:
+        u = W @ r
+        y = torch.softmax(u / 0.5, 0)
+        if anti:
+            y = torch.where(torch.arange(len(u)) == u.argmax(), y, -y)
+        expected -= (torch.outer(y, r) - (y * u)[:, None] * W) / len(x)
+    found, _ = rule.grads(net, w, problem.batch)
+    torch.testing.assert_close(found["W1"].flatten(1), expected)
+    torch.testing.assert_close(found[f"W{net.L}"], BP().grads(net, w, problem.batch)[0][f"W{net.L}"])
+    assert "b1" not in found
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: LocalErrors(loss="sim"), "rule.loss is 'sim': write prediction, similarity or both"),  # pyright: ignore
         (lambda: LocalErrors(beta=2), "rule.beta is 2: it is the share of the similarity loss, so 0 to 1"),
+        (lambda: SoftHebb(temperature=0), "rule.temperature is 0: it divides what units compete by, so above 0"),
         (lambda: NodePerturbation(sigma=0), "rule.sigma is 0: without noise no loss changes"),
         (lambda: ForwardGradient(perturb="z"), "rule.perturb is 'z': write activities or weights"),  # pyright: ignore
         (lambda: ForwardGradient(directions=0), "rule.directions is 0: the loss is followed along 1 direction or more"),

@@ -237,4 +237,4 @@ def test_the_loss_falls(
     rule: Rule, problem: Problem, hundred_steps: Callable[[Problem, Rule], tuple[float, float]]
 ) -> None:
     first, last = hundred_steps(problem, rule)
-    assert last < 0.8 * first
+    assert last < (0.95 if rule.family == "Hebbian" else 0.8) * first  # Hebbian layers below the output see no labels

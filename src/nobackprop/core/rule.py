@@ -47,6 +47,7 @@ FAMILIES = {
     "energies": "States of the net relax, or are nudged, and what that changes trains it.",
     "local losses": "Each layer has a loss of its own, and no error comes from the layers above.",
     "perturbation": "Something is changed at random, and what that does to the loss is the error.",
+    "Hebbian": "What is active together is tied together, and labels train the output alone.",
     "others": "What belongs to none of these.",
 }
 
