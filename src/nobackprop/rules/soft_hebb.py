@@ -31,7 +31,8 @@ class SoftHebb(Rule):
 
     Departs from the papers' program: no batch norm; activations are the net's (there a power of what exceeds the mean
     over channels); steps are the optimizer's, where the program scales each to a largest entry of 1 and slows units
-    down whose weights are near length 1, without which `anti_hebbian` learned little in our trials; all layers learn at once, where the program's learn one after the other.
+    down whose weights are near length 1, without which `anti_hebbian` learned little in our trials; all layers learn
+    at once, where the program's learn one after the other.
     """
 
     family: ClassVar[str] = "Hebbian"
