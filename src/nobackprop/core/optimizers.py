@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 
 from nobackprop.mistakes import Mistake
 
+TINY = 5e-324  # equals 0 where denormal numbers are flushed to zero
+
 
 class _ForeachOptimizer(Optimizer):
     """Steps all weights that have a gradient at once, through torch's `_foreach` operations."""
@@ -27,6 +29,7 @@ class _ForeachOptimizer(Optimizer):
                 if name in ("betas", "beta1", "beta2", "decay") and number >= 1:
                     raise Mistake(f"{name} is {value}: it is a share of the past, so below 1")
         super().__init__(params, defaults)
+        self._found_in: Any = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -38,12 +41,22 @@ class _ForeachOptimizer(Optimizer):
     def _update(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor]) -> None:
         raise NotImplementedError
 
+    def _states(self, weights: list[Tensor]) -> list[dict[str, Any]]:
+        """The state of each weight. It is looked up once for each choice of weights: torch is slow to hash a tensor."""
+        if self._found_in is not self.state:  # at first, and after loading
+            self._found, self._found_in = {}, self.state
+        key = tuple(map(id, weights))
+        if key not in self._found:
+            self._found[key] = [self.state[p] for p in weights]
+        return self._found[key]
+
     def _slot(self, weights: list[Tensor], name: str, start: float) -> list[Tensor]:
         """One state tensor a weight, filled with `start` the first time."""
-        for p in weights:
-            if name not in self.state[p]:
-                self.state[p][name] = torch.full_like(p, start, memory_format=torch.preserve_format)
-        return [self.state[p][name] for p in weights]
+        states = self._states(weights)
+        for p, state in zip(weights, states, strict=True):
+            if name not in state:
+                state[name] = torch.full_like(p, start, memory_format=torch.preserve_format)
+        return [state[name] for state in states]
 
 
 class Adam(_ForeachOptimizer):
@@ -64,8 +77,7 @@ class Adam(_ForeachOptimizer):
     def _update(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor]) -> None:
         m, v = self._slot(weights, "exp_avg", 0.0), self._slot(weights, "exp_avg_sq", 0.0)
         steps = []
-        for p in weights:
-            state = self.state[p]
+        for state in self._states(weights):
             state["step"] = state.get("step", 0) + 1
             steps.append(state["step"])
         options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
@@ -209,4 +221,10 @@ def _adam(
     steps = [torch.full((), step, dtype=torch.float32, device=weights[0].device)] * len(weights)
     beta1, beta2 = betas
     options = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+    # Averages of gradients that are 0 from some step on, as of pixels at an image's border, shrink until they are
+    # denormal, and rounding keeps them there. A processor takes many times as long for such numbers. As zeros they move
+    # no weight either.
+    flushed = TINY != 0 and torch.set_flush_denormal(True)
     kernel(weights, grads, m, v, [], steps, **options, amsgrad=False, maximize=False)
+    if flushed:
+        torch.set_flush_denormal(False)

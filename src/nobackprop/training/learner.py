@@ -24,6 +24,7 @@ from nobackprop.mistakes import Mistake
 from nobackprop.training.ddp import mean_over_processes
 from nobackprop.training.hardware import COMPILER_ERRORS, first_line, too_little_memory
 from nobackprop.training.metrics import Scores
+from nobackprop.training.replay import Replay
 
 
 @dataclass
@@ -65,6 +66,7 @@ class Learner(LightningModule):
         update: str = "mean",
         l2: float = 0.0,
         patience: int | None = None,
+        replay: bool = False,
         compile: bool = False,
         uncompiled: Callable[[str], None] | None = None,
     ) -> None:
@@ -74,7 +76,7 @@ class Learner(LightningModule):
         self.batches, self.validation, self.test = batches, validation, test
         self.make_optimizer, self.make_schedule = optimizer, schedule
         self.update, self.l2, self.patience = UPDATES[update], l2, patience
-        self.to_compile, self.uncompiled = compile, uncompiled
+        self.replay, self.to_compile, self.uncompiled = replay, compile, uncompiled
         self.compiled = False  # what really happened
         self.seeds, self.alone = tuple(weights), len(weights) == 1
         names = next(iter(weights.values()))
@@ -96,6 +98,9 @@ class Learner(LightningModule):
         self.optimizer = self.make_optimizer(list(self.w.values()))
         self.weights, self.stack = dict(self.w), self._without_axis(self.w)
         self.phases = [self._phase(phase) for phase in self.rule.phases()]
+        made = [partial(self._gradients, i) for i in range(len(self.phases))]
+        self.gradients = [Replay(each) for each in made] if self.replay else made
+        self.given: Mapping[str, Tensor] = {}  # the gradients that the optimizer has
         schedules = [] if self.make_schedule is None else [self.make_schedule(self.optimizer)]
         return [self.optimizer], schedules
 
@@ -108,13 +113,15 @@ class Learner(LightningModule):
     def test_dataloader(self) -> EvalBatches:
         return self.test(device=self.device, rank=self.rank, ranks=self.ranks)
 
-    def inputs(self, pixels: Tensor) -> Tensor:
-        """The net's input for pixels (S, N, C, H, W)."""
-        x = self.pixels(pixels, self.w["W1"].dtype)
-        if x.device.type == "cpu" and self.net.layers[0].spatial:
+    def inputs(self, pixels: Tensor, out: Tensor | None = None) -> Tensor:
+        """The net's input for pixels (S, N, C, H, W); written into `out` if that is given."""
+        if out is not None:
+            return self.pixels(pixels, out=out)
+        out = torch.empty_like(pixels, dtype=self.w["W1"].dtype)
+        if out.device.type == "cpu" and self.net.layers[0].spatial:
             # Convolutions on a CPU are up to five times as fast with the channels last in memory.
-            x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, x.shape[:2])
-        return x
+            out = torch.empty_like(out.flatten(0, 1), memory_format=torch.channels_last).unflatten(0, out.shape[:2])
+        return self.pixels(pixels, out=out)
 
     # Training
 
@@ -123,20 +130,54 @@ class Learner(LightningModule):
 
         None where the rule has none at hand.
         """
-        samples, noise, logits = x.shape[1] * self.ranks, self._noise(x), []
+        noise, logits = self._noise(x), []
         if self.alone:
             x, y, noise = x[0], y[0], self._without_axis(noise)
         if self.to_compile:
             self._compile(x, y, noise)
-        for phase in self.phases:
-            for p in self.weights.values():
-                p.grad = None  # also: without a gradient from the rule, the optimizer leaves p alone, weight decay too
-            grads, logits = phase(self.stack, x, y, noise)
-            if self.ranks > 1:
-                grads = mean_over_processes(grads, self.trainer.strategy, self.w["W1"].dtype)
-            self._update({name: g.unsqueeze(0) for name, g in grads.items()} if self.alone else grads, samples)
+        for gradients in self.gradients:
+            given, logits = gradients(x, y, noise)
+            if given is not self.given:  # a replay puts new numbers into the same tensors
+                for name, p in self.weights.items():
+                    p.grad = given.get(name)  # None: the optimizer leaves p alone, weight decay too
+                self.given = given
+            self.optimizer.step()
+            for name, projected in self._over_seeds(partial(self.rule.constrain, self.net))(self.stack).items():
+                self.stack[name].copy_(projected)
         self.steps += 1
         return next((z.unsqueeze(0) if self.alone else z for z in logits), None)
+
+    def _kept_input(self) -> Tensor | None:
+        """Where a replay reads its input, (S, N, *in_shape)."""
+        first = self.gradients[0]
+        if not isinstance(first, Replay) or not first.replays:
+            return None
+        return first.x.unsqueeze(0) if self.alone else first.x
+
+    def _gradients(
+        self, phase: int, x: Tensor, y: Tensor, noise: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """What the optimizer gets in a phase, by name, with the axis of seeds; and the logits in a list."""
+        self.given = {}
+        for p in self.weights.values():
+            p.grad = None  # frees the memory
+        grads, logits = self.phases[phase](self.stack, x, y, noise)
+        if self.ranks > 1:
+            grads = mean_over_processes(grads, self.trainer.strategy, self.w["W1"].dtype)
+        samples = y.shape[-2] * self.ranks
+        return {name: self._as_update(name, g, samples) for name, g in grads.items()}, logits
+
+    def _as_update(self, name: str, g: Tensor, samples: int) -> Tensor:
+        """The gradient of one weight as the optimizer gets it."""
+        p = self.weights[name]
+        if self.alone:
+            g = g.unsqueeze(0)
+        # Mixed precision computes in a shorter type, and convolutions may give kernels with the channels last in
+        # memory, which fused optimizers would take for kernels laid out like the weights.
+        g = self.update(g.to(p.dtype).contiguous(), samples)
+        if (gain := self.rule.gain(name)) != 1:
+            g = g * gain
+        return g.add(p, alpha=self.l2) if self.l2 else g
 
     def _phase(self, phase: Phase) -> Callable[..., tuple[dict[str, Tensor], list[Tensor]]]:
         """A phase of the rule, of `stack`, x, y and noise: directly for one seed, under vmap for several.
@@ -186,27 +227,13 @@ class Learner(LightningModule):
         noise = {name: torch.stack([each[name] for each in drawn]).to(x) for name in whole}
         return {name: t if own[name] == whole[name] else t.narrow(1, self.rank * n, n) for name, t in noise.items()}
 
-    def _update(self, grads: Mapping[str, Tensor], samples: int) -> None:
-        """One step of the optimizer for the weights that have a gradient, then the rule's constraints."""
-        for name, g in grads.items():
-            p = self.weights[name]
-            # Mixed precision computes in a shorter type, and convolutions may give kernels with the channels last in
-            # memory, which fused optimizers would take for kernels laid out like the weights.
-            g = self.update(g.to(p.dtype).contiguous(), samples)
-            if (gain := self.rule.gain(name)) != 1:
-                g = g * gain
-            p.grad = g.add(p, alpha=self.l2) if self.l2 else g
-        self.optimizer.step()
-        for name, projected in self._over_seeds(partial(self.rule.constrain, self.net))(self.stack).items():
-            self.stack[name].copy_(projected)
-
     @torch.no_grad()
     def training_step(self, chunk: tuple[Tensor, Tensor], index: int) -> None:
         """Trains on k mini-batches: pixels (k, S, N, C, H, W), labels (k, S, N)."""
         pixels, labels = chunk
         y = self.loss.target(labels.flatten(), self.w["W1"].dtype).unflatten(0, labels.shape)
         try:
-            steps = [self.step(self.inputs(p), t) for p, t in zip(pixels, y, strict=True)]
+            steps = [self.step(self.inputs(p, self._kept_input()), t) for p, t in zip(pixels, y, strict=True)]
         except (RuntimeError, MemoryError) as e:
             if not too_little_memory(e):
                 raise
