@@ -4,6 +4,7 @@ On nets of this size torch's own classes spend as long around the fused kernel a
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -16,8 +17,8 @@ from nobackprop.mistakes import Mistake
 TINY = 5e-324  # equals 0 where denormal numbers are flushed to zero
 
 
-class _ForeachOptimizer(Optimizer):
-    """Steps all weights that have a gradient at once, through torch's `_foreach` operations."""
+class Prepared(Optimizer):
+    """Steps all weights that have a gradient at once, through torch's `_foreach` operations or a fused kernel."""
 
     def __init__(self, params: Iterable[Tensor], defaults: dict[str, Any]) -> None:
         for name, value in defaults.items():
@@ -29,37 +30,43 @@ class _ForeachOptimizer(Optimizer):
                 if name in ("betas", "beta1", "beta2", "decay") and number >= 1:
                     raise Mistake(f"{name} is {value}: it is a share of the past, so below 1")
         super().__init__(params, defaults)
-        self._found_in: Any = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.prepared()()
+
+    def prepared(self) -> Callable[[], None]:
+        """What `step` does, but for torch's hooks, as long as the same weights have the same tensors as gradients.
+
+        Whatever can be found out beforehand is; rates are read at each call. Loading a state ends it.
+        """
+        updates = []
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None]
             if weights:
-                self._update(group, weights, [p.grad for p in weights])
+                updates.append(self._prepared(group, weights, [p.grad for p in weights]))
+        if len(updates) == 1:
+            return updates[0]
 
-    def _update(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor]) -> None:
-        raise NotImplementedError
+        def all_groups() -> None:
+            for update in updates:
+                update()
 
-    def _states(self, weights: list[Tensor]) -> list[dict[str, Any]]:
-        """The state of each weight. It is looked up once for each choice of weights: torch is slow to hash a tensor."""
-        if self._found_in is not self.state:  # at first, and after loading
-            self._found, self._found_in = {}, self.state
-        key = tuple(map(id, weights))
-        if key not in self._found:
-            self._found[key] = [self.state[p] for p in weights]
-        return self._found[key]
+        return all_groups
+
+    def _prepared(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor]) -> Callable[[], None]:
+        return partial(self._update, group, weights, grads)
 
     def _slot(self, weights: list[Tensor], name: str, start: float) -> list[Tensor]:
         """One state tensor a weight, filled with `start` the first time."""
-        states = self._states(weights)
+        states = [self.state[p] for p in weights]
         for p, state in zip(weights, states, strict=True):
             if name not in state:
                 state[name] = torch.full_like(p, start, memory_format=torch.preserve_format)
         return [state[name] for state in states]
 
 
-class Adam(_ForeachOptimizer):
+class Adam(Prepared):
     """Kingma & Ba, "Adam: a method for stochastic optimization", 2015, to the bit as torch's Adam(fused=True)."""
 
     kernel = staticmethod(torch._fused_adam_)
@@ -74,18 +81,23 @@ class Adam(_ForeachOptimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
 
-    def _update(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor]) -> None:
+    def _prepared(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor]) -> Callable[[], None]:
         m, v = self._slot(weights, "exp_avg", 0.0), self._slot(weights, "exp_avg_sq", 0.0)
-        steps = []
-        for state in self._states(weights):
-            state["step"] = state.get("step", 0) + 1
-            steps.append(state["step"])
-        options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-        if len(set(steps)) == 1:
-            _adam(self.kernel, weights, grads, m, v, steps[0], **options)
-        else:  # weights that had no gradient at some step
-            for p, g, m1, v1, step in zip(weights, grads, m, v, steps, strict=True):
-                _adam(self.kernel, [p], [g], [m1], [v1], step, **options)
+        states = [self.state[p] for p in weights]
+        done = [state.get("step", 0) for state in states]
+        if len(set(done)) > 1:  # weights that had no gradient at some step
+            parts = zip(weights, grads, strict=True)
+            updates = [self._prepared(group, [p], [g]) for p, g in parts]
+            return lambda: [update() for update in updates] and None
+        kernel = _adam(self.kernel, weights, grads, m, v)
+
+        def update() -> None:
+            step = states[0].get("step", 0) + 1
+            for state in states:
+                state["step"] = step
+            kernel(step, group["lr"], group["betas"], group["eps"], group["weight_decay"])
+
+        return update
 
 
 class AdamW(Adam):
@@ -104,7 +116,7 @@ class AdamW(Adam):
         super().__init__(params, lr, betas, eps, weight_decay)
 
 
-class RMSprop(_ForeachOptimizer):
+class RMSprop(Prepared):
     """Tieleman & Hinton, 2012, as torch computes it.
 
     s = decay * s + (1 - decay) * g^2,   w = w - lr * g / (sqrt(s) + eps)
@@ -113,16 +125,17 @@ class RMSprop(_ForeachOptimizer):
     def __init__(self, params: Iterable[Tensor], lr: float = 1e-4, decay: float = 0.9, eps: float = 1e-8) -> None:
         super().__init__(params, {"lr": lr, "decay": decay, "eps": eps})
 
-    def _update(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor]) -> None:
-        self._root_step(group, weights, grads, self._slot(weights, "mean_square", 0.0), group["eps"])
+    def _prepared(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor]) -> Callable[[], None]:
+        root_step = self._root_step(weights, grads, self._slot(weights, "mean_square", 0.0))
+        return lambda: root_step(group["lr"], group["decay"], group["eps"])
 
     @staticmethod
     def _root_step(
-        group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], mean_square: list[Tensor], eps: float
-    ) -> None:
+        weights: list[Tensor], grads: list[Tensor], mean_square: list[Tensor]
+    ) -> Callable[[float, float, float], None]:
         # Adam without a first moment (beta1 = 0: the gradient itself) and past its bias correction is RMSprop.
-        betas = (0.0, group["decay"])
-        _adam(torch._fused_adam_, weights, grads, grads, mean_square, inf, group["lr"], betas, eps, 0.0)
+        kernel = _adam(torch._fused_adam_, weights, grads, grads, mean_square)
+        return lambda lr, decay, eps: kernel(inf, lr, (0.0, decay), eps, 0.0)
 
 
 class TFRMSprop(RMSprop):
@@ -136,13 +149,18 @@ class TFRMSprop(RMSprop):
             raise Mistake("decay is 0: it must be above 0, since the mean square keeps epsilon from step to step")
         super().__init__(params, lr, decay, eps)
 
-    def _update(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor]) -> None:
+    def _prepared(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor]) -> Callable[[], None]:
         shifted = self._slot(weights, "mean_square_plus_eps", 1.0 + group["eps"])
-        torch._foreach_add_(shifted, (1 / group["decay"] - 1) * group["eps"])  # so that it decays to eps, not to zero
-        self._root_step(group, weights, grads, shifted, eps=0.0)
+        root_step = self._root_step(weights, grads, shifted)
+
+        def update() -> None:
+            torch._foreach_add_(shifted, (1 / group["decay"] - 1) * group["eps"])  # so that it decays to eps, not to 0
+            root_step(group["lr"], group["decay"], 0.0)
+
+        return update
 
 
-class SignSGD(_ForeachOptimizer):
+class SignSGD(Prepared):
     """`w = w - lr * sign(g)` (Bernstein et al., 2018), which the mDFA program holds but gives no way to choose."""
 
     def __init__(self, params: Iterable[Tensor], lr: float = 1e-4) -> None:
@@ -152,7 +170,7 @@ class SignSGD(_ForeachOptimizer):
         torch._foreach_add_(weights, torch._foreach_sign(grads), alpha=-group["lr"])
 
 
-class MemorylessAdamW(_ForeachOptimizer):
+class MemorylessAdamW(Prepared):
     """Keras' AdamW as the LRA-E program for TensorFlow 2 uses it: made anew at every step, so always at its first one.
 
         w = w - lr * weight_decay * w,   w = w - lr * g / (|g| + eps / sqrt(1 - beta2))
@@ -177,7 +195,7 @@ class MemorylessAdamW(_ForeachOptimizer):
         torch._foreach_addcdiv_(weights, grads, size, -group["lr"])
 
 
-class TFAdam(_ForeachOptimizer):
+class TFAdam(Prepared):
     """Adam as TensorFlow 1 computes it: epsilon is added outside the bias correction.
 
     w = w - lr * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps)
@@ -207,24 +225,34 @@ class TFAdam(_ForeachOptimizer):
 
 
 def _adam(
-    kernel: Callable[..., None],
-    weights: list[Tensor],
-    grads: list[Tensor],
-    m: list[Tensor],
-    v: list[Tensor],
-    step: float,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
-    steps = [torch.full((), step, dtype=torch.float32, device=weights[0].device)] * len(weights)
-    beta1, beta2 = betas
-    options = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
-    # Averages of gradients that are 0 from some step on, as of pixels at an image's border, shrink until they are
-    # denormal, and rounding keeps them there. A processor takes many times as long for such numbers. As zeros they move
-    # no weight either.
-    flushed = TINY != 0 and torch.set_flush_denormal(True)
-    kernel(weights, grads, m, v, [], steps, **options, amsgrad=False, maximize=False)
-    if flushed:
-        torch.set_flush_denormal(False)
+    kernel: Callable[..., None], weights: list[Tensor], grads: list[Tensor], m: list[Tensor], v: list[Tensor]
+) -> Callable[[float, float, tuple[float, float], float, float], None]:
+    """The kernel's call for a step (counted from 1), lr, betas, eps and weight decay."""
+    at = torch.zeros((), dtype=torch.float32, device=weights[0].device)
+    steps = [at] * len(weights)
+
+    def call(step: float, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+        at.fill_(step)
+        # Averages of gradients that are 0 from some step on, as of pixels at an image's border, shrink until they are
+        # denormal, and rounding keeps them there. A processor takes many times as long for such numbers. As zeros they
+        # move no weight either.
+        flushed = TINY != 0 and torch.set_flush_denormal(True)
+        kernel(
+            weights,
+            grads,
+            m,
+            v,
+            [],
+            steps,
+            lr=lr,
+            beta1=betas[0],
+            beta2=betas[1],
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
+        if flushed:
+            torch.set_flush_denormal(False)
+
+    return call

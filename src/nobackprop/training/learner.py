@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from nobackprop.core.losses import Loss
 from nobackprop.core.network import Network
+from nobackprop.core.optimizers import Prepared
 from nobackprop.core.random import normal
 from nobackprop.core.rule import Batch, Phase, Rule
 from nobackprop.core.updates import UPDATES
@@ -101,6 +102,11 @@ class Learner(LightningModule):
         made = [partial(self._gradients, i) for i in range(len(self.phases))]
         self.gradients = [Replay(each) for each in made] if self.replay else made
         self.given: Mapping[str, Tensor] = {}  # the gradients that the optimizer has
+        self.kept_input: Tensor | None = None  # where a replay reads its input, (S, N, *in_shape)
+        self.noisy = bool(self.rule.noise(self.net, 1) | self.net.noise(1))
+        self.constrain = None
+        if type(self.rule).constrain is not Rule.constrain:
+            self.constrain = self._over_seeds(partial(self.rule.constrain, self.net))
         schedules = [] if self.make_schedule is None else [self.make_schedule(self.optimizer)]
         return [self.optimizer], schedules
 
@@ -130,29 +136,31 @@ class Learner(LightningModule):
 
         None where the rule has none at hand.
         """
-        noise, logits = self._noise(x), []
+        noise, logits = self._noise(x) if self.noisy else {}, []
         if self.alone:
             x, y, noise = x[0], y[0], self._without_axis(noise)
         if self.to_compile:
             self._compile(x, y, noise)
         for gradients in self.gradients:
             given, logits = gradients(x, y, noise)
-            if given is not self.given:  # a replay puts new numbers into the same tensors
-                for name, p in self.weights.items():
-                    p.grad = given.get(name)  # None: the optimizer leaves p alone, weight decay too
-                self.given = given
-            self.optimizer.step()
-            for name, projected in self._over_seeds(partial(self.rule.constrain, self.net))(self.stack).items():
-                self.stack[name].copy_(projected)
-        self.steps += 1
+            if given is not self.given:  # else a replay has put new numbers into the same tensors
+                self._give(given, gradients)
+            self.move_weights()
+            if self.constrain is not None:
+                for name, projected in self.constrain(self.stack).items():
+                    self.stack[name].copy_(projected)
+        object.__setattr__(self, "steps", self.steps + 1)  # Module's own would take as long as a kernel
         return next((z.unsqueeze(0) if self.alone else z for z in logits), None)
 
-    def _kept_input(self) -> Tensor | None:
-        """Where a replay reads its input, (S, N, *in_shape)."""
-        first = self.gradients[0]
-        if not isinstance(first, Replay) or not first.replays:
-            return None
-        return first.x.unsqueeze(0) if self.alone else first.x
+    def _give(self, grads: Mapping[str, Tensor], source: object) -> None:
+        """Gives the optimizer gradients, by name; weights without one it leaves alone, weight decay included."""
+        for name, p in self.weights.items():
+            p.grad = grads.get(name)
+        self.given, self.move_weights = grads, self.optimizer.step
+        if isinstance(source, Replay) and source.replays and len(self.gradients) == 1:
+            self.kept_input = source.x.unsqueeze(0) if self.alone else source.x
+            if isinstance(self.optimizer, Prepared):
+                self.move_weights = self.optimizer.prepared()
 
     def _gradients(
         self, phase: int, x: Tensor, y: Tensor, noise: Mapping[str, Tensor]
@@ -233,7 +241,7 @@ class Learner(LightningModule):
         pixels, labels = chunk
         y = self.loss.target(labels.flatten(), self.w["W1"].dtype).unflatten(0, labels.shape)
         try:
-            steps = [self.step(self.inputs(p, self._kept_input()), t) for p, t in zip(pixels, y, strict=True)]
+            steps = [self.step(self.inputs(p, self.kept_input), t) for p, t in zip(pixels, y, strict=True)]
         except (RuntimeError, MemoryError) as e:
             if not too_little_memory(e):
                 raise
