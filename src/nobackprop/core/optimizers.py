@@ -45,17 +45,14 @@ class Prepared(Optimizer):
             weights = [p for p in group["params"] if p.grad is not None]
             if weights:
                 updates.append(self._prepared(group, weights, [p.grad for p in weights]))
-        if len(updates) == 1:
-            return updates[0]
-
-        def all_groups() -> None:
-            for update in updates:
-                update()
-
-        return all_groups
+        return _in_turn(updates)
 
     def _prepared(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor]) -> Callable[[], None]:
+        """The step of a group's weights with these gradients."""
         return partial(self._update, group, weights, grads)
+
+    def _update(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor]) -> None:
+        raise NotImplementedError
 
     def _slot(self, weights: list[Tensor], name: str, start: float) -> list[Tensor]:
         """One state tensor a weight, filled with `start` the first time."""
@@ -86,9 +83,7 @@ class Adam(Prepared):
         states = [self.state[p] for p in weights]
         done = [state.get("step", 0) for state in states]
         if len(set(done)) > 1:  # weights that had no gradient at some step
-            parts = zip(weights, grads, strict=True)
-            updates = [self._prepared(group, [p], [g]) for p, g in parts]
-            return lambda: [update() for update in updates] and None
+            return _in_turn([self._prepared(group, [p], [g]) for p, g in zip(weights, grads, strict=True)])
         kernel = _adam(self.kernel, weights, grads, m, v)
 
         def update() -> None:
@@ -222,6 +217,14 @@ class TFAdam(Prepared):
         torch._foreach_add_(root, group["eps"])
         rate = group["lr"] * (1 - beta2**t) ** 0.5 / (1 - beta1**t)
         torch._foreach_addcdiv_(weights, m, root, -rate)
+
+
+def _in_turn(updates: Sequence[Callable[[], None]]) -> Callable[[], None]:
+    def all_of_them() -> None:
+        for update in updates:
+            update()
+
+    return updates[0] if len(updates) == 1 else all_of_them
 
 
 def _adam(

@@ -23,7 +23,7 @@ from nobackprop.data.batches import EvalBatches, TrainBatches
 from nobackprop.data.pixels import Pixels
 from nobackprop.mistakes import Mistake
 from nobackprop.training.ddp import mean_over_processes
-from nobackprop.training.hardware import COMPILER_ERRORS, first_line, too_little_memory
+from nobackprop.training.hardware import first_line, too_little_memory
 from nobackprop.training.metrics import Scores
 from nobackprop.training.replay import Replay
 
@@ -46,9 +46,10 @@ class Learner(LightningModule):
     A stack of one calls the rule directly, a larger one under `torch.func.vmap`. Of each seed the weights with the best
     validation accuracy are kept, and tested at the end. A seed that diverges (NaN or infinite loss) or whose patience
     is over counts as stopped, and the others go on. `weights` are those that each seed starts from, by its number;
-    `batches`, `validation` and `test` make the data loaders. `compile` has torch.compile make the rule's gradients;
-    where that fails and `uncompiled` is given, it is told why, and training goes on without. As one of several
-    processes (`rank` of `ranks`) it sees its part of each mini-batch, and steps with the mean gradient of all.
+    `batches`, `validation` and `test` make the data loaders. With `replay` a step's kernels are noted once and called
+    again from then on (`Replay`): the same numbers, to the bit, in less time. `compile` has torch.compile make the
+    rule's gradients: the same but for rounding. As one of several processes (`rank` of `ranks`) it sees its part of
+    each mini-batch, and steps with the mean gradient of all.
     """
 
     def __init__(
@@ -69,7 +70,6 @@ class Learner(LightningModule):
         patience: int | None = None,
         replay: bool = False,
         compile: bool = False,
-        uncompiled: Callable[[str], None] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -77,8 +77,7 @@ class Learner(LightningModule):
         self.batches, self.validation, self.test = batches, validation, test
         self.make_optimizer, self.make_schedule = optimizer, schedule
         self.update, self.l2, self.patience = UPDATES[update], l2, patience
-        self.replay, self.to_compile, self.uncompiled = replay, compile, uncompiled
-        self.compiled = False  # what really happened
+        self.replay, self.compiled = replay, compile
         self.seeds, self.alone = tuple(weights), len(weights) == 1
         names = next(iter(weights.values()))
         self.w = nn.ParameterDict({n: _fixed(torch.stack([w[n] for w in weights.values()])) for n in names})
@@ -99,6 +98,8 @@ class Learner(LightningModule):
         self.optimizer = self.make_optimizer(list(self.w.values()))
         self.weights, self.stack = dict(self.w), self._without_axis(self.w)
         self.phases = [self._phase(phase) for phase in self.rule.phases()]
+        if self.compiled:
+            self.phases = [torch.compile(phase, dynamic=False) for phase in self.phases]
         made = [partial(self._gradients, i) for i in range(len(self.phases))]
         self.gradients = [Replay(each) for each in made] if self.replay else made
         self.given: Mapping[str, Tensor] = {}  # the gradients that the optimizer has
@@ -139,8 +140,6 @@ class Learner(LightningModule):
         noise, logits = self._noise(x) if self.noisy else {}, []
         if self.alone:
             x, y, noise = x[0], y[0], self._without_axis(noise)
-        if self.to_compile:
-            self._compile(x, y, noise)
         for gradients in self.gradients:
             given, logits = gradients(x, y, noise)
             if given is not self.given:  # else a replay has put new numbers into the same tensors
@@ -201,20 +200,6 @@ class Learner(LightningModule):
             return grads, [] if logits is None else [logits]
 
         return self._over_seeds(outputs)
-
-    def _compile(self, *batch: Any) -> None:
-        """Compiles all phases of the rule for the tensors of a step, before that step moves a weight."""
-        self.to_compile = False
-        try:
-            compiled = [torch.compile(phase, dynamic=False) for phase in self.phases]
-            for phase in compiled:
-                phase(self.stack, *batch)
-        except COMPILER_ERRORS as e:  # if it is the rule's own error, the step will meet it again
-            if self.uncompiled is None:
-                raise
-            self.uncompiled(first_line(e))
-        else:
-            self.phases, self.compiled = compiled, True
 
     def _over_seeds(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` of one seed, for tensors without an axis of seeds where there is one, under vmap where more."""
@@ -353,7 +338,6 @@ class Learner(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.steps = checkpoint["steps"]
         self.spent_s = checkpoint["wall_s"]
-        self.compiled = checkpoint.get("compiled", False)  # which those of before did not say
         self.progress = [Progress(**p) for p in checkpoint["progress"]]
 
 
