@@ -8,7 +8,9 @@ as before.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache, cached_property
 from itertools import count
 from typing import Any
 
@@ -23,6 +25,9 @@ Outputs = tuple[dict[str, Tensor], list[Tensor]]
 COPIES = {"clone", "_to_copy"}  # which copy_ does into given memory
 # What these make depends on no number.
 FRESH = {"new_empty", "new_ones", "new_zeros", "new_full", "empty_like", "ones_like", "zeros_like", "full_like"}
+
+# Where torch's Python functions are.
+HOMES = (getattr(torch._C, "_VariableFunctions"), getattr(torch._C, "_nn"), TensorBase)  # noqa: B009
 
 
 class Replay:
@@ -53,7 +58,7 @@ class Replay:
         except _Unfit:
             self.call = self.function
             return self.function(x, y, noise)
-        self.run, self.outputs = _planned(notes, result)
+        self.run, self.outputs, self.bytes = _planned(notes, result)
         self.call = self._second
         return result
 
@@ -110,17 +115,22 @@ class _Call:
     result: Any
     new: list[int]
 
-    def places(self) -> Iterator[_Place]:
-        for leaf in tree_leaves((self.args, self.kwargs, self.result)):
-            if isinstance(leaf, _Place):
-                yield leaf
+    @cached_property
+    def storages(self) -> frozenset[int]:
+        """All that it reads or writes."""
+        leaves = tree_leaves((self.args, self.kwargs, self.result))
+        return frozenset(leaf.storage for leaf in leaves if isinstance(leaf, _Place))
+
+    @property
+    def changes(self) -> bool:
+        """Whether it writes to what is there already."""
+        return self.kernel._schema.is_mutable
 
 
 class _Notes(TorchDispatchMode):
     """Notes all kernels that are called while it is on. Raises _Unfit for one that can't be replayed.
 
-    Views are no calls, but places. What depends on no input is computed once: its tensors count as those do that were
-    there before.
+    Views are no calls, but places.
     """
 
     def __init__(self) -> None:
@@ -129,10 +139,10 @@ class _Notes(TorchDispatchMode):
         self.numbers: dict[int, int] = {}  # of storages, by address
         self.storages: list[StorageWeakRef] = []  # as long as these are there, no address is used twice
         self.there: dict[int, Tensor] = {}  # one of the tensors in each storage that was there before
-        self.constant: set[int] = set()
         self.bytes: dict[int, int] = {}  # of each storage that is made
 
     def place(self, t: Tensor) -> _Place:
+        """Where t is; a storage that was not made by a call was there before."""
         if _address(t) not in self.numbers:
             self.there[self._number(t)] = t
         return _Place(self.numbers[_address(t)], t.dtype, tuple(t.shape), t.stride(), int(t.storage_offset()))
@@ -144,26 +154,21 @@ class _Notes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if {torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape} & {*func.tags}:
+            raise _Unfit
         args_then, kwargs_then = tree_map_only(Tensor, self.place, (args, kwargs))
-        reads = {leaf.storage for leaf in tree_leaves((args_then, kwargs_then)) if isinstance(leaf, _Place)}
         result = func(*args, **kwargs)
         made = [t for t in tree_leaves(result) if t is not None]
-        changing = {torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape} & {*func.tags}
-        if changing or not all(isinstance(t, Tensor) and t.layout == torch.strided for t in made):
+        if not all(isinstance(t, Tensor) and t.layout == torch.strided for t in made):
             raise _Unfit
-        new = {_address(t): t for t in made if _address(t) not in self.numbers}
-        numbers = [self._number(t) for t in new.values()]
-        if func._schema.is_mutable:
-            if reads & self.constant:  # it could be what is written to
-                raise _Unfit
-        elif not numbers:
-            return result
-        elif reads <= self.constant or _name(func) in FRESH:
-            self.constant |= {*numbers}
-            self.there |= dict(zip(numbers, new.values(), strict=True))
-            return result
-        self.bytes |= {n: t.untyped_storage().nbytes() for n, t in zip(numbers, new.values(), strict=True)}
-        self.calls.append(_Call(func, args_then, kwargs_then, tree_map_only(Tensor, self.place, result), numbers))
+        new = []
+        for t in made:
+            if _address(t) not in self.numbers:
+                new.append(self._number(t))
+                self.bytes[new[-1]] = t.untyped_storage().nbytes()
+        if new or func._schema.is_mutable:
+            result_then = tree_map_only(Tensor, self.place, result)
+            self.calls.append(_Call(func, args_then, kwargs_then, result_then, new))
         return result
 
 
@@ -175,46 +180,53 @@ def _name(func: Any) -> str:
     return func._schema.name.removeprefix("aten::")
 
 
-def _planned(notes: _Notes, result: Outputs) -> tuple[Callable[[], None], Outputs]:
-    """The calls as one function, written out as Python and run once, and the tensors that hold what it gives."""
+def _planned(notes: _Notes, result: Outputs) -> tuple[Callable[[], None], Outputs, int]:
+    """The calls as one function, written out as Python and run once; what holds its outputs; and bytes of buffers."""
     outputs = tree_map_only(Tensor, notes.place, result)
-    last = {place.storage: i for i, call in enumerate(notes.calls) for place in call.places()}
-    for place in tree_leaves(outputs):
-        last[place.storage] = len(notes.calls)
-    script = _Script({number: t.untyped_storage() for number, t in notes.there.items()})
+    last = {storage: i for i, call in enumerate(notes.calls) for storage in call.storages}
+    last |= dict.fromkeys((place.storage for place in tree_leaves(outputs)), len(notes.calls))
+    changed = {storage for call in notes.calls if call.changes for storage in call.storages}
+    constant: set[int] = set()  # storages that hold the same numbers at each run
+    script = _Script({storage: t.untyped_storage() for storage, t in notes.there.items()}, notes.bytes)
     for i, call in enumerate(notes.calls):
-        script.add(call, notes.bytes)
-        for number in {place.storage for place in call.places()} & notes.bytes.keys():
-            if last[number] == i:
-                script.release(number)
+        reads = call.storages - {*call.new}
+        once = (reads <= constant or _name(call.kernel) in FRESH) and not call.storages & changed
+        script.add(call, once)
+        if once:
+            constant |= {*call.new}
+        for storage in call.storages - constant:
+            if last[storage] == i and storage in notes.bytes:
+                script.release(storage)
     kept = tree_map_only(_Place, script.keep, outputs)
-    return script.function(), kept
+    return script.function(), kept, script.bytes
 
 
 class _Script:
     """Lines of Python, one a call, each run once when it is added; tensors and kernels are global names in it.
 
     Storages that calls write to are buffers that take turns: one is free when its storage was used for the last time.
+    `there` are the storages that were there before, `sizes` the bytes of the others.
     """
 
-    def __init__(self, there: dict[int, torch.UntypedStorage]) -> None:
-        self.there = there
+    def __init__(self, there: dict[int, torch.UntypedStorage], sizes: Mapping[int, int]) -> None:
+        self.there, self.sizes = there, sizes
         self.free: list[torch.UntypedStorage] = []
+        self.bytes = 0
         self.loose: dict[int, _Place] = {}  # storages that come anew with each run, and which tensor has their name
         self.names: dict[str, Any] = {}
         self.numbers = count()
         self.known: dict[Any, str] = {}
         self.lines: list[str] = []
 
-    def add(self, call: _Call, sizes: Mapping[int, int]) -> None:
-        """Adds a call in the quickest form that there is."""
+    def add(self, call: _Call, once: bool) -> None:
+        """Adds a call in the quickest form that there is; with `once` it is run now alone."""
         results = [call.result] if isinstance(call.result, _Place) else [*(call.result or ())]
         forms: list[str] = []
-        if call.kernel._schema.is_mutable:
+        if call.changes:
             forms = [*self._forms(call.kernel, *self._arguments(call))]
         elif (into := _into(call.kernel)) and len(call.new) == len(results):
             for number in call.new:
-                self.there[number] = self._buffer(sizes[number])
+                self.there[number] = self._buffer(self.sizes[number], [] if once else self.free)
             args, kwargs = self._arguments(call)
             outs = [self._tensor(place) for place in results]
             if _name(call.kernel) in COPIES:
@@ -229,23 +241,23 @@ class _Script:
             names = ", ".join("_" if place is None else f"t{place.storage}" for place in results)
             made = names if isinstance(call.result, _Place) else f"({names},)"
             forms = [f"{made} = {form}" for form in self._forms(call.kernel, *self._arguments(call))]
-        self._first_that_runs(forms)
+        line = self._run(forms)
+        if not once:
+            self.lines.append(line)
 
-    def _first_that_runs(self, forms: list[str]) -> None:
+    def _run(self, forms: list[str]) -> str:
+        """Runs the first of several forms that torch takes, and gives it."""
         for form in forms[:-1]:
-            try:
+            with suppress(TypeError, RuntimeError):  # another signature
                 exec(form, self.names)
-            except (TypeError, RuntimeError):  # not one of its signatures
-                continue
-            self.lines.append(form)
-            return
+                return form
         exec(forms[-1], self.names)
-        self.lines.append(forms[-1])
+        return forms[-1]
 
     def _forms(self, kernel: Any, args: list[str], kwargs: Mapping[str, str]) -> Iterator[str]:
         """The call by torch's own Python function, which takes half the time, and by the kernel's."""
         given = ", ".join([*args, *(f"{name}={value}" for name, value in kwargs.items())])
-        for home in (torch._C._VariableFunctions, torch._C._nn, TensorBase):
+        for home in HOMES:
             if function := getattr(home, _name(kernel), None):
                 yield f"{self._named(function)}({given})"
         yield f"{self._named(kernel._op)}({given})"
@@ -275,13 +287,14 @@ class _Script:
         self.names[name] = value
         return name
 
-    def _buffer(self, size: int) -> torch.UntypedStorage:
+    def _buffer(self, size: int, free: list[torch.UntypedStorage]) -> torch.UntypedStorage:
         """The smallest free buffer that is large enough, of equal ones the last used, or a new one."""
-        fitting = [buffer for buffer in self.free if buffer.nbytes() >= size]
+        fitting = [buffer for buffer in free if buffer.nbytes() >= size]
         if not fitting:
+            self.bytes += size
             return torch.empty(size, dtype=torch.uint8).untyped_storage()
         best = min(reversed(fitting), key=torch.UntypedStorage.nbytes)
-        self.free.remove(best)
+        free.remove(best)
         return best
 
     def release(self, number: int) -> None:
@@ -296,7 +309,7 @@ class _Script:
         if place.storage not in self.loose:
             return self.names[self._tensor(place)]
         tensor = torch.empty_strided(place.size, place.stride, dtype=place.dtype)
-        self._first_that_runs([f"{self._named(tensor)}.copy_({self._tensor(place)})"])
+        self.lines.append(self._run([f"{self._named(tensor)}.copy_({self._tensor(place)})"]))
         return tensor
 
     def function(self) -> Callable[[], None]:
@@ -304,6 +317,7 @@ class _Script:
         return self.names["run"]
 
 
+@cache
 def _into(kernel: Any) -> tuple[Any, list[str]] | None:
     """The form of a kernel that writes into given memory, and what it calls that; None where it has none of its own."""
     if _name(kernel) in COPIES:
@@ -312,7 +326,7 @@ def _into(kernel: Any) -> tuple[Any, list[str]] | None:
     for name in kernel.overloadpacket.overloads():
         other = getattr(kernel.overloadpacket, name)
         outs = [a.name for a in other._schema.arguments if a.is_out]
-        if outs and [(a.name, str(a.type)) for a in other._schema.arguments if not a.is_out] == takes:
-            if torch._C._dispatch_has_kernel_for_dispatch_key(other.name(), "CPU"):
-                return other, outs
+        same = outs and [(a.name, str(a.type)) for a in other._schema.arguments if not a.is_out] == takes
+        if same and torch._C._dispatch_has_kernel_for_dispatch_key(other.name(), "CPU"):
+            return other, outs
     return None
