@@ -80,7 +80,7 @@ class Learner(LightningModule):
         self.replay, self.compiled = replay, compile
         self.seeds, self.alone = tuple(weights), len(weights) == 1
         names = next(iter(weights.values()))
-        self.w = nn.ParameterDict({n: _fixed(torch.stack([w[n] for w in weights.values()])) for n in names})
+        self.w = nn.ParameterDict({n: _fixed(_laid_out([w[n] for w in weights.values()])) for n in names})
         self.best = nn.ParameterDict({name: _fixed(p.clone()) for name, p in self.w.items()})
         self.train_scores, self.eval_scores = Scores(loss, len(weights)), Scores(loss, len(weights))
         self.other_scores: dict[str, Scores] = {}  # of the rule's other answers
@@ -177,11 +177,8 @@ class Learner(LightningModule):
     def _as_update(self, name: str, g: Tensor, samples: int) -> Tensor:
         """The gradient of one weight as the optimizer gets it."""
         p = self.weights[name]
-        if self.alone:
-            g = g.unsqueeze(0)
-        # Mixed precision computes in a shorter type, and convolutions may give kernels with the channels last in
-        # memory, which fused optimizers would take for kernels laid out like the weights.
-        g = self.update(g.to(p.dtype).contiguous(), samples)
+        g = _like(self.stack[name], g).as_strided(p.shape, p.stride())  # with the axis of seeds
+        g = self.update(g, samples)
         if (gain := self.rule.gain(name)) != 1:
             g = g * gain
         return g.add(p, alpha=self.l2) if self.l2 else g
@@ -240,6 +237,9 @@ class Learner(LightningModule):
 
     def on_train_start(self) -> None:
         self.started = time.monotonic()
+        for p in self.weights.values():  # a checkpoint may be older than the way in which weights are laid out
+            state = self.optimizer.state.get(p, {})
+            state |= {n: _like(p, t) for n, t in state.items() if isinstance(t, Tensor) and t.shape == p.shape}
         if self.rank > 0:  # a checkpoint has the sums of all processes, and rank 0 goes on with them
             self.train_scores.reset()
 
@@ -345,6 +345,23 @@ def per_seed(scores: Mapping[str, Tensor]) -> list[dict[str, float]]:
     """Vectors over the seeds, by name, as one dict of numbers a seed."""
     rows = zip(*(torch.atleast_1d(v).tolist() for v in scores.values()), strict=True)  # torchmetrics drops an axis of 1
     return [dict(zip(scores, row, strict=True)) for row in rows]
+
+
+def _laid_out(each: list[Tensor]) -> Tensor:
+    """The weights of all seeds as a stack. Matrices have a column's numbers side by side in memory.
+
+    So a product with W^T, the forward pass, takes three quarters of the time.
+    """
+    stack = torch.stack(each)
+    return stack.mT.contiguous().mT if stack.ndim == 3 else stack
+
+
+def _like(p: Tensor, t: Tensor) -> Tensor:
+    """The numbers of t in the type of p, laid out in memory like p, as fused optimizers take them to be.
+
+    Mixed precision computes in a shorter type, and convolutions may give kernels with the channels last.
+    """
+    return t if (t.dtype, t.stride()) == (p.dtype, p.stride()) else torch.empty_like(p).copy_(t)
 
 
 def _fixed(tensor: Tensor) -> nn.Parameter:
