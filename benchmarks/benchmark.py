@@ -1,24 +1,27 @@
 """Measures speed and memory, side by side in one run on one thread, of training steps against plain PyTorch's.
 
-    python benchmarks/benchmark.py [--only steps rules memory ...] [--rounds 9] [--output results/benchmark.csv]
+    python benchmarks/benchmark.py [--only steps rules memory ...] [--jax PYTHON] [--rounds 9] [--output ...csv]
 
 Everything is timed in turn, round after round, and medians are shown; a ratio is the median of the rounds' ratios, so a
-machine whose speed drifts does not bend it. Plain PyTorch has a process of its own, with torch's defaults. Writes what
-it prints, with the machine, as CSV, and the ratios of training steps as a figure beside it; rows of parts that were
-not asked for stay.
+machine whose speed drifts does not bend it. Plain PyTorch has processes of its own, with torch's defaults, and so has
+JAX, by the interpreter PYTHON that has jax and optax. Steps are timed on one core, over a hundred mini-batches. Writes
+what it prints, with the machine, as CSV, and the ratios of training steps as a figure beside it; rows of parts that
+were not asked for stay.
 """
 
 import argparse
 import multiprocessing
+import os
 import subprocess
 import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from itertools import cycle
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import mean, median
@@ -45,7 +48,7 @@ from nobackprop.core.initializers import Uniform, initial_weights
 from nobackprop.core.losses import Loss, SoftmaxCrossEntropy, cross_entropy
 from nobackprop.core.network import Network, allconv, mlp
 from nobackprop.core.rule import Batch, Rule
-from nobackprop.data.batches import TrainBatches, task
+from nobackprop.data.batches import CHUNK_STEPS, TrainBatches, task
 from nobackprop.data.folders import ImageNet
 from nobackprop.data.pixels import Pixels
 from nobackprop.papers.grid import composed
@@ -81,6 +84,7 @@ STEPS = {
     "all-convolutional, 2 classes, batch 64, AdamW": (CONV, 2, 64, TORCH_ADAMW, FUSED, ADAMW),
 }
 PLAIN, TUNED = "plain PyTorch backprop", "the same, with our matrix products, memory and one kernel"
+PRODUCTS = {getattr(torch.ops.aten, n) for n in ("mm", "addmm", "bmm", "convolution", "convolution_backward")}
 COMPARED = ("mlp", "conv")  # of conf/experiment/compare
 DEEP = {"depth": 64, "width": 1024, "batch": 2048}
 SIZE, IMAGES, BATCH = 224, 512, 64
@@ -99,7 +103,8 @@ class Aside:
     def __init__(self, make: Callable[..., Callable[[], Any]], *args: Any) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        context.Process(target=_serve, args=(theirs, make, args), daemon=True).start()
+        self.process = context.Process(target=_serve, args=(theirs, make, args), daemon=True)
+        self.process.start()
 
     def __call__(self, times: int) -> float:
         self.connection.send(times)
@@ -130,9 +135,15 @@ def in_turn(runs: dict[str, Callable[[int], float]], rounds: int, round_s: float
 
 
 def plain_step(
-    net: Network, loss: Loss, optimizer: Any, pixels: Tensor, labels: Tensor, matmul: str = "highest"
+    net: Network,
+    loss: Loss,
+    optimizer: Any,
+    pixels: Tensor,
+    labels: Tensor,
+    matmul: str = "highest",
+    compile: bool = False,
 ) -> Callable[[], Any]:
-    """Backpropagation as one writes it in PyTorch: modules, autograd and an optimizer."""
+    """Backpropagation as one writes it in PyTorch: modules, autograd and an optimizer. Mini-batches take turns."""
     torch.set_float32_matmul_precision(matmul)
     modules: list[nn.Module] = []
     for l, layer in enumerate(net.layers, 1):
@@ -144,63 +155,151 @@ def plain_step(
         modules.append(nn.Tanh())
     model = nn.Sequential(*modules[:-1])
     stepper = optimizer(model.parameters())
-    y = loss.target(labels, torch.float32)
+    if compile:
+        model.compile(dynamic=False)
+    y, turn = targets(loss, labels), cycle(range(len(labels)))
     criterion = F.cross_entropy if loss.outputs > 1 else F.binary_cross_entropy_with_logits
 
     def step() -> None:
         stepper.zero_grad()
-        criterion(model(pixels / 255), labels if loss.outputs > 1 else y).backward()
+        i = next(turn)
+        criterion(model(pixels[i] / 255), labels[i] if loss.outputs > 1 else y[i]).backward()
         stepper.step()
 
     return step
 
 
 def our_step(
-    net: Network, rule: Rule, loss: Loss, optimizer: Any, pixels: Tensor, labels: Tensor, compile: bool = False
+    net: Network, rule: Rule, loss: Loss, optimizer: Any, pixels: Tensor, labels: Tensor, **how: bool
 ) -> Callable[[], Any]:
-    """One step of the learner, as in training: pixels to floats, the rule, the optimizer, the constraint."""
+    """One step of the learner, as in training: pixels to floats, the rule, the optimizer, the constraint.
+
+    Mini-batches take turns.
+    """
     w = initial_weights(net, rule, Uniform(), Uniform(), 0)
     data = dict.fromkeys(("batches", "validation", "test"), partial(dict))
-    learner = Learner(net, rule, loss, {0: w}, pixels=Pixels(), optimizer=optimizer, compile=compile, **data)  # pyright: ignore
+    learner = Learner(net, rule, loss, {0: w}, pixels=Pixels(), optimizer=optimizer, **how, **data)  # pyright: ignore
     learner.configure_optimizers()
+    turn = cycle(zip(pixels.unsqueeze(1), targets(loss, labels).unsqueeze(1), strict=True))
 
     @torch.no_grad()
     def step() -> None:
-        learner.step(learner.inputs(pixels[None]), loss.target(labels, torch.float32)[None])
+        batch, y = next(turn)
+        learner.step(learner.inputs(batch, learner.kept_input), y)
 
     return step
 
 
+def targets(loss: Loss, labels: Tensor) -> Tensor:
+    return loss.target(labels.flatten(), torch.float32).unflatten(0, labels.shape)
+
+
 def problem(title: str) -> tuple[Network, Loss, Tensor, Tensor]:
-    """Net, loss, and a mini-batch of pixels and labels."""
+    """Net, loss, and mini-batches of pixels and labels."""
     make, classes, batch, *_ = STEPS[title]
     loss = cross_entropy(classes)
     net = make(outputs=loss.outputs)
-    return net, loss, torch.randint(256, (batch, *net.in_shape), dtype=torch.uint8), torch.randint(classes, (batch,))
+    return net, loss, *mini_batches(net, classes, batch)
 
 
-def plain(title: str) -> Callable[[], Any]:
+def mini_batches(net: Network, classes: int, batch: int) -> tuple[Tensor, Tensor]:
+    pixels = torch.randint(256, (CHUNK_STEPS, batch, *net.in_shape), dtype=torch.uint8)
+    return pixels, torch.randint(classes, (CHUNK_STEPS, batch))
+
+
+def plain(title: str, compile: bool) -> Callable[[], Any]:
+    """Plain PyTorch with torch's defaults; compiled, with the optimizer's one kernel too."""
     net, loss, pixels, labels = problem(title)
-    return plain_step(net, loss, STEPS[title][3], pixels, labels)
+    return plain_step(net, loss, STEPS[title][4 if compile else 3], pixels, labels, compile=compile)
 
 
-def steps(rounds: int) -> list[dict[str, Any]]:
-    """Our rules' steps, eager and compiled, against backpropagation in plain PyTorch."""
-    rows = []
-    for title, (_, _, batch, _, fused, ours) in STEPS.items():
-        torch.compiler.reset()  # else the steps before this one count as recompilations
-        net, loss, pixels, labels = problem(title)
-        matmul = torch.get_float32_matmul_precision()
-        runs = {
-            PLAIN: Aside(plain, title),
-            TUNED: partial(seconds, plain_step(net, loss, fused, pixels, labels, matmul)),
-        }
-        for name, rule in RULES.items():
-            runs[name] = partial(seconds, our_step(net, rule, loss, ours, pixels, labels))
-            if name in ("bp", "dfa", "mdfa", "lra_e"):
-                compiled = our_step(net, rule, loss, ours, pixels, labels, compile=True)
-                runs[f"{name}, compiled"] = partial(seconds, compiled)
-        rows += _rates(f"step: {title}", in_turn(runs, rounds), batch)
+class Peer:
+    """JAX's step, in a process of its own."""
+
+    def __init__(self, python: Path, title: str, rule: str, form: str) -> None:
+        command = [python, Path(__file__).with_name("jax_peer.py"), title, rule, form]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __call__(self, times: int) -> float:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(times, file=self.process.stdin, flush=True)
+        return float(self.process.stdout.readline())
+
+
+class Products(TorchDispatchMode):
+    """Notes the products of a step, to be computed again without anything between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Callable[[], Any]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.overloadpacket in PRODUCTS:
+            self.calls.append(partial(function._op, *args, **(kwargs or {})))
+        return function(*args, **(kwargs or {}))
+
+    def __call__(self) -> None:
+        for call in self.calls:
+            call()
+
+
+def products(net: Network, rule: Rule, loss: Loss, pixels: Tensor, labels: Tensor) -> Callable[[], Any]:
+    """The products of a rule's step alone: what no step of it can be faster than with these kernels."""
+    noted = Products()
+    step = our_step(net, rule, loss, ADAMW, pixels, labels)
+    with noted:
+        step()
+
+    @torch.no_grad()
+    def run() -> None:
+        noted()
+
+    return run
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Within, this process and those that it starts have one core, the last."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def steps(rounds: int, jax: Path | None) -> list[dict[str, Any]]:
+    """Our rules' steps, as written, replayed and compiled, against PyTorch's and JAX's."""
+    with one_core():
+        return [row for title in STEPS for row in _steps(title, rounds, jax)]
+
+
+def _steps(title: str, rounds: int, jax: Path | None) -> list[dict[str, Any]]:
+    _, _, batch, _, fused, ours = STEPS[title]
+    torch.compiler.reset()  # else the steps before this one count as recompilations
+    net, loss, pixels, labels = problem(title)
+    matmul = torch.get_float32_matmul_precision()
+    runs: dict[str, Callable[[int], float]] = {
+        PLAIN: Aside(plain, title, False),
+        f"{PLAIN}, torch.compile": Aside(plain, title, True),
+        TUNED: partial(seconds, plain_step(net, loss, fused, pixels, labels, matmul)),
+    }
+    for name in ("bp", "dfa", "lra_e") if jax else ():
+        forms = ("step",) if net.layers[0].spatial else ("step", "scan")  # its convolutions do not scan
+        if name != "lra_e" or title.startswith("784-256x4"):
+            runs |= {f"JAX, {name}, {form}": Peer(jax, title, name, form) for form in forms}  # pyright: ignore
+    for name, rule in RULES.items():
+        made = partial(our_step, net, rule, loss, ours, pixels, labels)
+        runs[f"{name}, as written"] = partial(seconds, made())
+        runs[name] = partial(seconds, made(replay=True))
+        if name in ("bp", "dfa", "lra_e"):
+            runs[f"{name}, compiled"] = partial(seconds, made(compile=True))
+            runs[f"{name}, its products alone"] = partial(seconds, products(net, rule, loss, pixels, labels))
+    rows = _rates(f"step: {title}", in_turn(runs, rounds), batch)
+    for run in runs.values():
+        if isinstance(run, Aside | Peer):
+            run.process.terminate()
     return rows
 
 
@@ -211,10 +310,11 @@ def rules(rounds: int) -> list[dict[str, Any]]:
     for title in COMPARED:
         run = prepare(composed([f"+experiment=compare/{title}", "logger=none"]))
         batch = run.settings.batch_size
-        pixels = torch.randint(256, (batch, *run.net.in_shape), dtype=torch.uint8)
-        made = partial(our_step, pixels=pixels, labels=torch.randint(run.loss.classes, (batch,)))
+        pixels, labels = mini_batches(run.net, run.loss.classes, batch)
+        made = partial(our_step, pixels=pixels, labels=labels, replay=True)
         runs = {n: partial(seconds, made(run.net, rule, run.loss, run.optimizer)) for n, rule in every.items()}
-        rows += _rates(f"every rule: compare/{title}", in_turn(runs, rounds, round_s=0.25), batch)
+        with one_core():
+            rows += _rates(f"every rule: compare/{title}", in_turn(runs, rounds, round_s=0.25), batch)
         peaks = {name: peak(run.net, rule, run.loss, batch) for name, rule in every.items()}
         rows += [
             {
@@ -394,8 +494,7 @@ def whole_run(folder: Path, *overrides: str) -> float:
 def run_overhead(rounds: int) -> list[dict[str, Any]]:
     """A whole run from its second epoch on, validation and all else included, against its bare training steps."""
     net, loss = MLP(hidden=[256] * 4, outputs=10), cross_entropy(10)
-    pixels, labels = torch.randint(256, (50, 1, 28, 28), dtype=torch.uint8), torch.randint(10, (50,))
-    bare = our_step(net, LRAE(), loss, ADAMW, pixels, labels)
+    bare = our_step(net, LRAE(), loss, ADAMW, *mini_batches(net, 10, 50), replay=True)
     steps_an_epoch, epochs = 54_000 // 50, 3
     measured: dict[str, list[float]] = {"the bare step": [], "the whole run": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -417,25 +516,29 @@ def many_seeds(rounds: int) -> list[dict[str, Any]]:
     return _rates("ten seeds of LRA-E on MNIST", measured, 10 * 54_000)
 
 
+PARTS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
+    "steps": partial(steps, jax=None),
+    "rules": rules,
+    "memory": memory,
+    "images": images,
+    "startup": startup,
+    "run_overhead": run_overhead,
+    "many_seeds": many_seeds,
+}
+
+
 def main() -> None:
-    parts = {
-        "steps": steps,
-        "rules": rules,
-        "memory": memory,
-        "images": images,
-        "startup": startup,
-        "run_overhead": run_overhead,
-        "many_seeds": many_seeds,
-    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path, default=Path("results/benchmark.csv"))
+    parser.add_argument("--jax", type=Path, metavar="PYTHON", help="an interpreter that has jax and optax")
     options = parser.parse_args()
+    PARTS["steps"] = partial(steps, jax=options.jax)
     torch.set_num_threads(1)
     hardware.prepare(torch.device("cpu"))
     here = machine.machine(torch.device("cpu"))
-    rows = pd.DataFrame([row for part in options.only for row in parts[part](options.rounds)])
+    rows = pd.DataFrame([row for part in options.only for row in PARTS[part](options.rounds)])
     table = Table("what", "value", "ratio to the first", title=f"{here.processor}, one thread unless said")
     for measure, part in rows.groupby("measure", sort=False):
         table.add_section()

@@ -74,7 +74,7 @@ def test_what_is_recorded_is_not_trained_again(capsys: pytest.CaptureFixture[str
     ("texts", "settings"),
     [
         (["rule=dfa"], {"rule": "dfa"}),
-        (["seeds=[0,4]", "l2=1e-05", "compile=null"], {"seeds": (0, 4), "l2": 1e-5, "compile": None}),
+        (["seeds=[0,4]", "l2=1e-05", "compile=true"], {"seeds": (0, 4), "l2": 1e-5, "compile": True}),
         (["dataset.flip=true", "optimizer.lr=0.5"], {"dataset": {"flip": True}, "optimizer.lr": torch.tensor(0.5)}),
         (["paths.runs='a b, [c]=d'"], {"paths.runs": "a b, [c]=d"}),
         (["paths.runs='it\\'s'"], {"paths": {"runs": "it's"}}),

@@ -1,7 +1,6 @@
 """What torch is told about a machine."""
 
 import ctypes
-import io
 import os
 import shutil
 import subprocess
@@ -11,13 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, Config, same_results, train
-from rich.console import Console
+from conftest import SMALL, Config, train
 
-import nobackprop.training.run
 from nobackprop.data.sources import Digits
 from nobackprop.mistakes import Mistake
-from nobackprop.records.record import Record
 from nobackprop.training import hardware
 
 
@@ -33,6 +29,13 @@ def test_freed_memory_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda _: Libc())
     hardware.prepare(torch.device("cpu"))
     assert asked == {-1: 2**30, -3: 2**30}  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+
+
+@pytest.mark.parametrize(("processor", "library"), [("Intel(R) Xeon(R)", "highest"), ("AMD EPYC", "medium")])
+def test_which_library_multiplies_matrices(monkeypatch: pytest.MonkeyPatch, processor: str, library: str) -> None:
+    monkeypatch.setattr(hardware, "processor", lambda: processor)
+    hardware.choose_matmul(torch.device("cpu"), tolerance=1)
+    assert torch.get_float32_matmul_precision() == library
 
 
 def test_matrix_products_stay_as_accurate_as_float32() -> None:
@@ -75,28 +78,10 @@ def test_compiling_that_is_asked_for_and_impossible_is_a_mistake(
         train(config("compile=true"))
 
 
-@pytest.mark.usefixtures("broken")
-def test_compiling_that_would_be_repaid_and_is_impossible_is_left_out(
-    config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (expected,) = train(config("rule=dfa", "compile=false", f"paths.runs={tmp_path}/eager"))
-    monkeypatch.setattr(nobackprop.training.run, "COMPILE_FROM", {False: 322, True: 322})
-    console = Console(file=io.StringIO(), width=80)
-    (record,) = train(config("rule=dfa"), console)
-    assert isinstance(console.file, io.StringIO)
-    why = "/tmp/a:5:10: fatal error: Python.h: No such file or directory\n"
-    told = f"dfa_mlp_digits seed 0 (1/1): trains uncompiled, since torch.compile fails here: {why}"
-    assert console.file.getvalue().count(told) == 1
-    assert not record.machine.compiled
-    assert not expected.machine.compiled
-    assert same_results(tmp_path / "eager", tmp_path / "runs") == 1
-
-
 def test_the_record_says_that_a_rule_was_compiled(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(nobackprop.training.run, "COMPILE_FROM", {False: 3, True: 3})
-    assert train(config("max_steps=3", "seeds=[0]"))[0].machine.compiled
-    assert not train(config("max_steps=2", "seeds=[0]"))[0].machine.compiled
+    assert train(config("max_steps=2", "seeds=[0]", "compile=true"))[0].machine.compiled
+    assert not train(config("max_steps=3", "seeds=[0]"))[0].machine.compiled
 
 
 @pytest.mark.slow  # imports torch's compiler
@@ -118,21 +103,16 @@ def test_a_compiler_that_torch_does_not_find_or_cannot_use(tmp_path: Path) -> No
         "space": (path, tmp_path / "a cache"),
         "unwritable": (path, tmp_path / "file" / "cache"),
     }
-    start = "from nobackprop import cli, quick_start; quick_start.start(); from nobackprop.training import run\n"
-    start += "run.COMPILE_FROM = {False: 1}; cli.main()"
     for name, (path, cache) in machines.items():
         environment = {**os.environ, "PATH": path, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
-        for compile in ("true", "null"):
-            options = [*SMALL, "rule=bp", "max_steps=3", f"compile={compile}", f"paths.runs={tmp_path}/{name}"]
-            ended = subprocess.run(
-                [sys.executable, "-c", start, *options], cwd=tmp_path, env=environment, capture_output=True, text=True
-            )
-            assert "Traceback" not in ended.stderr, name
-            if compile == "true":
-                assert ended.returncode == 1
-                assert "nobackprop: compile is true, and torch's compiler does not work here (" in ended.stderr
-            else:
-                assert ended.returncode == 0, ended.stderr
-                assert ended.stdout.count("trains uncompiled, since torch.compile fails here: ") == 1
-                (record,) = tmp_path.glob(f"{name}/*/seed0/record.json")
-                assert not Record.read(record).machine.compiled
+        options = [*SMALL, "rule=bp", "max_steps=3", "compile=true", f"paths.runs={tmp_path}/{name}"]
+        ended = subprocess.run(
+            [sys.executable, "-m", "nobackprop", *options],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert "Traceback" not in ended.stderr, name
+        assert ended.returncode == 1
+        assert "nobackprop: compile is true, and torch's compiler does not work here (" in ended.stderr

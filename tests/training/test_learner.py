@@ -22,7 +22,6 @@ from nobackprop.rules.dfa import DFA
 from nobackprop.rules.forward_forward import ForwardForward
 from nobackprop.rules.lra_e import LRAE
 from nobackprop.rules.mdfa import MDFA
-from nobackprop.rules.weight_mirror import WeightMirror
 from nobackprop.training.learner import Learner
 from nobackprop.training.run import divide, keeps_seeds_apart
 
@@ -106,58 +105,6 @@ def test_compiled_steps_are_the_same_but_for_rounding(learner: Callable[..., Lea
         for _ in range(3):
             step_once(l, w)
     torch.testing.assert_close(dict(compiled.w), dict(eager.w))
-
-
-class Failing:
-    """In the place of torch.compile: what it compiles after the first `good` functions fails when it is called."""
-
-    def __init__(self, good: int, error: Exception | None) -> None:
-        self.good, self.error = good, error
-
-    def __call__(self, function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
-        self.good -= 1
-        error = self.error
-        if self.good >= 0 or error is None:
-            return lambda *args: function(*args)
-
-        def fail(*_: Any) -> Any:
-            raise error
-
-        return fail
-
-
-def compiler_error() -> Exception:
-    error = RuntimeError("backend='inductor' raised:\nInvalidCxxCompiler: No working C++ compiler found")
-    error.inner_exception = RuntimeError("No working C++ compiler found\n\nmore")  # pyright: ignore
-    return error
-
-
-@pytest.mark.parametrize("error", [compiler_error(), PermissionError(13, "Permission denied", "/tmp/torchinductor")])
-@pytest.mark.parametrize("good", [0, 1])
-def test_where_the_compiler_fails_training_goes_on_as_without(
-    learner: Callable[..., Learner], monkeypatch: pytest.MonkeyPatch, good: int, error: Exception
-) -> None:
-    """Also where it fails for the second of a rule's phases: the first has then moved no weight."""
-    rule, said = WeightMirror(), []
-    w = initial_weights(NET, rule, Uniform(), Uniform(), 0)
-    make = partial(learner, NET, rule, SoftmaxCrossEntropy(3), w, SGD)
-    x, y = torch.rand(3, 1, 8, 1, 4, 4), torch.eye(3)[torch.arange(8) % 3].unsqueeze(0)
-    monkeypatch.setattr(torch, "compile", Failing(good, error))
-    eager, fallen = make(), make(compile=True, uncompiled=said.append)
-    for l in (eager, fallen):
-        with torch.no_grad():
-            for step in x:
-                l.step(step, y)
-    assert said == ["No working C++ compiler found" if isinstance(error, RuntimeError) else str(error)]
-    assert not fallen.compiled
-    assert all(torch.equal(p, eager.w[name]) for name, p in fallen.w.items())
-    with pytest.raises(type(error)), torch.no_grad():
-        make(compile=True).step(x[0], y)
-    monkeypatch.setattr(torch, "compile", Failing(good, None))
-    compiled = make(compile=True)
-    with torch.no_grad():
-        compiled.step(x[0], y)
-    assert compiled.compiled
 
 
 def test_a_step_that_finds_no_memory_is_a_mistake(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:

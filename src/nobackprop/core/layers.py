@@ -102,7 +102,7 @@ class Dense(Layer):
 
     def hebbian(self, r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         d = d / len(d)
-        return like_type(d.mT @ r.flatten(1), d), d.sum(0)  # (units, inputs), (units,)
+        return like_type((r.flatten(1).mT @ d).mT, d), d.sum(0)  # (units, inputs), (units,)
 
 
 @dataclass(frozen=True)

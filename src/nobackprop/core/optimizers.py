@@ -4,6 +4,7 @@ On nets of this size torch's own classes spend as long around the fused kernel a
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch.optim import Optimizer
 
 from nobackprop.mistakes import Mistake
 
+TINY = 5e-324  # equals 0 where denormal numbers are flushed to zero
 
-class _ForeachOptimizer(Optimizer):
-    """Steps all weights that have a gradient at once, through torch's `_foreach` operations."""
+
+class Prepared(Optimizer):
+    """Steps all weights that have a gradient at once, through torch's `_foreach` operations or a fused kernel."""
 
     def __init__(self, params: Iterable[Tensor], defaults: dict[str, Any]) -> None:
         for name, value in defaults.items():
@@ -30,23 +33,37 @@ class _ForeachOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.prepared()()
+
+    def prepared(self) -> Callable[[], None]:
+        """What `step` does, but for torch's hooks, as long as the same weights have the same tensors as gradients.
+
+        Whatever can be found out beforehand is; rates are read at each call. Loading a state ends it.
+        """
+        updates = []
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None]
             if weights:
-                self._update(group, weights, [p.grad for p in weights])
+                updates.append(self._prepared(group, weights, [p.grad for p in weights]))
+        return _in_turn(updates)
+
+    def _prepared(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor]) -> Callable[[], None]:
+        """The step of a group's weights with these gradients."""
+        return partial(self._update, group, weights, grads)
 
     def _update(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor]) -> None:
         raise NotImplementedError
 
     def _slot(self, weights: list[Tensor], name: str, start: float) -> list[Tensor]:
         """One state tensor a weight, filled with `start` the first time."""
-        for p in weights:
-            if name not in self.state[p]:
-                self.state[p][name] = torch.full_like(p, start, memory_format=torch.preserve_format)
-        return [self.state[p][name] for p in weights]
+        states = [self.state[p] for p in weights]
+        for p, state in zip(weights, states, strict=True):
+            if name not in state:
+                state[name] = torch.full_like(p, start, memory_format=torch.preserve_format)
+        return [state[name] for state in states]
 
 
-class Adam(_ForeachOptimizer):
+class Adam(Prepared):
     """Kingma & Ba, "Adam: a method for stochastic optimization", 2015, to the bit as torch's Adam(fused=True)."""
 
     kernel = staticmethod(torch._fused_adam_)
@@ -61,19 +78,21 @@ class Adam(_ForeachOptimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
 
-    def _update(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor]) -> None:
+    def _prepared(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor]) -> Callable[[], None]:
         m, v = self._slot(weights, "exp_avg", 0.0), self._slot(weights, "exp_avg_sq", 0.0)
-        steps = []
-        for p in weights:
-            state = self.state[p]
-            state["step"] = state.get("step", 0) + 1
-            steps.append(state["step"])
-        options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-        if len(set(steps)) == 1:
-            _adam(self.kernel, weights, grads, m, v, steps[0], **options)
-        else:  # weights that had no gradient at some step
-            for p, g, m1, v1, step in zip(weights, grads, m, v, steps, strict=True):
-                _adam(self.kernel, [p], [g], [m1], [v1], step, **options)
+        states = [self.state[p] for p in weights]
+        done = [state.get("step", 0) for state in states]
+        if len(set(done)) > 1:  # weights that had no gradient at some step
+            return _in_turn([self._prepared(group, [p], [g]) for p, g in zip(weights, grads, strict=True)])
+        kernel = _adam(self.kernel, weights, grads, m, v)
+
+        def update() -> None:
+            step = states[0].get("step", 0) + 1
+            for state in states:
+                state["step"] = step
+            kernel(step, group["lr"], group["betas"], group["eps"], group["weight_decay"])
+
+        return update
 
 
 class AdamW(Adam):
@@ -92,7 +111,7 @@ class AdamW(Adam):
         super().__init__(params, lr, betas, eps, weight_decay)
 
 
-class RMSprop(_ForeachOptimizer):
+class RMSprop(Prepared):
     """Tieleman & Hinton, 2012, as torch computes it.
 
     s = decay * s + (1 - decay) * g^2,   w = w - lr * g / (sqrt(s) + eps)
@@ -101,16 +120,17 @@ class RMSprop(_ForeachOptimizer):
     def __init__(self, params: Iterable[Tensor], lr: float = 1e-4, decay: float = 0.9, eps: float = 1e-8) -> None:
         super().__init__(params, {"lr": lr, "decay": decay, "eps": eps})
 
-    def _update(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor]) -> None:
-        self._root_step(group, weights, grads, self._slot(weights, "mean_square", 0.0), group["eps"])
+    def _prepared(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor]) -> Callable[[], None]:
+        root_step = self._root_step(weights, grads, self._slot(weights, "mean_square", 0.0))
+        return lambda: root_step(group["lr"], group["decay"], group["eps"])
 
     @staticmethod
     def _root_step(
-        group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], mean_square: list[Tensor], eps: float
-    ) -> None:
+        weights: list[Tensor], grads: list[Tensor], mean_square: list[Tensor]
+    ) -> Callable[[float, float, float], None]:
         # Adam without a first moment (beta1 = 0: the gradient itself) and past its bias correction is RMSprop.
-        betas = (0.0, group["decay"])
-        _adam(torch._fused_adam_, weights, grads, grads, mean_square, inf, group["lr"], betas, eps, 0.0)
+        kernel = _adam(torch._fused_adam_, weights, grads, grads, mean_square)
+        return lambda lr, decay, eps: kernel(inf, lr, (0.0, decay), eps, 0.0)
 
 
 class TFRMSprop(RMSprop):
@@ -124,13 +144,18 @@ class TFRMSprop(RMSprop):
             raise Mistake("decay is 0: it must be above 0, since the mean square keeps epsilon from step to step")
         super().__init__(params, lr, decay, eps)
 
-    def _update(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor]) -> None:
+    def _prepared(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor]) -> Callable[[], None]:
         shifted = self._slot(weights, "mean_square_plus_eps", 1.0 + group["eps"])
-        torch._foreach_add_(shifted, (1 / group["decay"] - 1) * group["eps"])  # so that it decays to eps, not to zero
-        self._root_step(group, weights, grads, shifted, eps=0.0)
+        root_step = self._root_step(weights, grads, shifted)
+
+        def update() -> None:
+            torch._foreach_add_(shifted, (1 / group["decay"] - 1) * group["eps"])  # so that it decays to eps, not to 0
+            root_step(group["lr"], group["decay"], 0.0)
+
+        return update
 
 
-class SignSGD(_ForeachOptimizer):
+class SignSGD(Prepared):
     """`w = w - lr * sign(g)` (Bernstein et al., 2018), which the mDFA program holds but gives no way to choose."""
 
     def __init__(self, params: Iterable[Tensor], lr: float = 1e-4) -> None:
@@ -140,7 +165,7 @@ class SignSGD(_ForeachOptimizer):
         torch._foreach_add_(weights, torch._foreach_sign(grads), alpha=-group["lr"])
 
 
-class MemorylessAdamW(_ForeachOptimizer):
+class MemorylessAdamW(Prepared):
     """Keras' AdamW as the LRA-E program for TensorFlow 2 uses it: made anew at every step, so always at its first one.
 
         w = w - lr * weight_decay * w,   w = w - lr * g / (|g| + eps / sqrt(1 - beta2))
@@ -165,7 +190,7 @@ class MemorylessAdamW(_ForeachOptimizer):
         torch._foreach_addcdiv_(weights, grads, size, -group["lr"])
 
 
-class TFAdam(_ForeachOptimizer):
+class TFAdam(Prepared):
     """Adam as TensorFlow 1 computes it: epsilon is added outside the bias correction.
 
     w = w - lr * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps)
@@ -194,19 +219,48 @@ class TFAdam(_ForeachOptimizer):
         torch._foreach_addcdiv_(weights, m, root, -rate)
 
 
+def _in_turn(updates: Sequence[Callable[[], None]]) -> Callable[[], None]:
+    def all_of_them() -> None:
+        for update in updates:
+            update()
+
+    return updates[0] if len(updates) == 1 else all_of_them
+
+
 def _adam(
-    kernel: Callable[..., None],
-    weights: list[Tensor],
-    grads: list[Tensor],
-    m: list[Tensor],
-    v: list[Tensor],
-    step: float,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
-    steps = [torch.full((), step, dtype=torch.float32, device=weights[0].device)] * len(weights)
-    beta1, beta2 = betas
-    options = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
-    kernel(weights, grads, m, v, [], steps, **options, amsgrad=False, maximize=False)
+    kernel: Callable[..., None], weights: list[Tensor], grads: list[Tensor], m: list[Tensor], v: list[Tensor]
+) -> Callable[[float, float, tuple[float, float], float, float], None]:
+    """The kernel's call for a step (counted from 1), lr, betas, eps and weight decay."""
+    at = torch.zeros((), dtype=torch.float32, device=weights[0].device)
+    steps = [at] * len(weights)
+    # The kernel takes three times as long over matrices that lie transposed in memory, as the learner's do.
+    turned = [p.ndim > 1 and not p.is_contiguous() and p.mT.is_contiguous() for p in weights]
+    if any(turned):
+        every = (weights, grads, m, v)
+        weights, grads, m, v = ([t.mT if turn else t for t, turn in zip(e, turned, strict=True)] for e in every)
+
+    def call(step: float, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+        at.fill_(step)
+        # Averages of gradients that are 0 from some step on, as of pixels at an image's border, shrink until they are
+        # denormal, and rounding keeps them there. A processor takes many times as long for such numbers. As zeros they
+        # move no weight either.
+        flushed = TINY != 0 and torch.set_flush_denormal(True)
+        kernel(
+            weights,
+            grads,
+            m,
+            v,
+            [],
+            steps,
+            lr=lr,
+            beta1=betas[0],
+            beta2=betas[1],
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
+        if flushed:
+            torch.set_flush_denormal(False)
+
+    return call

@@ -34,12 +34,15 @@ class Pixels:
         std = (share @ values.square() - mean.square()).clamp(min=0).sqrt()
         return cls(tuple(mean.tolist()), tuple(std.clamp(min=1e-6).tolist()))
 
-    def __call__(self, pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The input for pixels (..., C, H, W), in the same shape."""
-        x = pixels.to(dtype) if self.floats else pixels.to(dtype) / 255
-        if self.mean is None or self.std is None:
-            return x
-        return (x - _per_channel(self.mean, dtype, x.device)) / _per_channel(self.std, dtype, x.device)
+    def __call__(self, pixels: Tensor, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+        """The input for pixels (..., C, H, W), in the same shape; written into `out`, in its type, if that is given."""
+        x = torch.empty_like(pixels, dtype=dtype) if out is None else out
+        x.copy_(pixels)
+        if not self.floats:
+            x.div_(255)
+        if self.mean is not None and self.std is not None:
+            x.sub_(_per_channel(self.mean, x.dtype, x.device)).div_(_per_channel(self.std, x.dtype, x.device))
+        return x
 
 
 @lru_cache(maxsize=8)

@@ -18,7 +18,7 @@ def machine(device: "torch.device", compiled: bool = False, devices: int = 1) ->
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(
         system=platform.system(),
-        processor=_processor(),
+        processor=processor(),
         cores=cores,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         threads=torch.get_num_threads(),
@@ -28,7 +28,8 @@ def machine(device: "torch.device", compiled: bool = False, devices: int = 1) ->
     )
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

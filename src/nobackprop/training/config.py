@@ -153,7 +153,7 @@ class Settings(_Strict):
     patience: PositiveInt | None
     stack: bool | None
     threads: PositiveInt
-    compile: bool | None
+    compile: bool
     recompute: bool | None
     workers: PositiveInt | None
     checkpoint_minutes: NonNegativeFloat

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from nobackprop.core.losses import Loss
 from nobackprop.core.network import Network
+from nobackprop.core.optimizers import Prepared
 from nobackprop.core.random import normal
 from nobackprop.core.rule import Batch, Phase, Rule
 from nobackprop.core.updates import UPDATES
@@ -22,8 +23,9 @@ from nobackprop.data.batches import EvalBatches, TrainBatches
 from nobackprop.data.pixels import Pixels
 from nobackprop.mistakes import Mistake
 from nobackprop.training.ddp import mean_over_processes
-from nobackprop.training.hardware import COMPILER_ERRORS, first_line, too_little_memory
+from nobackprop.training.hardware import first_line, too_little_memory
 from nobackprop.training.metrics import Scores
+from nobackprop.training.replay import Replay
 
 
 @dataclass
@@ -44,9 +46,10 @@ class Learner(LightningModule):
     A stack of one calls the rule directly, a larger one under `torch.func.vmap`. Of each seed the weights with the best
     validation accuracy are kept, and tested at the end. A seed that diverges (NaN or infinite loss) or whose patience
     is over counts as stopped, and the others go on. `weights` are those that each seed starts from, by its number;
-    `batches`, `validation` and `test` make the data loaders. `compile` has torch.compile make the rule's gradients;
-    where that fails and `uncompiled` is given, it is told why, and training goes on without. As one of several
-    processes (`rank` of `ranks`) it sees its part of each mini-batch, and steps with the mean gradient of all.
+    `batches`, `validation` and `test` make the data loaders. With `replay` a step's kernels are noted once and called
+    again from then on (`Replay`): the same numbers, to the bit, in less time. `compile` has torch.compile make the
+    rule's gradients: the same but for rounding. As one of several processes (`rank` of `ranks`) it sees its part of
+    each mini-batch, and steps with the mean gradient of all.
     """
 
     def __init__(
@@ -65,8 +68,8 @@ class Learner(LightningModule):
         update: str = "mean",
         l2: float = 0.0,
         patience: int | None = None,
+        replay: bool = False,
         compile: bool = False,
-        uncompiled: Callable[[str], None] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -74,11 +77,10 @@ class Learner(LightningModule):
         self.batches, self.validation, self.test = batches, validation, test
         self.make_optimizer, self.make_schedule = optimizer, schedule
         self.update, self.l2, self.patience = UPDATES[update], l2, patience
-        self.to_compile, self.uncompiled = compile, uncompiled
-        self.compiled = False  # what really happened
+        self.replay, self.compiled = replay, compile
         self.seeds, self.alone = tuple(weights), len(weights) == 1
         names = next(iter(weights.values()))
-        self.w = nn.ParameterDict({n: _fixed(torch.stack([w[n] for w in weights.values()])) for n in names})
+        self.w = nn.ParameterDict({n: _fixed(_laid_out([w[n] for w in weights.values()])) for n in names})
         self.best = nn.ParameterDict({name: _fixed(p.clone()) for name, p in self.w.items()})
         self.train_scores, self.eval_scores = Scores(loss, len(weights)), Scores(loss, len(weights))
         self.other_scores: dict[str, Scores] = {}  # of the rule's other answers
@@ -96,6 +98,16 @@ class Learner(LightningModule):
         self.optimizer = self.make_optimizer(list(self.w.values()))
         self.weights, self.stack = dict(self.w), self._without_axis(self.w)
         self.phases = [self._phase(phase) for phase in self.rule.phases()]
+        if self.compiled:
+            self.phases = [torch.compile(phase, dynamic=False) for phase in self.phases]
+        made = [partial(self._gradients, i) for i in range(len(self.phases))]
+        self.gradients = [Replay(each) for each in made] if self.replay else made
+        self.given: Mapping[str, Tensor] = {}  # the gradients that the optimizer has
+        self.kept_input: Tensor | None = None  # where a replay reads its input, (S, N, *in_shape)
+        self.noisy = bool(self.rule.noise(self.net, 1) | self.net.noise(1))
+        self.constrain = None
+        if type(self.rule).constrain is not Rule.constrain:
+            self.constrain = self._over_seeds(partial(self.rule.constrain, self.net))
         schedules = [] if self.make_schedule is None else [self.make_schedule(self.optimizer)]
         return [self.optimizer], schedules
 
@@ -108,13 +120,15 @@ class Learner(LightningModule):
     def test_dataloader(self) -> EvalBatches:
         return self.test(device=self.device, rank=self.rank, ranks=self.ranks)
 
-    def inputs(self, pixels: Tensor) -> Tensor:
-        """The net's input for pixels (S, N, C, H, W)."""
-        x = self.pixels(pixels, self.w["W1"].dtype)
-        if x.device.type == "cpu" and self.net.layers[0].spatial:
+    def inputs(self, pixels: Tensor, out: Tensor | None = None) -> Tensor:
+        """The net's input for pixels (S, N, C, H, W); written into `out` if that is given."""
+        if out is not None:
+            return self.pixels(pixels, out=out)
+        out = torch.empty_like(pixels, dtype=self.w["W1"].dtype)
+        if out.device.type == "cpu" and self.net.layers[0].spatial:
             # Convolutions on a CPU are up to five times as fast with the channels last in memory.
-            x = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, x.shape[:2])
-        return x
+            out = torch.empty_like(out.flatten(0, 1), memory_format=torch.channels_last).unflatten(0, out.shape[:2])
+        return self.pixels(pixels, out=out)
 
     # Training
 
@@ -123,22 +137,58 @@ class Learner(LightningModule):
 
         None where the rule has none at hand.
         """
-        samples, noise, logits = x.shape[1] * self.ranks, self._noise(x), []
+        noise, logits = self._noise(x) if self.noisy else {}, []
         if self.alone:
             x, y, noise = x[0], y[0], self._without_axis(noise)
-        if self.to_compile:
-            self._compile(x, y, noise)
-        for phase in self.phases:
-            for p in self.weights.values():
-                p.grad = None  # also: without a gradient from the rule, the optimizer leaves p alone, weight decay too
-            given, logits = phase(self.stack, x, y, noise)
-            noise = {**noise, **{name: t for name, t in given.items() if name not in self.weights}}
-            grads = {name: g for name, g in given.items() if name in self.weights}
-            if self.ranks > 1:
-                grads = mean_over_processes(grads, self.trainer.strategy, self.w["W1"].dtype)
-            self._update({name: g.unsqueeze(0) for name, g in grads.items()} if self.alone else grads, samples)
-        self.steps += 1
+        for gradients in self.gradients:
+            given, logits = gradients(x, y, noise)
+            if given is not self.given:  # else a replay has put new numbers into the same tensors
+                self._give(given, gradients)
+            if len(self.gradients) > 1:  # the phases after this one get what it leaves
+                noise = {**noise, **{name: t for name, t in given.items() if name not in self.weights}}
+            self.move_weights()
+            if self.constrain is not None:
+                for name, projected in self.constrain(self.stack).items():
+                    self.stack[name].copy_(projected)
+        object.__setattr__(self, "steps", self.steps + 1)  # Module's own would take as long as a kernel
         return next((z.unsqueeze(0) if self.alone else z for z in logits), None)
+
+    def _give(self, grads: Mapping[str, Tensor], source: object) -> None:
+        """Gives the optimizer gradients, by name; weights without one it leaves alone, weight decay included."""
+        for name, p in self.weights.items():
+            p.grad = grads.get(name)
+        self.given, self.move_weights = grads, self.optimizer.step
+        if isinstance(source, Replay) and source.replays and len(self.gradients) == 1:
+            self.kept_input = source.x.unsqueeze(0) if self.alone else source.x
+            if isinstance(self.optimizer, Prepared):
+                self.move_weights = self.optimizer.prepared()
+
+    def _gradients(
+        self, phase: int, x: Tensor, y: Tensor, noise: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """What the optimizer gets in a phase, by name, with the axis of seeds; and the logits in a list.
+
+        What the phase leaves for those after it stands beside the gradients.
+        """
+        self.given = {}
+        for p in self.weights.values():
+            p.grad = None  # frees the memory
+        given, logits = self.phases[phase](self.stack, x, y, noise)
+        left = {name: t for name, t in given.items() if name not in self.weights}
+        grads = {name: g for name, g in given.items() if name in self.weights}
+        if self.ranks > 1:
+            grads = mean_over_processes(grads, self.trainer.strategy, self.w["W1"].dtype)
+        samples = y.shape[-2] * self.ranks
+        return {name: self._as_update(name, g, samples) for name, g in grads.items()} | left, logits
+
+    def _as_update(self, name: str, g: Tensor, samples: int) -> Tensor:
+        """The gradient of one weight as the optimizer gets it."""
+        p = self.weights[name]
+        g = _like(self.stack[name], g).as_strided(p.shape, p.stride())  # with the axis of seeds
+        g = self.update(g, samples)
+        if (gain := self.rule.gain(name)) != 1:
+            g = g * gain
+        return g.add(p, alpha=self.l2) if self.l2 else g
 
     def _phase(self, phase: Phase) -> Callable[..., tuple[dict[str, Tensor], list[Tensor]]]:
         """A phase of the rule, of `stack`, x, y and noise: directly for one seed, under vmap for several.
@@ -154,20 +204,6 @@ class Learner(LightningModule):
             return grads, [] if logits is None else [logits]
 
         return self._over_seeds(outputs)
-
-    def _compile(self, *batch: Any) -> None:
-        """Compiles all phases of the rule for the tensors of a step, before that step moves a weight."""
-        self.to_compile = False
-        try:
-            compiled = [torch.compile(phase, dynamic=False) for phase in self.phases]
-            for phase in compiled:
-                phase(self.stack, *batch)
-        except COMPILER_ERRORS as e:  # if it is the rule's own error, the step will meet it again
-            if self.uncompiled is None:
-                raise
-            self.uncompiled(first_line(e))
-        else:
-            self.phases, self.compiled = compiled, True
 
     def _over_seeds(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function` of one seed, for tensors without an axis of seeds where there is one, under vmap where more."""
@@ -188,27 +224,13 @@ class Learner(LightningModule):
         noise = {name: torch.stack([each[name] for each in drawn]).to(x) for name in whole}
         return {name: t if own[name] == whole[name] else t.narrow(1, self.rank * n, n) for name, t in noise.items()}
 
-    def _update(self, grads: Mapping[str, Tensor], samples: int) -> None:
-        """One step of the optimizer for the weights that have a gradient, then the rule's constraints."""
-        for name, g in grads.items():
-            p = self.weights[name]
-            # Mixed precision computes in a shorter type, and convolutions may give kernels with the channels last in
-            # memory, which fused optimizers would take for kernels laid out like the weights.
-            g = self.update(g.to(p.dtype).contiguous(), samples)
-            if (gain := self.rule.gain(name)) != 1:
-                g = g * gain
-            p.grad = g.add(p, alpha=self.l2) if self.l2 else g
-        self.optimizer.step()
-        for name, projected in self._over_seeds(partial(self.rule.constrain, self.net))(self.stack).items():
-            self.stack[name].copy_(projected)
-
     @torch.no_grad()
     def training_step(self, chunk: tuple[Tensor, Tensor], index: int) -> None:
         """Trains on k mini-batches: pixels (k, S, N, C, H, W), labels (k, S, N)."""
         pixels, labels = chunk
         y = self.loss.target(labels.flatten(), self.w["W1"].dtype).unflatten(0, labels.shape)
         try:
-            steps = [self.step(self.inputs(p), t) for p, t in zip(pixels, y, strict=True)]
+            steps = [self.step(self.inputs(p, self.kept_input), t) for p, t in zip(pixels, y, strict=True)]
         except (RuntimeError, MemoryError) as e:
             if not too_little_memory(e):
                 raise
@@ -222,6 +244,9 @@ class Learner(LightningModule):
 
     def on_train_start(self) -> None:
         self.started = time.monotonic()
+        for p in self.weights.values():  # a checkpoint may be older than the way in which weights are laid out
+            state = self.optimizer.state.get(p, {})
+            state |= {n: _like(p, t) for n, t in state.items() if isinstance(t, Tensor) and t.shape == p.shape}
         if self.rank > 0:  # a checkpoint has the sums of all processes, and rank 0 goes on with them
             self.train_scores.reset()
 
@@ -320,7 +345,6 @@ class Learner(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.steps = checkpoint["steps"]
         self.spent_s = checkpoint["wall_s"]
-        self.compiled = checkpoint.get("compiled", False)  # which those of before did not say
         self.progress = [Progress(**p) for p in checkpoint["progress"]]
 
 
@@ -328,6 +352,23 @@ def per_seed(scores: Mapping[str, Tensor]) -> list[dict[str, float]]:
     """Vectors over the seeds, by name, as one dict of numbers a seed."""
     rows = zip(*(torch.atleast_1d(v).tolist() for v in scores.values()), strict=True)  # torchmetrics drops an axis of 1
     return [dict(zip(scores, row, strict=True)) for row in rows]
+
+
+def _laid_out(each: list[Tensor]) -> Tensor:
+    """The weights of all seeds as a stack. Matrices have a column's numbers side by side in memory.
+
+    So a product with W^T, the forward pass, takes three quarters of the time.
+    """
+    stack = torch.stack(each)
+    return stack.mT.contiguous().mT if stack.ndim == 3 else stack
+
+
+def _like(p: Tensor, t: Tensor) -> Tensor:
+    """The numbers of t in the type of p, laid out in memory like p, as fused optimizers take them to be.
+
+    Mixed precision computes in a shorter type, and convolutions may give kernels with the channels last.
+    """
+    return t if (t.dtype, t.stride()) == (p.dtype, p.stride()) else torch.empty_like(p).copy_(t)
 
 
 def _fixed(tensor: Tensor) -> nn.Parameter:

@@ -36,9 +36,7 @@ from nobackprop.training.saved import save
 from nobackprop.training.screens import ProgressBar, Screen
 from nobackprop.training.stopping import Stopped, StopSignals
 
-# Mini-batches from which compiling, half a minute once, is repaid: it saves 0.3 ms each on a small net, 3 ms on a
-# convolutional one.
-COMPILE_FROM = {False: 100_000, True: 10_000}
+REPLAY_FROM = 200  # mini-batches: to note and check a step's kernels takes as long as replaying saves in about 100
 TELL_AGAIN_S = 600.0  # what a run waits for
 
 
@@ -267,13 +265,8 @@ def _fit_unless_busy(run: Run, dataset: Dataset, group: Group, screen: Screen, w
         return {seed: done[seed] for seed in seeds}
 
 
-def _learner(
-    run: Run, dataset: Dataset, tasks: Sequence[Task], steps: int, uncompiled: Callable[[str], None]
-) -> Learner:
-    """What trains a group of seeds, for that many mini-batches, from their initial weights.
-
-    Where torch's compiler is this program's choice and fails, `uncompiled` is told why.
-    """
+def _learner(run: Run, dataset: Dataset, tasks: Sequence[Task], steps: int) -> Learner:
+    """What trains a group of seeds, for that many mini-batches, from their initial weights."""
     s = run.settings
     relabels = [t.relabel for t in tasks]
     return Learner(
@@ -292,8 +285,8 @@ def _learner(
         update=s.update,
         l2=s.l2,
         patience=s.patience,
-        compile=s.compile if s.compile is not None else _repaid(run, steps),
-        uncompiled=uncompiled if s.compile is None else None,
+        replay=_replays(run, steps),
+        compile=s.compile,
     )
 
 
@@ -303,8 +296,7 @@ def _fit(run: Run, dataset: Dataset, group: Group, screen: Screen) -> list[Recor
     seeds = [t.seed for t in tasks]
     per_epoch = batches_per_epoch(tasks[0], s.batch_size)
     steps = min(s.max_epochs * per_epoch, s.max_steps or s.max_epochs * per_epoch)
-    uncompiled = "{}: trains uncompiled, since torch.compile fails here: {}".format
-    make = partial(_learner, run, dataset, tasks, steps, lambda why: screen.print(uncompiled(title, why)))
+    make = partial(_learner, run, dataset, tasks, steps)
     now = code(*provenance.source_state())
     about = About(run=run.folder.name, seeds=seeds, fingerprint=dataset.fingerprint, commits=[now])
     folder = about.folder(run.folder)
@@ -358,6 +350,12 @@ def _resumed(make: Callable[[], Learner], folder: Path, about: About) -> tuple[L
     files.remove_unfinished(folder, alone=True)
     for path, content in checkpoints.usable(folder, about):
         learner = make()
+        if content.get("compiled", False) != learner.compiled:  # of those of before some did not say
+            was, now = (str(each).lower() for each in (not learner.compiled, learner.compiled))
+            raise Mistake(
+                f"{path} was trained with compile={was}, and this command says compile={now}, which rounds in another "
+                f"way: go on with compile={was}, or remove {folder} to start these seeds again"
+            )
         try:  # as Lightning will do again
             learner.on_load_checkpoint(content)
             learner.load_state_dict(content["state_dict"])
@@ -395,10 +393,15 @@ def _write(run: Run, tasks: Sequence[Task], learner: Learner, finished: Sequence
         raise OSError(e.errno, f"{what}: make room, or mend the folder; the same command then goes on") from e
 
 
-def _repaid(run: Run, steps: int) -> bool:
-    """Whether compiling, half a minute once, makes a training of so many mini-batches shorter."""
-    convolutional = any(layer.spatial for layer in run.net.layers)
-    return steps >= COMPILE_FROM[convolutional]
+def _replays(run: Run, steps: int) -> bool:
+    """Whether a step's kernels are noted and replayed: on a CPU, where that is repaid and takes no more memory.
+
+    The numbers are the same to the bit. Processes that step together exchange gradients in mid-step, and autocast
+    would change what is replayed.
+    """
+    s = run.settings
+    simple = run.device.type == "cpu" and not run.parallel and s.trainer.precision != "bf16-mixed" and not s.compile
+    return simple and not run.net.recompute and steps >= REPLAY_FROM
 
 
 def _record(run: Run, dataset: Dataset, t: Task, learner: Learner, i: int, wall: float, about: About) -> Record:
