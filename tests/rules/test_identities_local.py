@@ -156,7 +156,7 @@ def test_evolution_of_low_rank_is_the_gradient_on_average(quadratic: Problem, ra
 
 @pytest.mark.parametrize("problem", [("mlp", "softmax"), ("strided_conv", "sigmoid")], indirect=True)
 def test_evolution_follows_the_slope_along_its_change(problem: Problem) -> None:
-    rule = Evolution(sigma=1e-5)
+    rule = Evolution(sigma=1e-5, population=1)
     w, batch = problem.weights(rule), problem.noisy(rule)
     gradient, _ = BP().grads(problem.net, w, batch)
     slope = sum((g * batch.noise[name][0]).sum() for name, g in gradient.items())

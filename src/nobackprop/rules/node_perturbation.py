@@ -24,12 +24,13 @@ class NodePerturbation(Rule):
     and the loss of each sample, a number, is all that comes back. As sigma goes to 0, d[l] is on average the gradient;
     its variance grows with the number of units. No derivative of f is needed.
 
-    `sigma` is the standard deviation of the noise, in units of z. Raises Mistake for a `sigma` of 0 or less.
+    `sigma` is the standard deviation of the noise, in units of z. It must stand out from what products are rounded by,
+    so a short type (bf16) needs a larger one than float32. Raises Mistake for a `sigma` of 0 or less.
     """
 
     family: ClassVar[str] = "perturbation"
 
-    sigma: float = 0.01
+    sigma: float = 0.03
 
     def __post_init__(self) -> None:
         if self.sigma <= 0:
