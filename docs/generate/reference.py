@@ -287,10 +287,13 @@ COSTS = """# Speed and memory
 
 All figures are those of `results/benchmark.csv`, which `python benchmarks/benchmark.py` makes. What is compared is
 measured in turn on one machine, so the ratio of two figures says more than a figure alone. The ratio is to the first
-line of a table, or to backprop. *Plain PyTorch* is backprop by modules, autograd and torch's optimizer, not compiled.
+line of a table, or to backprop. *Plain PyTorch* is backprop by modules, autograd and torch's optimizer, not compiled
+unless a line says so. *JAX* is the same step in JAX and optax, jitted (`step`), or a hundred of them in one call
+(`scan`).
 
-A step here has no autograd graph. The optimizer is one kernel, and memory is kept between steps. On a GPU nothing has
-been measured yet."""
+A step here has no autograd graph. The optimizer is one kernel. On a CPU a step's kernels are noted once and replayed in
+memory that is kept, to the same bits; *as written* is a step without that. A rule's *products alone* are its matrix
+products and convolutions, with nothing between them. On a GPU nothing has been measured yet."""
 
 
 # Interface

@@ -142,7 +142,8 @@ class Learner(LightningModule):
             x, y, noise = x[0], y[0], self._without_axis(noise)
         for gradients in self.gradients:
             given, logits = gradients(x, y, noise)
-            if given is not self.given:  # else a replay has put new numbers into the same tensors
+            # Else a replay has put new numbers into the same tensors. Before it validates Lightning takes them away.
+            if given is not self.given or self.weights[self.sample].grad is None:
                 self._give(given, gradients)
             if len(self.gradients) > 1:  # the phases after this one get what it leaves
                 noise = {**noise, **{name: t for name, t in given.items() if name not in self.weights}}
@@ -158,6 +159,7 @@ class Learner(LightningModule):
         for name, p in self.weights.items():
             p.grad = grads.get(name)
         self.given, self.move_weights = grads, self.optimizer.step
+        self.sample = next(iter(grads), next(iter(self.weights)))
         if isinstance(source, Replay) and source.replays and len(self.gradients) == 1:
             self.kept_input = source.x.unsqueeze(0) if self.alone else source.x
             if isinstance(self.optimizer, Prepared):
