@@ -199,6 +199,10 @@ def test_which_runs_are_replayed(config: Config, override: str, expected: bool) 
     assert nobackprop.training.run._replays(run, steps) == expected
 
 
+def test_a_config_of_an_earlier_version_may_have_left_compiling_open(config: Config) -> None:
+    assert prepare(config("compile=null")).settings.compile is False
+
+
 def test_other_compiling_than_in_the_checkpoint_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     interrupt(config("seeds=[0]"))

@@ -153,7 +153,7 @@ class Settings(_Strict):
     patience: PositiveInt | None
     stack: bool | None
     threads: PositiveInt
-    compile: bool
+    compile: Annotated[bool, BeforeValidator(lambda value: value or False)]  # null in configs kept by earlier versions
     recompute: bool | None
     workers: PositiveInt | None
     checkpoint_minutes: NonNegativeFloat
