@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nobackprop.core import maps
 from nobackprop.core.losses import SquaredError
-from nobackprop.core.network import mlp
+from nobackprop.core.network import allconv, mlp
 from nobackprop.core.rule import Batch
 from nobackprop.mistakes import Mistake
 from nobackprop.rules.bp import BP
@@ -27,7 +27,7 @@ Losses = Literal["prediction", "similarity", "both"]
 
 def _similarity(u: Tensor) -> Tensor:
     """Cosines between samples around their own means, as the paper's program has them (its `similarity_matrix`)."""
-    v = u.flatten(2).std(2) if u.ndim == 4 else u
+    v = u.flatten(2).std(2) if u.ndim == 4 and u[0, 0].numel() > 1 else u.flatten(1)
     unit = F.normalize(v - v.mean(1, keepdim=True), dim=1)
     return unit @ unit.mT
 
@@ -61,6 +61,22 @@ def test_local_errors_are_autograds_of_each_layers_own_loss(problem: Problem, lo
     expected = dict(zip(w, torch.autograd.grad(sum(losses[1:], losses[0]), list(w.values())), strict=True))
     grads, _ = rule.grads(net, {name: t.detach() for name, t in w.items()}, batch)
     torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-6)  # TINY in the place of F.normalize's bound
+
+
+@pytest.mark.parametrize("loss", ["similarity", "both"])
+def test_similarity_of_maps_of_one_position_compares_their_channels(loss: Losses) -> None:
+    net = allconv((1, 5, 5), 3, filters=[[4, 3, 1], [5, 3, 1]], activation="tanh")
+    assert net.shapes[2] == (5, 1, 1)
+    x = torch.randn(6, 1, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    batch = Batch(x, SquaredError(3).target(torch.arange(6) % 3, x.dtype), SquaredError(3))
+    rule = LocalErrors(loss=loss)
+    grads, _ = rule.grads(net, Problem(net, batch).weights(rule), batch)
+    assert all(g.isfinite().all() and g.any() for g in grads.values())
+
+
+def test_forward_gradients_need_derivatives() -> None:
+    with pytest.raises(Mistake, match=r"forward gradients need the derivative of every activation.*node_perturbation"):
+        ForwardGradient().check(mlp((3,), 4, hidden=[5], activation="sign"))
 
 
 @pytest.mark.parametrize("problem", [("mlp", "softmax"), ("lenet", "softmax")], indirect=True)

@@ -20,6 +20,7 @@ from nobackprop.core.rule import Batch, Rule
 from nobackprop.data.pixels import Pixels
 from nobackprop.mistakes import Mistake
 from nobackprop.rules.bp import BP
+from nobackprop.rules.kolen_pollack import KolenPollack
 from nobackprop.rules.lra_e import LRAE
 from nobackprop.rules.mdfa import MDFA
 from nobackprop.rules.weight_mirror import WeightMirror
@@ -59,9 +60,10 @@ def batches(net: Network, seeds: int = 1, steps: int = 5) -> Iterator[tuple[Tens
 def assert_equal_training(learners: list[Any], net: Network, seeds: int = 1) -> None:
     """Chunks of mini-batches as in training; scores and weights."""
     with torch.no_grad():
-        for pixels, labels in batches(net, seeds):
+        for chunk in zip(*batches(net, seeds), strict=True), zip(*batches(net, seeds), strict=True):
+            pixels, labels = (torch.stack(column) for column in chunk)
             for each in learners:
-                each.training_step((pixels.unsqueeze(0), labels.unsqueeze(0)), 0)
+                each.training_step((pixels, labels), 0)
     eager, replayed = learners
     assert replays(replayed)
     assert not any(isinstance(each, Replay) for each in eager.gradients)
@@ -145,7 +147,14 @@ def replayed_from(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return lambda steps: monkeypatch.setattr(nobackprop.training.run, "REPLAY_FROM", steps)
 
 
-@pytest.mark.parametrize("choice", [["rule=weight_mirror"], ["rule=dfa", "optimizer=sgd", "optimizer.momentum=0.9"]])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ["rule=weight_mirror"],
+        ["rule=incremental_predictive_coding"],
+        ["rule=dfa", "optimizer=sgd", "optimizer.momentum=0.9"],
+    ],
+)
 def test_a_whole_run_gives_the_same_record(
     config: Config, tmp_path: Path, replayed_from: Callable[[int], None], choice: list[str]
 ) -> None:
@@ -156,14 +165,41 @@ def test_a_whole_run_gives_the_same_record(
     assert same_results(tmp_path / "eager", tmp_path / "replayed") == 1
 
 
+@pytest.mark.parametrize("rule", ["lra_e", "incremental_predictive_coding"])
 def test_a_resumed_run_gives_what_an_uninterrupted_one_does(
-    config: Config, tmp_path: Path, replayed_from: Callable[[int], None]
+    config: Config, tmp_path: Path, replayed_from: Callable[[int], None], rule: str
 ) -> None:
+    choice = [f"rule={rule}", "seeds=[0]"]
     replayed_from(1)
-    train(config("seeds=[0]", f"paths.runs={tmp_path}/at_once"))
-    interrupt(config("seeds=[0]"))
-    train(config("seeds=[0]"))
+    train(config(*choice, f"paths.runs={tmp_path}/at_once"))
+    interrupt(config(*choice))
+    train(config(*choice))
     assert same_results(tmp_path / "at_once", tmp_path / "runs") == 1
+
+
+class Clamping(torch.optim.SGD):
+    """Puts other tensors in the place of gradients, as an optimizer of a user's may."""
+
+    def step(self, closure: Any = None) -> Any:
+        for p in self.param_groups[0]["params"]:
+            p.grad = None if p.grad is None else p.grad.clamp(-0.01, 0.01)
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("rule", [BP(), KolenPollack()], ids=["bp", "kolen_pollack"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [partial(Clamping, lr=0.1), partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, foreach=True)],
+    ids=["clamping", "in place"],
+)
+def test_an_optimizer_may_do_with_gradients_what_it_likes(rule: Rule, optimizer: Any) -> None:
+    """The reference is one whose gradients are new tensors at each step: no replay, and each weight by itself."""
+    w = initial_weights(NET, rule, Normal(0.4), Normal(0.4), 0)
+    assert_equal_training(learners(NET, rule, [w], optimizer), NET)
+    if "foreach" in optimizer.keywords:
+        one_by_one = partial(optimizer, foreach=False)
+        (eager, _), (_, replayed) = learners(NET, rule, [w], one_by_one), learners(NET, rule, [w], optimizer)
+        assert_equal_training([eager, replayed], NET)
 
 
 def test_a_state_that_lies_in_memory_as_weights_once_did_is_taken_over() -> None:

@@ -21,9 +21,9 @@ class DifferenceReconstruction(Rule):
     Ernoult, Normandin, Moudgil, Spinney, Belilovsky, Rish, Richards & Bengio, "Towards scaling difference target
     propagation by learning backprop targets", ICML 2022 (arXiv 2201.13415), and its program. A decoder G[l] leads from
     layer l to the layer below, `G[l](u) = Q[l]^T f(u)` (without f at the output). Before each step of the forward
-    weights decoders take `iterations` steps down their own loss, with epsilon and eta normal of deviation sigma,
+    weights decoders take `iterations` steps down their own loss, with epsilon and xi normal of deviation sigma,
 
-        (-2 epsilon . (G(F(h[l-1] + epsilon)) - G(h[l])) + |G(h[l] + eta) - G(h[l])|^2) / sigma^2
+        (-2 epsilon . (G(F(h[l-1] + epsilon)) - G(h[l])) + |G(h[l] + xi) - G(h[l])|^2) / sigma^2
 
     where F is layer l. On average, as sigma goes to 0, that is |J_G - J_F^T|^2 up to a constant: G's Jacobian becomes
     the transpose of F's. With e[L] = eta times the error at the output, targets t = h - e come down,
@@ -66,12 +66,12 @@ class DifferenceReconstruction(Rule):
         z, h = net.forward(w, batch.x)
         g: dict[str, Tensor] = {}
         for l in range(2, net.L + 1):
-            epsilon, eta = (self.sigma * batch.noise[f"{side}{l}_{i}"] for side in ("below", "above"))
+            epsilon, xi = (self.sigma * batch.noise[f"{side}{l}_{i}"] for side in ("below", "above"))
             y = z[net.L] if l == net.L else h[l]
             moved = net.preactivation(l, w, h[l - 1] + epsilon)
             encoded = self._encoded(net, l, y)
             up = self._encoded(net, l, moved if l == net.L else net.f(l, moved)) - encoded
-            side = self._encoded(net, l, y + eta) - encoded
+            side = self._encoded(net, l, y + xi) - encoded
             back = net.feedback(l, w[f"Q{l}"], side, h[l - 1])
             toward, away = net.hebbian(l, epsilon, up)[f"W{l}"], net.hebbian(l, back, side)[f"W{l}"]
             g[f"Q{l}"] = 2 / self.sigma**2 * (away - toward)
@@ -79,7 +79,7 @@ class DifferenceReconstruction(Rule):
 
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
         z, h = net.forward(w, batch.x)
-        e = self.eta * batch.error(z[net.L])  # (N, outputs), what the target lacks
+        e = self.eta * batch.error(z[net.L])  # (N, outputs), h - t
         g = net.hebbian(net.L, h[net.L - 1], e / self.eta)
         for l in range(net.L, 1, -1):
             change = e if l == net.L else net.difference(l, h[l], self._encoded(net, l, h[l]), e)

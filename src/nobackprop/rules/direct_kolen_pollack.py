@@ -24,8 +24,8 @@ class DirectKolenPollack(DFA):
     the factor 1 - lambda at each step. For lower layers B[l] tends to weights that would lead from h[l] to the output
     in one linear step.
 
-    `B1 ... B(L-1)` are (units of what layer l+1 reads, outputs). Without decay (`l2`, or `optimizer.weight_decay` of
-    AdamW) B keeps its distance.
+    lambda is the learning rate times `l2` under SGD, or times the `optimizer.weight_decay` of AdamW. Without decay B
+    keeps its distance. `B1 ... B(L-1)` are (units of what layer l+1 reads, outputs).
     """
 
     def learned(self, net: Network, l: int, h: Tensor, e: Tensor) -> dict[str, Tensor]:

@@ -22,15 +22,15 @@ class FixedWeightDTP(Rule):
 
         t[L] = z[L] - eta e,   t[l-1] = h[l-1] - g[l](h[l]) + g[l](t[l])
 
-    each layer descends |h[l] - t[l]|^2 / 2. Weights align with decoders, as they do in feedback alignment: as eta goes
-    to 0, d[l-1] is e[l] through the decoder's Jacobian, and with linear f and Q = W that is backpropagation.
+    each layer descends |h[l] - t[l]|^2 / 2. Weights align with decoders, as they do in feedback alignment. As eta goes
+    to 0, h[l-1] - t[l-1] is h[l] - t[l], sent through the decoder's Jacobian. With linear f and Q = W that is
+    backpropagation.
 
     `Q2 ... QL` have the shapes of `W2 ... WL`. `eta` is a factor on the derivative of each sample's own loss. Raises
     Mistake for an `eta` of 0 or less.
 
     Departs from the paper: no batch norm, with which its nets learn best; gradients are divided by eta, so that rates
-    mean what they do elsewhere; what h lacks, h - t, is carried down without subtracting, the same number but for
-    rounding.
+    mean what they do elsewhere; h - t is carried down without subtracting, the same number but for rounding.
     """
 
     family: ClassVar[str] = "targets"
@@ -45,7 +45,7 @@ class FixedWeightDTP(Rule):
 
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
         z, h = net.forward(w, batch.x)
-        e = self.eta * batch.error(z[net.L])  # (N, outputs), what the target lacks
+        e = self.eta * batch.error(z[net.L])  # (N, outputs), h - t
         g = net.hebbian(net.L, h[net.L - 1], e / self.eta)
         for l in range(net.L, 1, -1):
             below = h[l - 1]

@@ -31,10 +31,13 @@ class ForwardGradient(Rule):
       "Scaling forward gradient with local losses", ICLR 2023), which has less variance, since there are fewer units
       than weights.
 
-    The mean over `directions` is taken; in as many orthogonal ones as there are numbers to move it is the gradient.
-    Derivatives along a direction need f', and no loss but the net's is used here: Ren et al. have losses for each layer
-    and patch besides, which `local_errors` has exact gradients of. Raises Mistake for another `perturb`, or fewer
-    `directions` than one.
+    The mean over `directions` is taken. Along as many orthogonal directions as there are numbers that move, each of
+    length sqrt(that number), it is the gradient. Derivatives along a direction need f', which is torch's: 0 at the kink
+    of relu. No loss but the net's is used. Ren et al. have losses for each layer and patch besides, of which
+    `local_errors` has the exact gradients.
+
+    Raises Mistake for another `perturb`, for fewer `directions` than one, and for a net with an activation that has no
+    derivative.
     """
 
     family: ClassVar[str] = "perturbation"
@@ -47,6 +50,14 @@ class ForwardGradient(Rule):
             raise Mistake(f"rule.perturb is {self.perturb!r}: write activities or weights")
         if self.directions < 1:
             raise Mistake(f"rule.directions is {self.directions}: the loss is followed along 1 direction or more")
+
+    def check(self, net: Network) -> None:
+        super().check(net)
+        if not net.differentiable:  # torch's derivative of a step is 0, and hidden layers would walk at random
+            raise Mistake(
+                "forward gradients need the derivative of every activation, and this net has one without: choose "
+                "another activation, or rule=node_perturbation, which does without"
+            )
 
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
         return (self._of_weights if self.perturb == "weights" else self._of_activities)(net, w, batch)

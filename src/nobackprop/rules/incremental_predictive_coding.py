@@ -73,7 +73,7 @@ class IncrementalPredictiveCoding(Rule):
         d[net.L] = batch.error(mu)  # (N, outputs)
         given = {name: t for l in d for name, t in net.hebbian(l, h[l - 1], d[l]).items()}
         down = d[net.L]
-        for l in reversed(hidden):
+        for l in reversed(hidden) if i < self.steps - 1 else ():  # the last states are not needed
             e = net.joined(l, net.feedback(l + 1, w[f"W{l + 1}"], down, h[l]), h, skipped)
             down = d.get(l, torch.zeros_like(x[l]))
             given[f"x{l}"] = x[l] - self.rate * (e * net.df(l, x[l], h[l]) - down)

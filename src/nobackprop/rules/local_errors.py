@@ -29,7 +29,8 @@ class LocalErrors(Rule):
       Alone it is Mono-Forward (Gong, Li & Abdulla, "Mono-Forward", arXiv 2501.09238, 2025).
     - `similarity`: how far the samples' similarities are from those of their labels, `mean over pairs of
       (S(T[l] h[l]) - S(y))^2`, with S the cosines between samples, each around its own mean. T[l] is a dense layer, or
-      under a convolution one with 3x3 kernels, whose channels' standard deviations over positions are compared.
+      under a convolution one with 3x3 kernels, whose channels' standard deviations over positions are compared (where
+      there is one position, the channels themselves).
     - `both`: (1 - beta) times the first and beta times the second, the paper's best ("predsim").
 
     The output layer descends the net's loss. A head reads what the layer above reads, so behind a pool the pooled h.
@@ -115,6 +116,6 @@ def _transform(net: Network, l: int) -> Layer:
 
 def _features(u: Tensor) -> Tensor:
     """Of each sample a vector of length 1 around its mean, (N, features), so that products are cosines."""
-    v = u.flatten(2).std(2) if u.ndim == 4 else u
+    v = u.flatten(2).std(2) if u.ndim == 4 and u[0, 0].numel() > 1 else u.flatten(1)
     v = v - v.mean(1, keepdim=True)
     return v / (TINY + v.norm(dim=1, keepdim=True))

@@ -96,6 +96,7 @@ class Learner(LightningModule):
     def configure_optimizers(self) -> Any:
         # Called when the weights are on their device. Lightning's wrapper of an optimizer would cost time at each step.
         self.optimizer = self.make_optimizer(list(self.w.values()))
+        self.ours = self.optimizer if isinstance(self.optimizer, Prepared) else None
         self.weights, self.stack = dict(self.w), self._without_axis(self.w)
         self.phases = [self._phase(phase) for phase in self.rule.phases()]
         if self.compiled:
@@ -142,8 +143,9 @@ class Learner(LightningModule):
             x, y, noise = x[0], y[0], self._without_axis(noise)
         for gradients in self.gradients:
             given, logits = gradients(x, y, noise)
-            # Else a replay has put new numbers into the same tensors. Before it validates Lightning takes them away.
-            if given is not self.given or self.weights[self.sample].grad is None:
+            # Else a replay has put new numbers into the tensors that the optimizer has. Lightning takes these away
+            # before it validates, and an optimizer that is not ours may do so at any step.
+            if given is not self.given or self.weights[self.sample].grad is None or self.ours is None:
                 self._give(given, gradients)
             if len(self.gradients) > 1:  # the phases after this one get what it leaves
                 noise = {**noise, **{name: t for name, t in given.items() if name not in self.weights}}
@@ -152,18 +154,25 @@ class Learner(LightningModule):
                 for name, projected in self.constrain(self.stack).items():
                     self.stack[name].copy_(projected)
         object.__setattr__(self, "steps", self.steps + 1)  # Module's own would take as long as a kernel
+        if len(self.gradients) > 1:  # a later phase may hand on what an earlier one's replay will write again
+            logits = [z.clone() for z in logits]
         return next((z.unsqueeze(0) if self.alone else z for z in logits), None)
 
     def _give(self, grads: Mapping[str, Tensor], source: object) -> None:
         """Gives the optimizer gradients, by name; weights without one it leaves alone, weight decay included."""
+        seen: set[int] = set()
         for name, p in self.weights.items():
-            p.grad = grads.get(name)
+            g = grads.get(name)
+            if g is not None and self.ours is None:  # which may write into gradients, and two weights may share one
+                g = g.clone() if g.data_ptr() in seen else g
+                seen.add(g.data_ptr())
+            p.grad = g
         self.given, self.move_weights = grads, self.optimizer.step
         self.sample = next(iter(grads), next(iter(self.weights)))
         if isinstance(source, Replay) and source.replays and len(self.gradients) == 1:
             self.kept_input = source.x.unsqueeze(0) if self.alone else source.x
-            if isinstance(self.optimizer, Prepared):
-                self.move_weights = self.optimizer.prepared()
+            if self.ours is not None:
+                self.move_weights = self.ours.prepared()
 
     def _gradients(
         self, phase: int, x: Tensor, y: Tensor, noise: Mapping[str, Tensor]

@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 Outputs = tuple[dict[str, Tensor], list[Tensor]]
-COPIES = {"clone", "_to_copy"}  # which copy_ does into given memory
-# What these make depends on no number.
+COPIES = {"clone", "_to_copy"}  # copy_ does the same into given memory
+# The numbers in the tensors that these make depend on no input.
 FRESH = {"new_empty", "new_ones", "new_zeros", "new_full", "empty_like", "ones_like", "zeros_like", "full_like"}
 
 # Where torch's Python functions are.
