@@ -175,7 +175,7 @@ class Search(BaseModel):
     def fixed(self, cell: Cell, further: Sequence[str]) -> list[str]:
         """The overrides that all trials of a cell have: all that the cell sets except its tuned settings."""
         own = [text for text in cell.overrides if not text.startswith(TUNED)]
-        return [*own, *further, "logger=none", "diagnostics=none"]
+        return [*own, *further, "logger=none", "diagnostics=none", "workers=1"]
 
     def overrides(self, cell: Cell, point: Point, further: Sequence[str], rung: int = 0) -> list[str]:
         """The overrides of a cell's trial at a point."""
