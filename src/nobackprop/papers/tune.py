@@ -143,7 +143,10 @@ class Search(BaseModel):
         try:
             search = cls.model_validate(content)
         except ValidationError as e:
-            told = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in e.errors())
+            each = [
+                (".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, ")) for error in e.errors()
+            ]
+            told = "; ".join(f"{where}: {text}" if where else text for where, text in each)
             raise Mistake(f"{source}: {told} (write low and high, both above 0, or values, two or more)") from None
         for key, dimension in search.space.items():
             if isinstance(dimension, Range) and dimension.low >= dimension.high:
