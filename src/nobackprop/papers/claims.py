@@ -320,6 +320,8 @@ def _errors(spread: float, n: float, images: float) -> list[tuple[float, float]]
 
 def would_decide(samples: Samples, level: float) -> str:
     """How many seeds would decide a trial at this level, with 80 % power at the mean and the spread seen."""
+    if any(len(sample.numbers) < 2 or stdev(sample.numbers) < 1e-9 for sample in samples.contrasts):
+        return "not known without a spread"
     needed = [_seeds(sample, level) for sample in samples.contrasts]
     opposite = [_seeds(sample, -level / len(needed)) for sample in samples.contrasts]
     n, verdict = min((max(needed), "holds"), (min(opposite), "fails"))
@@ -332,10 +334,9 @@ def _seeds(sample: Sample, level: float) -> float:
     """How many seeds would show that a mean lies above its bound, or with a negative level below it.
 
     It is infinite where no number of seeds would, since the test images are too few or the mean lies on the other side.
-    It is not known from a single seed, and counts as infinite, too.
     """
     distance = (mean(sample.numbers) - sample.bound) * (1 if level > 0 else -1)
-    if len(sample.numbers) < 2 or stdev(sample.numbers) < 1e-9 or distance <= 0:
+    if distance <= 0:
         return inf
 
     def shows(n: float) -> bool:  # by the usual approximation of a t-test's power
