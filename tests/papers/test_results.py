@@ -446,13 +446,13 @@ def test_the_figure_of_all_rules_has_error_angle_time_and_memory(results: Path) 
 
 
 def test_the_files_of_cells_and_verdicts_have_every_number(results: Path) -> None:
-    accuracies = {"3": (0.95, 0.9521), "5": (0.96, 0.9621), "8": (0.95, 0.9525)}
+    accuracies = {"3": (0.95, 0.952), "5": (0.96, 0.9621), "8": (0.95, 0.9526)}
     runs = [lra(seed, a, hidden_layers=n) for n, each in accuracies.items() for seed, a in enumerate(each)]
     found = findings("lra_e", runs, results)
     lines = tables.rows_of(found).to_dict("records")
-    (line,) = [line for line in lines if line["mean"] == "95.1250"]  # 8 layers: 95 and 95.25
+    (line,) = [line for line in lines if line["mean"] == "95.1300"]  # 8 layers: 95 and 95.26
     names = "seeds", "epochs", "planned_epochs", "standard_deviation", "low_95", "high_95", "diverged"
-    assert [line[name] for name in names] == [2, 2, 100, "0.1768", "93.5367", "96.7133", 0]
+    assert [line[name] for name in names] == [2, 2, 100, "0.1838", "93.4782", "96.7818", 0]
     (told,) = [v for v in tables.verdicts_of(found).to_dict("records") if v["verdict"] != "not run"]
     (tested,) = [r for r in found.verdicts if r.mean is not None]
     assert (told["difference"], told["seeds"], told["epochs"]) == ("1.0000", 2, 2)

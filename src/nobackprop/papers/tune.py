@@ -43,6 +43,7 @@ from scipy.stats import qmc, spearmanr
 from nobackprop.composing import check, home, load
 from nobackprop.mistakes import Mistake, answering, close
 from nobackprop.papers.grid import TUNED, Cell, cells, composed, select
+from nobackprop.papers.work import passes
 from nobackprop.places import PAPERS
 from nobackprop.records import files, machine
 from nobackprop.records.identity import digest
@@ -101,6 +102,7 @@ class Search(BaseModel):
     seed: NonNegativeInt  # of the trials; it draws the points, too
     seeds: PositiveInt = 1  # of the last rung's trials: so many from `seed` on
     draw: Literal["alike", "for each rule"]  # whether all cells try the same values of a key that they share
+    compute: PositiveInt | None = None  # of a run at equal compute, in forward passes of a mini-batch
     where: dict[str, list[str]] = {}  # the part of the grid that is searched; cells that share settings are one
     space: Annotated[dict[str, Range | Choice], Field(min_length=1)]
 
@@ -264,7 +266,11 @@ def budget(search: Search) -> str:
 
 
 def write(found: Searched, name: str, search: Search, further: Sequence[str], path: Path) -> None:
-    """Writes the settings that were found as a file of conf/tuned, under a header that says how they were found."""
+    """Writes the settings that were found as a file of conf/tuned, under a header that says how they were found.
+
+    A search with `compute` writes a second file, in a folder `compute` beside it. It has the same settings, and the
+    number of mini-batches whose steps cost that much by `work.passes`.
+    """
     within = search.within(found.cell)
     told = (
         f"The best by validation accuracy, {found.best.validation:.2%}, of {budget(search)}. "
@@ -281,6 +287,13 @@ def write(found: Searched, name: str, search: Search, further: Sequence[str], pa
         f"#   {command_of(found.cell, name, search, further)}",
     ]
     files.write_atomically(path, "\n".join([*header, OmegaConf.to_yaml(settings)]).encode())
+    if search.compute:
+        run = Job("", composed(search.overrides(found.cell, found.best.point, further))).run
+        cost = passes(run.rule, run.net, run.settings.batch_size)
+        settings.max_steps = max(1, round(search.compute / cost))
+        told = f"As {path.stem}, for {search.compute} forward passes in all. A step costs {cost:.2f} of them."
+        content = "\n".join([header[0], f"# {told}", OmegaConf.to_yaml(settings)])
+        files.write_atomically(path.parent / "compute" / path.name, content.encode())
 
 
 def tune(
