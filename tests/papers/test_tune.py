@@ -120,6 +120,20 @@ def test_a_bracket_trains_the_best_of_a_rung_longer_and_the_finalists_with_more_
     assert second != second  # one trial has no order
 
 
+def test_a_search_with_a_budget_of_compute_writes_the_length_of_such_a_run(tmp_path: Path) -> None:
+    change = {"epochs": None, "rungs": [10, 30], "compute": 500}
+    search = tune.Search.of(SEARCH | change, "test")
+    cell = grid.Cell({"rule": "bp"}, ["rule=bp", *QUICK])
+    found = tune.Searched(cell, [[tune.Trial({"optimizer.lr": 1.2e-4}, [record(0.5)])]])
+    tune.write(found, "compare", search, [], tmp_path / "x.yaml")
+    text = (tmp_path / "x.yaml").read_text()
+    assert "Near an end of its range: optimizer.lr (low)." in " ".join(text.replace("#", "").split())
+    plain, at_equal = (OmegaConf.load(path) for path in (tmp_path / "x.yaml", tmp_path / "compute" / "x.yaml"))
+    inputs, outputs = 64 * 6, 6 * 10
+    cost = (2 * (inputs + outputs) + outputs) / (inputs + outputs)
+    assert at_equal == OmegaConf.merge(plain, {"max_steps": round(500 / cost)})
+
+
 def test_a_winner_near_an_end_of_its_range_is_named() -> None:
     within = {"lr": tune.Range(low=1e-4, high=1.0), "f": tune.Choice(values=["tanh", "relu"])}
     for lr, expected in ((1.2e-4, {"lr": "low"}), (0.9, {"lr": "high"}), (0.01, {})):
