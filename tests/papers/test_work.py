@@ -34,8 +34,7 @@ def test_runs_at_equal_compute_cost_the_same() -> None:
         run = Job("", cell.config(["paths.runs=unused"])).run
         cost = passes(run.rule, run.net, run.settings.batch_size)
         assert run.settings.max_steps == round(compute / cost)
-        alone = next(
-            c for c in grid.cells("compare") if c.labels == cell.labels | {"budget": "epochs", "schedule": "constant"}
-        )
+        other = {**cell.labels, "budget": "epochs", "schedule": "constant"}
+        (alone,) = [each for each in grid.cells("compare") if each.labels == other]
         same = Job("", alone.config(["paths.runs=unused"])).settings
         assert (same.rule, same.optimizer, same.init) == (run.settings.rule, run.settings.optimizer, run.settings.init)

@@ -262,33 +262,26 @@ def evidence(trial: Trial, accuracies: Callable[[Labels], Accuracies | str]) -> 
         return "no seed was run in all of its cells on the same images with the same number of epochs"
     at = max(in_common, key=lambda at: (min(len(in_common[at]), 3), at))
     tested = {place: [cell[at][seed] for seed in in_common[at]] for place, cell in found.items()}
-    return Samples(
-        at.epochs,
-        [
-            Sample(
-                *_sum(contrast.terms, tested, contrast.bound),
-                *_sum(contrast.difference, tested)[::2],
-                mean(seed.accuracy for seed in tested[_place(contrast.reference)]),
-            )
-            for contrast in trial.contrasts
-        ],
-    )
+    contrasts = []
+    for contrast in trial.contrasts:
+        numbers, images = _sum(contrast.terms, tested)
+        differences, images_of_difference = _sum(contrast.difference, tested)
+        reference = mean(seed.accuracy for seed in tested[_place(contrast.reference)])
+        contrasts.append(Sample(numbers, contrast.bound, images, differences, images_of_difference, reference))
+    return Samples(at.epochs, contrasts)
 
 
 def _place(labels: Labels) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(labels.items()))
 
 
-def _sum(
-    terms: Terms, tested: Mapping[tuple[tuple[str, str], ...], Sequence[Score]], bound: float = 0.0
-) -> tuple[list[float], float, float]:
-    """A weighted sum of accuracies for each seed, the bound, and the variance that test images give the sum's mean."""
+def _sum(terms: Terms, tested: Mapping[tuple[tuple[str, str], ...], Sequence[Score]]) -> tuple[list[float], float]:
+    """A weighted sum of accuracies for each seed, and the variance that the test images give its mean."""
     cells = [(weight, tested[_place(labels)]) for weight, labels in terms]
-    numbers = [
-        sum(weight * seed.accuracy for weight, seed in zip([w for w, _ in cells], seeds, strict=True))
-        for seeds in zip(*(seeds for _, seeds in cells), strict=True)
-    ]
-    return numbers, bound, sum(weight**2 * of_images(seeds) for weight, seeds in cells)
+    numbers = [0.0] * len(cells[0][1])
+    for weight, seeds in cells:
+        numbers = [number + weight * seed.accuracy for number, seed in zip(numbers, seeds, strict=True)]
+    return numbers, sum((weight**2 * of_images(seeds) for weight, seeds in cells), 0.0)
 
 
 def of_images(seeds: Sequence[Score]) -> float:

@@ -380,7 +380,8 @@ def verdicts_before(paper: str, path: Path) -> dict[tuple[str, str, str], str]:
     if not path.exists():
         return {}
     frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-    return {(r.claim, r.reading, r.where): f"{r.verdict} ({r.date})" for r in frame[frame.paper == paper].itertuples()}
+    lines = [line for line in frame.to_dict("records") if line["paper"] == paper]
+    return {(r["claim"], r["reading"], r["where"]): f"{r['verdict']} ({r['date']})" for r in lines}
 
 
 def costs(path: Path) -> dict[str, dict[str, Cost]]:

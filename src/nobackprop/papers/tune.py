@@ -233,7 +233,8 @@ class Searched:
             first = {str(trial.point): trial.validation for trial in before}
             pairs = [(first[str(trial.point)], trial.validation) for trial in after]
             several = len(pairs) > 2 and all(len(set(side)) > 1 for side in zip(*pairs, strict=True))
-            found.append((float(spearmanr(pairs).statistic) if several else nan, len(pairs)))
+            result: Any = spearmanr(pairs) if several else None
+            found.append((float(result.statistic) if several else nan, len(pairs)))
         return found
 
 
@@ -326,9 +327,9 @@ def tune(
 def _job(search: Search, cell: Cell, point: Point, rung: int, first: DictConfig) -> Job:
     """A trial's job. Hydra composes the config of a cell once; here, values of it are replaced."""
     config = deepcopy(first)
-    values = dict(text.split("=") for text in search.lengths[rung]) | {"seeds": search.seeds_of(rung)} | point
-    for key, value in values.items():
-        OmegaConf.update(config, key, int(value) if key.startswith("max_") else value)
+    lengths = {key: int(value) for key, _, value in (text.partition("=") for text in search.lengths[rung])}
+    for key, value in {**lengths, "seeds": search.seeds_of(rung), **point}.items():
+        OmegaConf.update(config, key, value)
     return Job(" ".join([str(cell), *(f"{key}={value}" for key, value in point.items())]), config)
 
 
