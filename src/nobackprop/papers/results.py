@@ -488,7 +488,7 @@ def _rows(table: Table, found: Sequence[Found]) -> list[Row]:
     for cell in found:
         if _fits(cell.labels, table.where):
             apart = tuple(cell.labels.get(axis) for axis in table.apart)
-            place = tuple(cell.labels[axis] for axis in table.rows)
+            place = tuple(cell.labels.get(axis, "") for axis in table.rows)
             groups[apart][place].append(cell)
             other = taken.setdefault((*place, cell.rule), cell)
             if axes := [axis for axis, choice in cell.labels.items() if choice != other.labels.get(axis)]:
@@ -504,7 +504,8 @@ def _rows(table: Table, found: Sequence[Found]) -> list[Row]:
         for labels, row in group.items():
             shown = _at(at, row)
             cells = {cell.rule: _showing(cell, at, shown.get(cell.rule, ()), _seeds(shown)) for cell in row}
-            rows.append(Row(dict(zip(table.rows, labels, strict=True)), cells))
+            named = {axis: choice for axis, choice in zip(table.rows, labels, strict=True) if choice}
+            rows.append(Row(named, cells))
     return rows
 
 
