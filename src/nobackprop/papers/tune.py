@@ -356,10 +356,12 @@ def rows(search: Search, found: Sequence[Searched]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def table(frame: pd.DataFrame) -> Table:
-    result = Table(*map(str, frame.columns))
-    for line in frame.itertuples(index=False):
-        result.add_row(*map(str, line))
+def table(found: Sequence[Searched], frame: pd.DataFrame) -> Table:
+    """The lines of `rows` for the screen."""
+    shown = ["validation", "settings", "near an end", "rank correlations", "runs", "diverged", "seconds"]
+    result = Table("cell", *shown)
+    for each, line in zip(found, frame[shown].itertuples(index=False), strict=True):
+        result.add_row(str(each.cell), *map(str, line))
     return result
 
 
@@ -373,7 +375,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, help="of each cell, instead of the search's")
     parser.add_argument("--epochs", type=int, help="of each trial, instead of the search's")
     parser.add_argument(
-        "--keep", type=int, help="one of so many trials goes on; 1: all do, which shows the whole order"
+        "--keep", type=int, help="one of so many trials goes on, to look at; 1: all do (no settings are written)"
     )
     parser.add_argument("--table", type=Path, metavar="FILE.csv", help="where to write the table, too")
     parser.add_argument("--jobs", type=int, choices=range(1, cores + 1), default=cores, help="trials at a time")
@@ -400,5 +402,5 @@ def main() -> None:
                 write(each, options.search, search, options.set, each.cell.tuned)
             if options.table:
                 files.write_atomically(options.table, rows(search, found).to_csv(index=False).encode())
-    console.print(table(rows(search, found)))
+    console.print(table(found, rows(search, found)))
     parser.exit(0 if all(each.best.validation for each in found) else 1)
