@@ -346,6 +346,7 @@ def rows(search: Search, found: Sequence[Searched]) -> pd.DataFrame:
                 "settings": " ".join(f"{key}={value}" for key, value in each.best.point.items()),
                 "near an end": " ".join(f"{key}:{end}" for key, end in edges.items()),
                 "rank correlations": " ".join(f"{rho:.2f} (n={n})" for rho, n in each.correlations()),
+                "rungs": " ".join(map(str, search.rungs or [])),
                 "trials": len(each.rungs[0]),
                 "runs": len(every),
                 "mini-batches": sum(record.steps for record in every),
