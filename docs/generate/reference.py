@@ -15,7 +15,6 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import nobackprop
 from generate.results import cell, element, raw, sortable
@@ -27,6 +26,7 @@ from nobackprop.core.rule import FAMILIES, Batch, Rule
 from nobackprop.mistakes import Mistake
 from nobackprop.papers.figures import within_a_page
 from nobackprop.papers.results import Cost, Findings
+from nobackprop.papers.work import passes
 from nobackprop.places import CONF, RESULTS
 
 
@@ -98,7 +98,7 @@ class Needs:
 
 
 def needs(rule: Rule) -> Needs:
-    names, total = _own(rule), _work(rule)
+    names, total = _own(rule), passes(rule, mlp((784,), 10, hidden=[256] * 4, activation="tanh"))
     noise = "yes" if rule.noise(_net("tanh"), 6) else "no"
     return Needs(_derivative(rule), _above(rule), names, noise, ", ".join(rule.refuses) or "nothing", total)
 
@@ -166,15 +166,6 @@ def _own(rule: Rule) -> str:
         kind = "as W" if as_w else " x ".join(sizes.get(n, str(n)) for n in shape)
         told[letter] = f"{'learned' if name in grads else 'fixed'} {letter}, {kind}"
     return "; ".join(told.values()) or "none"
-
-
-def _work(rule: Rule) -> float:
-    """The products of a step on a net of four hidden layers of 256, in forward passes."""
-    net = mlp((784,), 10, hidden=[256] * 4, activation="tanh")
-    w, batch = _weights(rule, net), _batch(rule, net, samples=50)
-    with torch.no_grad(), FlopCounterMode(display=False) as step:
-        rule.all_grads(net, w, batch)
-    return step.get_total_flops() / (2 * 50 * sum(t.numel() for name, t in w.items() if re.fullmatch(r"W\d+", name)))
 
 
 def rules(every: Sequence[Findings], drawn: Mapping[str, Mapping[str, bytes]]) -> str:

@@ -12,7 +12,9 @@ from nobackprop.papers.figures import within_a_page
 from nobackprop.papers.results import Findings, Found, Published, Row, Table
 from nobackprop.papers.tables import (
     about,
+    before,
     caption,
+    changed,
     comparison,
     departures,
     heading,
@@ -129,7 +131,7 @@ def drawings(table: Table, drawn: Mapping[str, bytes]) -> list[str]:
     return parts
 
 
-def verdict(result: Result) -> list[str]:
+def verdict(result: Result, then: str = "") -> list[str]:
     kind = result.verdict.split()[0]
     cells = [cell(escape(text)) for text in (result.trial.claim.name, result.trial.reading, place(result))]
     cells.append(cell(element("span", escape(result.verdict), _class=f"verdict {kind}")))
@@ -139,7 +141,9 @@ def verdict(result: Result) -> list[str]:
     between = element("small", f"{low} to {high}") if result.seeds > 1 else ""
     difference = cell(f"{100 * result.mean:+.2f}{between}", True, data_value=f"{result.mean:.8f}")
     both = [cell(escape(p_value(p)), True, data_value=f"{p:.8f}") for p in (result.p_holds, result.p_fails)]
-    return [*cells, cell(str(result.epochs), True), cell(str(result.seeds), True), difference, *both]
+    margin = cell(percent(result.margin), True)
+    numbers = [cell(str(result.epochs), True), cell(str(result.seeds), True), difference, margin, *both]
+    return [*cells, *numbers, cell(escape(result.would_decide)), cell(escape(then))]
 
 
 def verdicts(found: Findings) -> list[str]:
@@ -148,9 +152,22 @@ def verdicts(found: Findings) -> list[str]:
         return []
     claims = [f"**{c.name}**: {c.text} ({c.source}); test `{c.test}`" for c in found.claims.claims]
     run = [result for result in found.verdicts if result.mean is not None]
-    head = ["claim", "settings", "where", "verdict", "epochs", "seeds", "difference", "p (holds)", "p (fails)"]
-    shown = [raw(sortable(head, map(verdict, run), 5))] if run else []
-    below = listed((departures(found) if run else []) + tests_not_run(found))
+    head = [
+        "claim",
+        "settings",
+        "where",
+        "verdict",
+        "epochs",
+        "seeds",
+        "difference",
+        "margin",
+        "p (holds)",
+        "p (fails)",
+    ]
+    head += ["seeds that would decide", "before"]
+    shown = [raw(sortable(head, (verdict(r, before(found, r)) for r in run), 8))] if run else []
+    told = [*departures(found), *filter(None, [changed(found)])] if run else []
+    below = listed(told + tests_not_run(found))
     return ["## Every verdict", *listed(claims), how(found.claims), *shown, *below]
 
 

@@ -9,15 +9,23 @@ import pytest
 from conftest import CONF, PAPERS
 from omegaconf import OmegaConf
 from recorded import RECORD, made
+from rich.console import Console
+from scipy.stats import spearmanr
 
 from nobackprop import composing
 from nobackprop.papers import grid, tune
 from nobackprop.records.record import Record
-from nobackprop.sweeps.local import Basic
+from nobackprop.sweeps.jobs import Outcome
 from nobackprop.training.config import Settings
 
 SEARCHES = sorted(path.parent.name for path in PAPERS.glob("*/search.yaml"))
-SEARCH: dict[str, Any] = {"trials": 8, "epochs": 1, "seed": 1000, "space": {"optimizer.lr": {"low": 1e-4, "high": 1.0}}}
+SEARCH: dict[str, Any] = {
+    "trials": 8,
+    "epochs": 1,
+    "seed": 1000,
+    "draw": "alike",
+    "space": {"optimizer.lr": {"low": 1e-4, "high": 1.0}},
+}
 QUICK = ["dataset=digits", "dataset.validation=100", "arch.hidden=[6]"]
 
 
@@ -27,15 +35,11 @@ def record(accuracy: float, **fields: Any) -> Record:
     return made(epochs=epochs[: fields.get("diverged_epoch", 1)], **fields)
 
 
-def cells(name: str) -> list[grid.Cell]:
-    return [cell for cell in grid.cells(name) if cell.tuned is not None]
-
-
 @pytest.mark.parametrize("name", SEARCHES)
 def test_every_trial_of_a_search_is_a_valid_config(name: str) -> None:
     search = tune.Search.read(name)
     assert search.trials >= 20
-    every = cells(name)
+    every = search.cells(name)
     assert len({cell.tuned for cell in every}) == len(every) > 0
     for cell in every:
         points = search.points(cell)
@@ -43,7 +47,8 @@ def test_every_trial_of_a_search_is_a_valid_config(name: str) -> None:
         assert all("optimizer.lr" in point for point in points)
         trial = Settings.of(grid.composed(search.overrides(cell, points[0], [])))
         assert trial.optimizer["lr"] == points[0]["optimizer.lr"]
-        assert (trial.seeds, trial.max_epochs) == ([search.seed], search.epochs)
+        assert trial.seeds == search.seeds_of(0)
+        assert search.epochs in (None, trial.max_epochs)
 
 
 @pytest.mark.parametrize("name", SEARCHES)
@@ -56,9 +61,10 @@ def test_no_experiment_uses_the_seed_of_the_trials(name: str) -> None:
 @pytest.mark.parametrize("name", SEARCHES)
 def test_settings_that_are_compared_were_searched_with_one_budget(name: str) -> None:
     files = sorted((CONF / "tuned" / name).glob("*.yaml"))
-    assert set(files) <= {cell.tuned for cell in cells(name)}
-    budgets = {path.read_text().split(" --trials ")[1].split(" --only ")[0] for path in files}
-    assert len(budgets) <= 1
+    nets = {cell.tuned: cell.labels.get("net") for cell in grid.cells(name)}
+    assert set(files) <= nets.keys()
+    budgets = {(nets[path], path.read_text().split(" --trials ")[1].split(" --only ")[0]) for path in files}
+    assert len(budgets) == len({nets[path] for path in files})
 
 
 def test_points_are_the_same_each_time_for_every_rule_and_go_on() -> None:
@@ -74,6 +80,68 @@ def test_points_are_the_same_each_time_for_every_rule_and_go_on() -> None:
     assert min(per_decade) >= 4
 
 
+def test_each_rule_has_points_of_its_own_and_its_rate_fixes_no_other_parameter() -> None:
+    search = tune.Search.read("compare")
+    of = {cell.labels["rule"]: search.points(cell) for cell in search.cells("compare")}
+    rates = {rule: [float(point["optimizer.lr"]) for point in points] for rule, points in of.items()}
+    assert all(set(rates["bp"]).isdisjoint(rates[rule]) for rule in ("fa", "lra_e", "pepita"))
+    for rule, key in (("lra_e", "rule.beta"), ("pepita", "rule.scale"), ("dtp", "rule.eta"), ("dtp", "rule.sigma")):
+        own = [float(point[key]) for point in of[rule]]
+        correlation: Any = spearmanr(rates[rule], own)
+        assert abs(correlation.statistic) < 0.35
+    assert [search.points(cell) for cell in search.cells("compare")][-1] == of["evolution"]  # the same each time
+
+
+def test_a_bracket_trains_the_best_of_a_rung_longer_and_the_finalists_with_more_seeds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of points with rates in order, a trial's accuracy is its rate; one that diverged counts as 0."""
+    change = {"epochs": None, "rungs": [10, 30, 90], "trials": 9, "seeds": 2, "draw": "for each rule"}
+    search = tune.Search.of(SEARCH | change, "test")
+    cell = grid.Cell({"rule": "bp"}, ["rule=bp", *QUICK])
+    trained = []
+
+    class Launcher:
+        def run(self, jobs: Any, say: Any, console: Any, wait_for_others: bool) -> Any:
+            for k, job in jobs.items():
+                s = job.settings
+                trained.append((s.max_steps, s.seeds, s.optimizer["lr"]))
+                lost = {"diverged_epoch": 2} if s.optimizer["lr"] > 0.5 else {}
+                yield k, Outcome("finished", records=[record(s.optimizer["lr"], **lost) for _ in s.seeds])
+
+    monkeypatch.setattr(tune, "Basic", Launcher)
+    (found,) = tune.tune(search, [cell], [], 1, Console(quiet=True))
+    rates = sorted((float(point["optimizer.lr"]) for point in search.points(cell)), key=lambda lr: (lr > 0.5, -lr))
+    assert [len(rung) for rung in found.rungs] == [9, 3, 1]
+    assert [lr for steps, _, lr in trained if steps == 30] == rates[:3]
+    assert [(seeds, lr) for steps, seeds, lr in trained if steps == 90] == [([1000, 1001], rates[0])]
+    assert found.best.point == {"optimizer.lr": rates[0]}
+    (first, n), (second, _) = found.correlations()
+    assert (first, n) == (pytest.approx(1), 3)
+    assert second != second  # one trial has no order
+
+
+def test_a_search_with_a_budget_of_compute_writes_the_length_of_such_a_run(tmp_path: Path) -> None:
+    change = {"epochs": None, "rungs": [10, 30], "compute": 500}
+    search = tune.Search.of(SEARCH | change, "test")
+    cell = grid.Cell({"rule": "bp"}, ["rule=bp", *QUICK])
+    found = tune.Searched(cell, [[tune.Trial({"optimizer.lr": 1.2e-4}, [record(0.5)])]])
+    tune.write(found, "compare", search, [], tmp_path / "x.yaml")
+    text = (tmp_path / "x.yaml").read_text()
+    assert "Near an end of its range: optimizer.lr (low)." in " ".join(text.replace("#", "").split())
+    plain, at_equal = (OmegaConf.load(path) for path in (tmp_path / "x.yaml", tmp_path / "compute" / "x.yaml"))
+    inputs, outputs = 64 * 6, 6 * 10
+    cost = (2 * (inputs + outputs) + outputs) / (inputs + outputs)
+    assert at_equal == OmegaConf.merge(plain, {"max_steps": round(500 / cost)})
+
+
+def test_a_winner_near_an_end_of_its_range_is_named() -> None:
+    within = {"lr": tune.Range(low=1e-4, high=1.0), "f": tune.Choice(values=["tanh", "relu"])}
+    for lr, expected in ((1.2e-4, {"lr": "low"}), (0.9, {"lr": "high"}), (0.01, {})):
+        trial = tune.Trial({"lr": lr, "f": "relu"}, [record(0.5)])
+        assert tune.Searched(grid.Cell({}, []), [[trial]]).edges(within) == expected
+
+
 def test_a_choice_takes_every_value() -> None:
     search = tune.Search.of(SEARCH | {"space": {"update": {"values": ["mean", "sum", "unit_norm"]}}}, "test")
     assert {point["update"] for point in search.points(grid.Cell({}, []))} == {"mean", "sum", "unit_norm"}
@@ -82,6 +150,8 @@ def test_a_choice_takes_every_value() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"rungs": [10]}, "test: give epochs or rungs"),
+        ({"epochs": None, "rungs": [30, 10]}, "rungs: each has more mini-batches than the one before"),
         ({"trials": 0}, "test: trials: Input should be greater than 0"),
         ({"budget": 3}, "test: budget: Extra inputs are not permitted"),
         ({"space": {}}, "test: space: Dictionary should have at least 1 item"),
@@ -129,9 +199,9 @@ def test_validation_decides_and_a_trial_that_diverged_counts_as_zero() -> None:
         record(0.8, test={"accuracy": 1.0}),
     ]
     assert [trial.validation for trial in trials] == [0.6, 0.8, 0.0, 0.0, 0.8]
-    found = tune.Searched(grid.Cell({}, []), [({"optimizer.lr": i}, trial) for i, trial in enumerate(trials)])
-    assert found.best == ({"optimizer.lr": 1}, trials[1])
-    assert found.accuracy == 0.8
+    found = tune.Searched(grid.Cell({}, []), [[tune.Trial({"lr": i}, [trial]) for i, trial in enumerate(trials)]])
+    assert found.best == tune.Trial({"lr": 1}, [trials[1]])
+    assert found.best.validation == 0.8
 
 
 def test_what_is_found_is_written_and_used_and_nothing_runs_twice(
@@ -175,7 +245,6 @@ def test_what_is_found_is_written_and_used_and_nothing_runs_twice(
     for path, trial in trials.items():  # the figures of the test images play no part
         trial.model_copy(update={"test": {"accuracy": 1 - trial.validation}}).write(path)
         times[path] = path.stat().st_mtime_ns
-    monkeypatch.setattr(tune, "Processes", lambda jobs: Basic())  # starts sooner
     with pytest.raises(SystemExit, match="0"):
         tune.main()
     assert (conf / "tuned" / "lra_e" / "mnist_3_bp.yaml").read_text() == text

@@ -1,22 +1,33 @@
-"""Whether recorded runs show what a paper claims: the tests, fixed in papers/<paper>/claims.yaml before the runs.
+"""Whether recorded runs show what a paper claims: the tests, fixed in papers/<paper>/claims.yaml.
 
-Every test compares test accuracies seed by seed. It consists of one or more *contrasts*: a sum of accuracies with
-signs, one number per seed, whose mean over seeds should lie above a bound. With `a` one of `cells`, `b` one of `than`,
-m the margin:
+Every test compares test accuracies seed by seed. It consists of one or more *contrasts*: a weighted sum of accuracies,
+one number per seed, whose mean should lie above a bound. With `a` one of `cells`, `b` one of `than`, m the margin and r
+the relative margin:
 
 | test | contrasts, for every pair of a and b | the claim |
 | --- | --- | --- |
 | `better` | a - b > 0 | each a is better than each b |
-| `not_worse` | a - b > -m | no a is worse than a b by the margin or more |
-| `matches` | a - b > -m and b - a > -m | they differ by less than the margin (two one-sided tests, TOST) |
+| `not_worse` | a - b > -m and a - b > -r (1 - b) | no a is worse than a b by the smaller margin or more |
+| `matches` | these two, and b - a > -m and b - a > -r (1 - b) | they differ by less than the smaller margin |
 | `gap_grows` | (a - b at `end`) - (a - b at `start`) > 0 | a is ahead of b by more at the end |
 
-Each contrast is tested by a one-sided t-test on its n numbers. The claim needs all of its contrasts (an
-intersection-union test), so its p is the largest of theirs. One contrast whose mean lies *below* its bound is enough
-against the claim. The p against it is the smallest of the opposite tests, times their number (Bonferroni). Both p are
-adjusted over all tests of the file (Holm). Tests without runs count, too, with p = 1, so that no verdict depends on
-which others were run. The verdict is `holds` or `fails` where the adjusted p is at most alpha, and otherwise `undecided
-at n seeds`. It is `not run` where records are missing.
+1 - b is an error. Where it is small, r (1 - b) is the smaller margin. So two nets do not match because both are near
+100 %. `matches` is made of one-sided tests both ways (TOST).
+
+Each contrast is tested by a one-sided t-test. The variance of its mean has two parts. One is that over seeds, by their
+number. The other one is of the test images, which are a sample, too, and the same for all seeds. It is the sum of the
+binomial variances of the accuracies, times their weights squared. That is an upper bound, since nets err on the same
+images more often than by chance. Degrees of freedom are Satterthwaite's. The p is the larger one of this and the
+t-test over seeds alone, so that the images never make it smaller. Where seeds draw their own classes, the images are
+those of all classes drawn.
+
+The claim needs all of its contrasts (an intersection-union test), so its p is the largest of theirs. One contrast whose
+mean lies *below* its bound is enough against the claim. The p against it is the smallest of the opposite tests, times
+their number (Bonferroni). All p for and against all claims of the file are one family and are adjusted together (Holm).
+So the probability that any verdict is wrong is at most alpha. Tests without runs count, too, with p = 1, so that no
+verdict depends on which others were run. The verdict is `holds` or `fails` where the adjusted p is at most alpha, and
+otherwise `undecided at n seeds`, with the number of seeds that would decide it. It is `not run` where records are
+missing.
 
 All runs of a test are of the same images and have the same number of epochs. Conditions under which its cells have
 three seeds in common come first, and of these the paper's own images, then the most epochs. If there are none, those
@@ -28,7 +39,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import inf, sqrt
-from statistics import mean, stdev
+from statistics import mean, stdev, variance
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -36,6 +47,7 @@ from scipy.special import stdtr, stdtrit
 
 from nobackprop.mistakes import Mistake
 
+POWER, MOST = 0.8, 1000  # of a further run that is to decide, and the most seeds that it may have
 Labels = dict[
     str, Annotated[str, BeforeValidator(str)]
 ]  # a choice on each axis of a grid, such as {rule: bp, classes: 2}
@@ -48,7 +60,15 @@ class Conditions(NamedTuple):
     epochs: int
 
 
-Accuracies = Mapping[Conditions, Mapping[int, float]]  # by seed, as fractions
+class Score(NamedTuple):
+    """A seed's accuracy, as a fraction, on so many test images of these classes."""
+
+    accuracy: float
+    images: float
+    classes: tuple[int, ...] = ()
+
+
+Accuracies = Mapping[Conditions, Mapping[int, Score]]  # by seed
 
 
 class _Strict(BaseModel):
@@ -81,17 +101,26 @@ class Claims(_Strict):
 
     alpha: float = Field(gt=0, lt=0.5)
     margin: float = Field(gt=0, description="percentage points")
+    relative: float = Field(gt=0, lt=1, description="margin as a share of the error of what is compared with")
     readings: dict[str, Labels] = Field(min_length=1)
     claims: list[Claim] = Field(min_length=1)
 
 
+Terms = Sequence[tuple[float, Labels]]  # cells with the weights of their accuracies
+
+
 @dataclass(frozen=True)
 class Contrast:
-    """A sum of cells' accuracies with signs whose mean over seeds should lie above a bound (both as fractions)."""
+    """A weighted sum of cells' accuracies whose mean over seeds should lie above a bound (both as fractions)."""
 
-    terms: Sequence[tuple[int, Labels]]
+    terms: Terms
     bound: float
-    reversed: bool = False  # b - a
+    difference: Terms  # what is shown of it: a - b
+
+    @property
+    def reference(self) -> Labels:
+        """The cell b."""
+        return self.difference[1][1]
 
 
 @dataclass(frozen=True)
@@ -112,21 +141,25 @@ def trials(claims: Claims) -> list[Trial]:
             at = dict(zip(claim.each, choices, strict=True))
             common = labels | claim.at | at
             pairs = [(common | a, common | b) for a in claim.cells for b in claim.than]
-            contrasts = [contrast for a, b in pairs for contrast in _contrasts(claim, a, b, claims.margin / 100)]
+            contrasts = [contrast for a, b in pairs for contrast in _contrasts(claim, a, b, claims)]
             found.append(Trial(claim, reading, at, contrasts))
     return found
 
 
-def _contrasts(claim: Claim, a: Labels, b: Labels, margin: float) -> list[Contrast]:
+def _contrasts(claim: Claim, a: Labels, b: Labels, claims: Claims) -> list[Contrast]:
+    difference = [(1.0, a), (-1.0, b)]
     if claim.test == "better":
-        return [Contrast([(1, a), (-1, b)], 0)]
+        return [Contrast(difference, 0, difference)]
     if claim.test == "gap_grows":
         assert claim.start is not None
         assert claim.end is not None
-        gap = [(1, a | claim.end), (-1, b | claim.end), (-1, a | claim.start), (1, b | claim.start)]
-        return [Contrast(gap, 0)]
-    above = Contrast([(1, a), (-1, b)], -margin)
-    return [above] if claim.test == "not_worse" else [above, Contrast([(1, b), (-1, a)], -margin, reversed=True)]
+        gap = [(1.0, a | claim.end), (-1.0, b | claim.end), (-1.0, a | claim.start), (1.0, b | claim.start)]
+        return [Contrast(gap, 0, gap)]
+    found = []
+    for sign in (1, -1) if claim.test == "matches" else (1,):
+        found.append(Contrast([(sign, a), (-sign, b)], -claims.margin / 100, difference))
+        found.append(Contrast([(sign, a), (-sign - claims.relative, b)], -claims.relative, difference))
+    return found
 
 
 @dataclass(frozen=True)
@@ -141,49 +174,77 @@ class Result:
     p_holds: float | None
     p_fails: float | None
     verdict: str
+    margin: float | None = None  # the smaller one, at the error seen, as a fraction
+    would_decide: str = ""  # of an undecided trial: how many seeds, and what they would show
     missing: str = ""  # why it was not run
 
 
 def judge(claims: Claims, accuracies: Callable[[Labels], Accuracies | str]) -> list[Result]:
     """The verdict on every test of a file. `accuracies` gives those of a cell, or says why there are none."""
     every = trials(claims)
-    found = [_samples(trial, accuracies) for trial in every]
-    for_it, against = [1.0] * len(every), [1.0] * len(every)
-    for i, (trial, samples) in enumerate(zip(every, found, strict=True)):
-        if isinstance(samples, str):
-            continue
-        values = [(x, contrast.bound) for x, contrast in zip(samples.numbers, trial.contrasts, strict=True)]
-        for_it[i] = max(p_above(x, bound) for x, bound in values)
-        against[i] = min(1.0, len(values) * min(p_above([-v for v in x], -bound) for x, bound in values))
+    found = [evidence(trial, accuracies) for trial in every]
+    raw = [(1.0, 1.0) if isinstance(samples, str) else p_values(samples) for samples in found]
+    adjusted = holm([p for both in raw for p in both])
     results = []
-    for trial, samples, p_holds, p_fails in zip(every, found, holm(for_it), holm(against), strict=True):
+    for trial, samples, p_holds, p_fails in zip(every, found, adjusted[::2], adjusted[1::2], strict=True):
         if isinstance(samples, str):
-            results.append(Result(trial, None, 0, None, None, None, None, "not run", samples))
+            results.append(Result(trial, None, 0, None, None, None, None, "not run", missing=samples))
             continue
-        n = len(samples.numbers[0])
+        n = len(samples.contrasts[0].numbers)
         undecided = f"undecided at {n} seed{'s' if n > 1 else ''}"
-        verdict = "holds" if p_holds <= claims.alpha else "fails" if p_fails <= claims.alpha else undecided
-        x = _hardest(trial, samples.numbers)
-        results.append(Result(trial, samples.epochs, n, mean(x), interval(x), p_holds, p_fails, verdict))
+        verdict = decided(p_holds, p_fails, claims.alpha) or undecided
+        more = would_decide(samples, claims.alpha / len(adjusted)) if verdict == undecided else ""
+        hardest = max(samples.contrasts, key=lambda sample: (sample.p(), sample.bound - mean(sample.numbers)))
+        margin = None
+        if trial.claim.test in ("matches", "not_worse"):
+            margin = min(claims.margin / 100, claims.relative * (1 - hardest.reference))
+        x, v = hardest.differences, hardest.difference_variance
+        results.append(
+            Result(trial, samples.epochs, n, mean(x), interval(x, v), p_holds, p_fails, verdict, margin, more)
+        )
     return results
 
 
-def _hardest(trial: Trial, numbers: Sequence[Sequence[float]]) -> list[float]:
-    """The numbers, as a - b, of the contrast that is hardest to show. Of equally hard ones it is the lowest."""
-    pairs = zip(trial.contrasts, numbers, strict=True)
-    contrast, x = max(pairs, key=lambda pair: (p_above(pair[1], pair[0].bound), pair[0].bound - mean(pair[1])))
-    return [-number if contrast.reversed else number for number in x]
+def decided(p_holds: float, p_fails: float, alpha: float) -> str:
+    """The verdict by adjusted p-values, or an empty text."""
+    return "holds" if p_holds <= alpha else "fails" if p_fails <= alpha else ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The numbers that decide a contrast, one for each seed, and the variance that the test images give their mean."""
+
+    numbers: Sequence[float]
+    bound: float
+    variance: float = 0.0
+    differences: Sequence[float] = ()  # a - b
+    difference_variance: float = 0.0
+    reference: float = 0.0  # b's mean accuracy
+
+    def p(self) -> float:
+        """That the mean lies above the bound."""
+        return p_above(self.numbers, self.bound, self.variance)
+
+    def opposite(self) -> float:
+        """That the mean lies below the bound."""
+        return p_above([-number for number in self.numbers], -self.bound, self.variance)
 
 
 @dataclass(frozen=True)
 class Samples:
-    """The numbers that decide a trial: those of each contrast for each seed, after that many epochs."""
+    """The evidence on a trial, after that many epochs."""
 
     epochs: int
-    numbers: Sequence[Sequence[float]]
+    contrasts: Sequence[Sample]
 
 
-def _samples(trial: Trial, accuracies: Callable[[Labels], Accuracies | str]) -> Samples | str:
+def p_values(samples: Samples) -> tuple[float, float]:
+    """The p-value for a claim, and that against it, not adjusted."""
+    each = samples.contrasts
+    return max(sample.p() for sample in each), min(1.0, len(each) * min(sample.opposite() for sample in each))
+
+
+def evidence(trial: Trial, accuracies: Callable[[Labels], Accuracies | str]) -> Samples | str:
     """The evidence of the longest training with several seeds in common, or the reason why there is none."""
     found = {}
     for contrast in trial.contrasts:
@@ -191,7 +252,7 @@ def _samples(trial: Trial, accuracies: Callable[[Labels], Accuracies | str]) -> 
             cell = accuracies(labels)
             if isinstance(cell, str):
                 return cell
-            found[tuple(sorted(labels.items()))] = cell
+            found[_place(labels)] = cell
     in_common = {
         at: seeds
         for at in set.intersection(*(set(cell) for cell in found.values()))
@@ -200,32 +261,101 @@ def _samples(trial: Trial, accuracies: Callable[[Labels], Accuracies | str]) -> 
     if not in_common:
         return "no seed was run in all of its cells on the same images with the same number of epochs"
     at = max(in_common, key=lambda at: (min(len(in_common[at]), 3), at))
-    numbers = [
-        [
-            sum(sign * found[tuple(sorted(labels.items()))][at][seed] for sign, labels in contrast.terms)
-            for seed in in_common[at]
-        ]
-        for contrast in trial.contrasts
-    ]
-    return Samples(at.epochs, numbers)
+    tested = {place: [cell[at][seed] for seed in in_common[at]] for place, cell in found.items()}
+    contrasts = []
+    for contrast in trial.contrasts:
+        numbers, images = _sum(contrast.terms, tested)
+        differences, images_of_difference = _sum(contrast.difference, tested)
+        reference = mean(seed.accuracy for seed in tested[_place(contrast.reference)])
+        contrasts.append(Sample(numbers, contrast.bound, images, differences, images_of_difference, reference))
+    return Samples(at.epochs, contrasts)
 
 
-def p_above(x: Sequence[float], bound: float) -> float:
-    """The p-value of a one-sided t-test that the mean lies above a bound.
+def _place(labels: Labels) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(labels.items()))
+
+
+def _sum(terms: Terms, tested: Mapping[tuple[tuple[str, str], ...], Sequence[Score]]) -> tuple[list[float], float]:
+    """A weighted sum of accuracies for each seed, and the variance that the test images give its mean."""
+    cells = [(weight, tested[_place(labels)]) for weight, labels in terms]
+    numbers = [0.0] * len(cells[0][1])
+    for weight, seeds in cells:
+        numbers = [number + weight * seed.accuracy for number, seed in zip(numbers, seeds, strict=True)]
+    return numbers, sum((weight**2 * of_images(seeds) for weight, seeds in cells), 0.0)
+
+
+def of_images(seeds: Sequence[Score]) -> float:
+    """The binomial variance of a cell's mean accuracy, by the number of different test images that its seeds saw."""
+    accuracy, images = mean(seed.accuracy for seed in seeds), mean(seed.images for seed in seeds)
+    if drawn := {each for seed in seeds for each in seed.classes}:
+        images *= len(drawn) / mean(len(seed.classes) for seed in seeds)
+    return accuracy * (1 - accuracy) / images
+
+
+def p_above(x: Sequence[float], bound: float, images: float = 0.0) -> float:
+    """The p-value of a one-sided t-test that the mean lies above a bound. `images` is the test images' variance.
 
     It is 1 for fewer than two numbers. It is 1, too, for numbers that are equal up to rounding, such as those of nets
     that learned nothing, since they have no spread to compare the distance with.
     """
-    if len(x) < 2 or stdev(x) < 1e-9:
+    if len(x) < 2 or (spread := variance(x)) < 1e-18:
         return 1.0
-    return float(stdtr(len(x) - 1, (bound - mean(x)) / (stdev(x) / sqrt(len(x)))))
+    distance = mean(x) - bound
+    return max(float(stdtr(df, -distance / error)) for error, df in _errors(spread, len(x), images))
 
 
-def interval(x: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the mean by Student's t. It is infinite for fewer than two numbers."""
+def _errors(spread: float, n: float, images: float) -> list[tuple[float, float]]:
+    """Standard errors of a mean over n seeds and their degrees of freedom: over seeds alone, and with the images."""
+    seeds = spread / n
+    df = min((n - 1) * ((seeds + images) / seeds) ** 2, 1e6)  # Satterthwaite's
+    return [(sqrt(seeds), n - 1), (sqrt(seeds + images), df)]
+
+
+def would_decide(samples: Samples, level: float) -> str:
+    """How many seeds would decide a trial at this level, with 80 % power at the mean and the spread seen."""
+    if any(len(sample.numbers) < 2 or stdev(sample.numbers) < 1e-9 for sample in samples.contrasts):
+        return "not known without a spread"
+    needed = [_seeds(sample, level) for sample in samples.contrasts]
+    opposite = [_seeds(sample, -level / len(needed)) for sample in samples.contrasts]
+    n, verdict = min((max(needed), "holds"), (min(opposite), "fails"))
+    if n == inf:
+        return "none on these test images"
+    return f"over {MOST}" if n > MOST else f"{n:.0f} ({verdict})"
+
+
+def _seeds(sample: Sample, level: float) -> float:
+    """How many seeds would show that a mean lies above its bound, or with a negative level below it.
+
+    It is infinite where no number of seeds would, since the test images are too few or the mean lies on the other side.
+    """
+    distance = (mean(sample.numbers) - sample.bound) * (1 if level > 0 else -1)
+    if distance <= 0:
+        return inf
+
+    def shows(n: float) -> bool:  # by the usual approximation of a t-test's power
+        errors = _errors(variance(sample.numbers), n, sample.variance)
+        return all(distance >= error * float(stdtrit(df, [1 - abs(level), POWER]).sum()) for error, df in errors)
+
+    if not shows(1e9):
+        return inf
+    low, high = 1, MOST + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if shows(middle) else (middle, high)
+    return high
+
+
+def interval(x: Sequence[float], images: float = 0.0) -> tuple[float, float]:
+    """The 95 % interval of the mean by Student's t. `images` is the variance of the test images, where it counts.
+
+    It is infinite for fewer than two numbers.
+    """
     if len(x) < 2:
         return -inf, inf
-    half = float(stdtrit(len(x) - 1, 0.975)) * stdev(x) / sqrt(len(x))
+    if stdev(x) < 1e-9:  # no spread, and only the images are left
+        half = float(stdtrit(1e6, 0.975)) * sqrt(images)
+    else:
+        half = max(float(stdtrit(df, 0.975)) * error for error, df in _errors(variance(x), len(x), images))
     return mean(x) - half, mean(x) + half
 
 

@@ -31,7 +31,7 @@ from pydantic import (
 
 from nobackprop.composing import load
 from nobackprop.mistakes import Mistake
-from nobackprop.papers.claims import Accuracies, Claims, Conditions, Labels, Result, interval, judge
+from nobackprop.papers.claims import Accuracies, Claims, Conditions, Labels, Result, Score, interval, judge
 from nobackprop.papers.grid import Cell, by_key, cells
 from nobackprop.places import CONF, PAPERS, RESULTS
 from nobackprop.records.identity import digest, rule_name
@@ -204,10 +204,15 @@ class Found:
         return found
 
     @property
-    def for_claims(self) -> dict[Conditions, dict[int, float]]:
+    def for_claims(self) -> dict[Conditions, dict[int, Score]]:
         """Accuracies by seed. A seed that diverged before it could be tested counts at chance level."""
         return {
-            at: {r.seed: r.test["accuracy"] if r.test else 1 / len(r.data.classes) for r in reversed(records)}
+            at: {
+                r.seed: Score(
+                    r.test["accuracy"] if r.test else 1 / len(r.data.classes), r.data.test, tuple(r.data.classes)
+                )
+                for r in reversed(records)
+            }
             for at, records in self.by_conditions.items()
         }
 
@@ -279,6 +284,7 @@ class Findings:
     published: Published | None
     tables: Mapping[str, Sequence[Row]]
     verdicts: Sequence[Result]
+    before: Mapping[tuple[str, str, str], str]  # verdicts of an earlier form of the tests, by claim, reading and place
     claims: Claims | None
     costs: Mapping[str, Mapping[str, Cost]]  # by experiment and rule
 
@@ -365,7 +371,17 @@ def findings(paper: str, records: Iterable[Record], results: Path = RESULTS) -> 
         return cell.for_claims or cell.reason
 
     verdicts = judge(fixed, accuracies) if fixed else []
-    return Findings(paper, layout, known, tables, verdicts, fixed, costs(results / "benchmark.csv"))
+    before = verdicts_before(paper, results / "verdicts_before.csv")
+    return Findings(paper, layout, known, tables, verdicts, before, fixed, costs(results / "benchmark.csv"))
+
+
+def verdicts_before(paper: str, path: Path) -> dict[tuple[str, str, str], str]:
+    """A paper's verdicts in an earlier form of the tests, with their date. Empty where there is no such file."""
+    if not path.exists():
+        return {}
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    lines = [line for line in frame.to_dict("records") if line["paper"] == paper]
+    return {(r["claim"], r["reading"], r["where"]): f"{r['verdict']} ({r['date']})" for r in lines}
 
 
 def costs(path: Path) -> dict[str, dict[str, Cost]]:
@@ -472,7 +488,7 @@ def _rows(table: Table, found: Sequence[Found]) -> list[Row]:
     for cell in found:
         if _fits(cell.labels, table.where):
             apart = tuple(cell.labels.get(axis) for axis in table.apart)
-            place = tuple(cell.labels[axis] for axis in table.rows)
+            place = tuple(cell.labels.get(axis, "") for axis in table.rows)
             groups[apart][place].append(cell)
             other = taken.setdefault((*place, cell.rule), cell)
             if axes := [axis for axis, choice in cell.labels.items() if choice != other.labels.get(axis)]:
@@ -488,7 +504,8 @@ def _rows(table: Table, found: Sequence[Found]) -> list[Row]:
         for labels, row in group.items():
             shown = _at(at, row)
             cells = {cell.rule: _showing(cell, at, shown.get(cell.rule, ()), _seeds(shown)) for cell in row}
-            rows.append(Row(dict(zip(table.rows, labels, strict=True)), cells))
+            named = {axis: choice for axis, choice in zip(table.rows, labels, strict=True) if choice}
+            rows.append(Row(named, cells))
     return rows
 
 

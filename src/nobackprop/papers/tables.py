@@ -206,7 +206,10 @@ def _count(numbers: Sequence[int], what: str) -> str:
 
 
 def caption(shown: Sheet) -> str:
-    what = "Test accuracy in %: mean ± standard deviation over seeds, and the 95 % interval of the mean."
+    what = (
+        "Test accuracy in %: mean ± standard deviation over seeds, and the 95 % interval of the mean over seeds, on "
+        "these test images."
+    )
     if any(name.endswith(": angle") for name in shown.head):
         what += (
             " The angle is that between a rule's update and backprop's gradient after the last epoch, the mean over "
@@ -233,6 +236,22 @@ def accuracy_table(found: Findings, table: Table) -> str:
 
 def place(result: Result) -> str:
     return described(result.trial.at)
+
+
+def before(found: Findings, result: Result) -> str:
+    """The verdict in an earlier form of the tests, with its date."""
+    return found.before.get((result.trial.claim.name, result.trial.reading, place(result)), "")
+
+
+def changed(found: Findings) -> str:
+    """A sentence on the verdicts that differ from those before, if there are any."""
+    now = [(r, before(found, r)) for r in found.verdicts]
+    differ = [
+        f"{r.trial.claim.name} ({r.trial.reading}, {place(r)}): {r.verdict}, before {then}"
+        for r, then in now
+        if then and then.rpartition(" (")[0] != r.verdict
+    ]
+    return f"Verdicts that differ from those of the tests before: {'; '.join(differ)}." if differ else ""
 
 
 def p_value(p: float | None) -> str:
@@ -281,11 +300,13 @@ def verdict_table(found: Findings) -> str:
         difference = f"{100 * r.mean:+.2f} ({low} to {high})" if r.seeds > 1 else f"{100 * r.mean:+.2f}"
         both = p_value(r.p_holds), p_value(r.p_fails)
         told = r.trial.claim.name, r.trial.reading, place(r), str(r.epochs), str(r.seeds)
-        body.append([*told, difference, *both, f"**{r.verdict}**"])
+        body.append([*told, difference, percent(r.margin) or "-", *both, f"**{r.verdict}**", r.would_decide or "-"])
+        body[-1] += [before(found, r) or "-"] if found.before else []
     points = "difference in points (95 % interval)"
-    header = ["claim", "settings", "where", "epochs", "seeds", points, "p, holds", "p, fails", "verdict"]
+    header = ["claim", "settings", "where", "epochs", "seeds", points, "margin", "p, holds", "p, fails", "verdict"]
+    header += ["seeds that would decide", *(["before"] if found.before else [])]
     lines = [markdown(header, body, 3), ""] if body else []
-    lines += [f"- {line}" for line in departures(found)] if body else []
+    lines += [f"- {line}" for line in [*departures(found), *filter(None, [changed(found)])]] if body else []
     return "\n".join([*lines, *(f"- {line}" for line in tests_not_run(found))]).rstrip()
 
 
@@ -341,12 +362,18 @@ def how(claims: Claims) -> str:
     """Explains how verdicts come about."""
     points = f"{claims.margin:g} percentage point{'s' * (claims.margin != 1)}"
     return (
-        f"Each test compares test accuracies seed by seed, at the level alpha = {claims.alpha:g} and with a margin "
-        f"of {points}. The difference is that of the comparison hardest to show: its mean over all seeds that its "
-        "two sides share, which may be more than the tables show, and its 95 % interval, which is not adjusted. "
-        "One p-value is of the test for the claim, the other of the test against it. Both are adjusted over all "
-        "tests of the paper, run or not (Holm). `src/nobackprop/papers/claims.py` defines the tests, and "
-        "`papers/<paper>/claims.yaml` fixes them; `results/README.md` says what has changed since then."
+        f"Each test compares test accuracies seed by seed, at the level alpha = {claims.alpha:g}. The margin is "
+        f"{points} or {claims.relative:.0%} of the error of what is compared with, whichever is less. "
+        "The difference is that of the comparison hardest to show: its mean over all seeds that its two sides share, "
+        "which may be more than the tables show, and its 95 % interval, which is not adjusted. Interval and p-values "
+        "take in the spread over seeds and the sampling of the test images. One p-value is of the test for the claim, "
+        "the other of the test against it. Those of all tests of the paper, run or not, are one family and are "
+        "adjusted together (Holm), so that the probability of any wrong verdict is at most alpha. Where a test is "
+        "undecided, a column says how many seeds would decide it, with 80 % power at the mean and spread seen, and "
+        "what they would show. `none on these test images` means that the difference is too small for so few images. "
+        "`src/nobackprop/papers/claims.py` defines the tests, and `papers/<paper>/claims.yaml` fixes them; "
+        "`results/README.md` says what has changed since then, and `results/verdicts_before.csv` has the verdicts from "
+        "before the last change."
     )
 
 
@@ -408,9 +435,12 @@ def verdicts_of(found: Findings) -> pd.DataFrame:
             "difference": percent(r.mean, 4),
             "low_95": percent(r.interval[0], 4) if r.interval else "",
             "high_95": percent(r.interval[1], 4) if r.interval else "",
+            "margin": percent(r.margin, 4),
             "p_holds": "" if r.p_holds is None else f"{r.p_holds:.6g}",
             "p_fails": "" if r.p_fails is None else f"{r.p_fails:.6g}",
             "verdict": r.verdict,
+            "would_decide": r.would_decide,
+            "before": before(found, r),
             "not_run": r.missing,
         }
         for r in found.verdicts

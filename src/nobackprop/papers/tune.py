@@ -1,40 +1,59 @@
 """Searches settings for a grid's cells by validation accuracy, with the same budget for each (search.yaml).
 
-    python scripts/tune.py lra_e --only dataset=mnist hidden_layers=3
-    python scripts/tune.py compare --only net=mlp rule=bp,lra_e --jobs 2
+    python scripts/tune.py compare --only net=mnist_mlp rule=bp,lra_e
+    python scripts/tune.py lra_e --only dataset=mnist hidden_layers=3 --jobs 2
 
 The cells are those of papers/<grid>/grid.yaml that take a file of tuned settings, `+tuned@_global_=...`. The search
-makes that file once a cell has all its trials. The trials are the points of a scrambled Halton sequence. So more trials
-go on where fewer ended, and every cell tries the same rates. Each trial is an ordinary run on one seed, and recorded
-trials are not run again. The best validation accuracy decides, never a test figure. A trial that diverges counts as 0.
-The command ends with a table. The exit status is 1 if all trials of a cell diverged or the command has a mistake.
+makes that file once a cell has all its trials. The trials of a cell are the points of a scrambled Halton sequence. More
+trials go on where fewer ended. With `rungs` the search is a successive halving: all trials train for the mini-batches
+of the first rung, the best of them train anew for those of the second, and so on, and the finalists do it with several
+seeds. `keep: 3` lets the best third of a rung go on. Each trial is an ordinary run, and recorded trials are not run
+again. The best validation accuracy decides, never a test figure. A trial that diverges counts as 0. The command ends
+with a table. It says where a winner lies near an end of its range, and how the order of trials after one rung agrees
+with that after the next one. The exit status is 1 if all trials of a cell diverged or the command has a mistake.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil, log, nan
 from pathlib import Path
+from statistics import mean
 from textwrap import wrap
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from omegaconf import OmegaConf
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+import pandas as pd
+from omegaconf import DictConfig, OmegaConf
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
-from scipy.stats import qmc
+from scipy.stats import qmc, spearmanr
 
 from nobackprop.composing import check, home, load
 from nobackprop.mistakes import Mistake, answering, close
 from nobackprop.papers.grid import TUNED, Cell, cells, composed, select
+from nobackprop.papers.work import passes
 from nobackprop.places import PAPERS
 from nobackprop.records import files, machine
+from nobackprop.records.identity import digest
 from nobackprop.records.record import Record
 from nobackprop.sweeps.jobs import Job
-from nobackprop.sweeps.local import Processes
+from nobackprop.sweeps.local import Basic, Processes
 
 Setting = bool | int | float | str
 Point = dict[str, Setting]
+EDGE = 0.05  # of a range, on its logarithmic scale: a winner that near to an end may have a better one beyond it
 
 
 class _Dimension(BaseModel):
@@ -50,6 +69,11 @@ class Range(_Dimension):
 
     def at(self, u: float) -> Setting:
         return float(f"{self.low * (self.high / self.low) ** u:.3g}")
+
+    def edge(self, value: Any) -> str:
+        """Which end of the range a value is near: low, high or neither, an empty text."""
+        u = log(value / self.low) / log(self.high / self.low)
+        return "low" if u < EDGE else "high" if u > 1 - EDGE else ""
 
     def __str__(self) -> str:
         return f"{self.low:g} to {self.high:g}"
@@ -68,13 +92,37 @@ class Choice(_Dimension):
 
 
 class Search(BaseModel):
-    """papers/<grid>/search.yaml."""
+    """papers/<grid>/search.yaml. A trial has either so many `epochs`, or the mini-batches of the rung that it is in."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    trials: PositiveInt
-    epochs: PositiveInt
+    trials: PositiveInt  # of each cell
+    epochs: PositiveInt | None = None
+    rungs: Annotated[list[PositiveInt], Field(min_length=1)] | None = None
+    keep: PositiveInt = 3  # one of so many trials of a rung goes on
     seed: NonNegativeInt  # of the trials; it draws the points, too
+    seeds: PositiveInt = 1  # of the last rung's trials: so many from `seed` on
+    draw: Literal["alike", "for each rule"]  # whether all cells try the same values of a key that they share
+    compute: PositiveInt | None = None  # of a run at equal compute, in forward passes of a mini-batch
+    where: dict[str, list[str]] = {}  # the part of the grid that is searched; cells that share settings are one
     space: Annotated[dict[str, Range | Choice], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Search":
+        if (self.epochs is None) == (self.rungs is None):
+            raise Mistake("give epochs or rungs")
+        if self.rungs and self.rungs != sorted(set(self.rungs)):
+            raise Mistake("rungs: each has more mini-batches than the one before")
+        return self
+
+    @property
+    def lengths(self) -> list[list[str]]:
+        """For each rung, the overrides that make a trial's length."""
+        if self.rungs is None:
+            return [[f"max_epochs={self.epochs}"]]
+        return [["max_epochs=1000", f"max_steps={steps}"] for steps in self.rungs]
+
+    def seeds_of(self, rung: int) -> list[int]:
+        return list(range(self.seed, self.seed + (self.seeds if rung == len(self.lengths) - 1 else 1)))
 
     @classmethod
     def read(cls, name: str) -> "Search":
@@ -85,8 +133,8 @@ class Search(BaseModel):
         path = PAPERS / name / "search.yaml"
         search = cls.of(load(path), str(path))
         known = {choice for cell in cells(name) for choice in cell.labels.items()}
-        for key, dimension in search.space.items():
-            for axis, choices in dimension.when.items():
+        for key, where in [("where", search.where), *((key, each.when) for key, each in search.space.items())]:
+            for axis, choices in where.items():
                 if unknown := [choice for choice in choices if (axis, choice) not in known]:
                     raise Mistake(f"{path}: {key}: no cell of the grid has {axis}={','.join(unknown)}")
         return search
@@ -97,55 +145,103 @@ class Search(BaseModel):
         try:
             search = cls.model_validate(content)
         except ValidationError as e:
-            told = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in e.errors())
+            each = [
+                (".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, ")) for error in e.errors()
+            ]
+            told = "; ".join(f"{where}: {text}" if where else text for where, text in each)
             raise Mistake(f"{source}: {told} (write low and high, both above 0, or values, two or more)") from None
         for key, dimension in search.space.items():
             if isinstance(dimension, Range) and dimension.low >= dimension.high:
                 raise Mistake(f"{source}: {key} goes from {dimension.low:g} to {dimension.high:g}: low must be less")
         return search
 
+    def cells(self, name: str) -> list[Cell]:
+        """The cells of a grid that this searches, one for each file of tuned settings."""
+        return [cell for cell in cells(name) if cell.tuned is not None and _fits(cell, self.where)]
+
     def within(self, cell: Cell) -> dict[str, Range | Choice]:
         """The part of the space that a cell searches."""
-        return {
-            key: dimension
-            for key, dimension in self.space.items()
-            if all(cell.labels.get(axis) in choices for axis, choices in dimension.when.items())
-        }
+        return {key: dimension for key, dimension in self.space.items() if _fits(cell, dimension.when)}
 
     def points(self, cell: Cell) -> list[Point]:
-        """The settings of each trial of a cell. A key has the same values in every cell that searches it."""
-        sequence = qmc.Halton(len(self.space), rng=self.seed).random(self.trials)
-        column = {key: i for i, key in enumerate(self.space)}
+        """The settings of each trial of a cell.
+
+        With `draw: alike`, a key has the same values in every cell that searches it. Otherwise they are drawn for the
+        cell's rule.
+        """
         within = self.within(cell)
+        keys, rng = list(self.space), self.seed
+        if self.draw == "for each rule":
+            keys, rng = list(within), int(digest({"seed": self.seed, "rule": cell.labels.get("rule")}), 16)
+        sequence = qmc.Halton(len(keys), rng=rng).random(self.trials)
+        column = {key: i for i, key in enumerate(keys)}
         return [{key: d.at(row[column[key]]) for key, d in within.items()} for row in sequence]
 
-    def overrides(self, cell: Cell, point: Point, further: Sequence[str]) -> list[str]:
-        """The overrides of a cell's trial at a point: all that the cell sets except its tuned settings."""
+    def fixed(self, cell: Cell, further: Sequence[str]) -> list[str]:
+        """The overrides that all trials of a cell have: all that the cell sets except its tuned settings."""
         own = [text for text in cell.overrides if not text.startswith(TUNED)]
-        fixed = [f"seeds=[{self.seed}]", f"max_epochs={self.epochs}", "logger=none"]
-        return [*own, *further, *fixed, *(f"{key}={value}" for key, value in point.items())]
+        return [*own, *further, "logger=none", "diagnostics=none", "workers=1"]
+
+    def overrides(self, cell: Cell, point: Point, further: Sequence[str], rung: int = 0) -> list[str]:
+        """The overrides of a cell's trial at a point."""
+        seeds = ",".join(map(str, self.seeds_of(rung)))
+        settings = (f"{key}={value}" for key, value in point.items())
+        return [*self.fixed(cell, further), f"seeds=[{seeds}]", *self.lengths[rung], *settings]
+
+
+def _fits(cell: Cell, where: Mapping[str, Sequence[str]]) -> bool:
+    return all(cell.labels.get(axis) in choices for axis, choices in where.items())
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The records of a point in a rung, one for each seed."""
+
+    point: Point
+    records: Sequence[Record]
+
+    @property
+    def validation(self) -> float:
+        """The mean over seeds; 0 for a seed that diverged."""
+        return mean(record.validation for record in self.records)
 
 
 @dataclass(frozen=True)
 class Searched:
-    """The result of the search of one cell: its trials, each a point and its record."""
+    """The result of the search of one cell: its trials in each rung."""
 
     cell: Cell
-    trials: Sequence[tuple[Point, Record]]
+    rungs: Sequence[Sequence[Trial]]
 
     @property
-    def best(self) -> tuple[Point, Record]:
-        """The trial with the best validation accuracy, and of equals the first."""
-        return max(self.trials, key=lambda trial: trial[1].validation)
+    def best(self) -> Trial:
+        """The trial with the best validation accuracy in the last rung, and of equals the first."""
+        return max(self.rungs[-1], key=lambda trial: trial.validation)
 
-    @property
-    def accuracy(self) -> float:
-        return self.best[1].validation
+    def edges(self, within: Mapping[str, Range | Choice]) -> dict[str, str]:
+        """The keys of which the best value is near an end of its range, and which end that is."""
+        ranges = {key: each for key, each in within.items() if isinstance(each, Range)}
+        return {key: end for key, each in ranges.items() if (end := each.edge(self.best.point[key]))}
+
+    def correlations(self) -> list[tuple[float, int]]:
+        """For each rung but the first: Spearman's correlation of the accuracies there with those one rung before.
+
+        It is of the trials that went on, whose number is given, too. It is NaN where there are fewer than three.
+        """
+        found = []
+        for before, after in pairwise(self.rungs):
+            first = {str(trial.point): trial.validation for trial in before}
+            pairs = [(first[str(trial.point)], trial.validation) for trial in after]
+            several = len(pairs) > 2 and all(len(set(side)) > 1 for side in zip(*pairs, strict=True))
+            result: Any = spearmanr(pairs) if several else None
+            found.append((float(result.statistic) if several else nan, len(pairs)))
+        return found
 
 
 def command_of(cell: Cell, name: str, search: Search, further: Sequence[str]) -> str:
     """The command that searches this cell alone."""
-    command = f"python scripts/tune.py {name} --trials {search.trials} --epochs {search.epochs} --only {cell}"
+    length = "" if search.epochs is None else f" --epochs {search.epochs}"
+    command = f"python scripts/tune.py {name} --trials {search.trials}{length} --only {cell}"
     return command + (f" --set {' '.join(further)}" if further else "")
 
 
@@ -159,15 +255,32 @@ def check_replaces(cell: Cell, name: str, search: Search, further: Sequence[str]
         raise Mistake(f"{cell.tuned} was found by `{before}`: delete it to search it in another way")
 
 
+def budget(search: Search) -> str:
+    """What each cell's trials cost, in words."""
+    if search.rungs is None:
+        return f"{search.trials} trials: seed {search.seed}, {search.epochs} epochs"
+    steps = ", ".join(map(str, search.rungs))
+    return (
+        f"{search.trials} trials: {steps} mini-batches, one in {search.keep} goes on, "
+        f"the last ones with {search.seeds} seeds from {search.seed} on"
+    )
+
+
 def write(found: Searched, name: str, search: Search, further: Sequence[str], path: Path) -> None:
-    """Writes the settings that were found as a file of conf/tuned, under a header that says how they were found."""
+    """Writes the settings that were found as a file of conf/tuned, under a header that says how they were found.
+
+    A search with `compute` writes a second file, in a folder `compute` beside it. It has the same settings, and the
+    number of mini-batches whose steps cost that much by `work.passes`.
+    """
     within = search.within(found.cell)
     told = (
-        f"The best by validation accuracy, {found.accuracy:.2%}, of {search.trials} trials: seed {search.seed}, "
-        f"{search.epochs} epochs. Searched: {'; '.join(f'{key} {dimension}' for key, dimension in within.items())}."
+        f"The best by validation accuracy, {found.best.validation:.2%}, of {budget(search)}. "
+        f"Searched: {'; '.join(f'{key} {dimension}' for key, dimension in within.items())}."
     )
+    if edges := found.edges(within):
+        told += f" Near an end of its range: {', '.join(f'{key} ({end})' for key, end in edges.items())}."
     settings = OmegaConf.create()
-    for key, value in found.best[0].items():
+    for key, value in found.best.point.items():
         OmegaConf.update(settings, key, value)
     header = [
         "# @package _global_",
@@ -175,44 +288,81 @@ def write(found: Searched, name: str, search: Search, further: Sequence[str], pa
         f"#   {command_of(found.cell, name, search, further)}",
     ]
     files.write_atomically(path, "\n".join([*header, OmegaConf.to_yaml(settings)]).encode())
+    if search.compute:
+        run = Job("", composed(search.overrides(found.cell, found.best.point, further))).run
+        cost = passes(run.rule, run.net, run.settings.batch_size)
+        settings.max_steps = max(1, round(search.compute / cost))
+        told = f"As {path.stem}, for {search.compute} forward passes in all. A step costs {cost:.2f} of them."
+        content = "\n".join([header[0], f"# {told}", OmegaConf.to_yaml(settings)])
+        files.write_atomically(path.parent / "compute" / path.name, content.encode())
 
 
 def tune(
-    name: str, search: Search, chosen: Sequence[Cell], further: Sequence[str], jobs: int, console: Console
+    search: Search, chosen: Sequence[Cell], further: Sequence[str], jobs: int, console: Console
 ) -> Iterator[Searched]:
     """Runs every trial that has no record yet, so many at a time. Gives each cell when all its trials have ended.
 
     Raises Mistake for a space that does not fit a cell, before any trial, and for a trial that fails.
     """
-    trials = [(cell, point) for cell in chosen for point in search.points(cell)]
-    ready = {}
-    for i, (cell, point) in enumerate(track(trials, f"{name}: composing", console=console)):
-        label = " ".join([str(cell), *(f"{key}={value}" for key, value in point.items())])
-        ready[i] = Job(label, composed(search.overrides(cell, point, further)))
-        if i % search.trials == 0:
-            _ = ready[i].run  # a space that does not fit is refused before any trial
-    ended: dict[int, Record] = {}
-    title = f"{name}: {len(chosen)} cells, {search.trials} trials each"
-    outcomes = Processes(jobs).run(ready, lambda i, text: None, console, wait_for_others=True)
-    for i, outcome in track(outcomes, title, len(trials), console=console):
-        if outcome.state == "failed":
-            raise Mistake(f"{ready[i].label}: {outcome.details}")
-        (ended[i],) = outcome.records
-        of_cell = range(first := i - i % search.trials, first + search.trials)
-        if all(k in ended for k in of_cell):
-            yield Searched(trials[i][0], [(trials[k][1], ended[k]) for k in of_cell])
+    first = {str(cell): composed(search.overrides(cell, search.points(cell)[0], further)) for cell in chosen}
+    for cell in chosen:
+        _ = Job(str(cell), first[str(cell)]).run
+    for i, cell in enumerate(chosen):
+        points, rungs = search.points(cell), []
+        for rung in range(len(search.lengths)):
+            console.print(f"{cell} ({i + 1} of {len(chosen)}), rung {rung + 1}: {len(points)} trials", highlight=False)
+            ready = {k: _job(search, cell, point, rung, first[str(cell)]) for k, point in enumerate(points)}
+            ended: dict[int, Trial] = {}
+            launcher = Basic() if jobs == 1 else Processes(jobs)  # which saves a process for each trial
+            for k, outcome in launcher.run(ready, lambda k, text: None, Console(quiet=True), wait_for_others=True):
+                if outcome.state == "failed":
+                    raise Mistake(f"{ready[k].label}: {outcome.details}")
+                ended[k] = Trial(points[k], outcome.records)
+            rungs.append([ended[k] for k in sorted(ended)])
+            best_first = sorted(rungs[-1], key=lambda trial: -trial.validation)
+            points = [trial.point for trial in best_first[: ceil(len(best_first) / search.keep)]]
+        yield Searched(cell, rungs)
 
 
-def table(found: Sequence[Searched]) -> Table:
-    """A table with each cell's best validation accuracy, the settings that gave it, and how the trials went."""
-    result = Table("cell", "validation", "best settings", "trials", "diverged", "seconds")
+def _job(search: Search, cell: Cell, point: Point, rung: int, first: DictConfig) -> Job:
+    """A trial's job. Hydra composes the config of a cell once; here, values of it are replaced."""
+    config = deepcopy(first)
+    lengths = {key: int(value) for key, _, value in (text.partition("=") for text in search.lengths[rung])}
+    for key, value in {**lengths, "seeds": search.seeds_of(rung), **point}.items():
+        OmegaConf.update(config, key, value)
+    return Job(" ".join([str(cell), *(f"{key}={value}" for key, value in point.items())]), config)
+
+
+def rows(search: Search, found: Sequence[Searched]) -> pd.DataFrame:
+    """A line for each cell: its best validation accuracy, the settings that gave it, and how the trials went."""
+    lines = []
     for each in found:
-        settings = " ".join(f"{key}={value}" for key, value in each.best[0].items()) if each.accuracy else "-"
-        every = [record for _, record in each.trials]
-        diverged, seconds = sum(r.diverged_epoch is not None for r in every), sum(r.seconds for r in every)
-        result.add_row(
-            str(each.cell), f"{each.accuracy:.2%}", settings, *map(str, (len(every), diverged, round(seconds)))
+        every = [record for trials in each.rungs for trial in trials for record in trial.records]
+        edges = each.edges(search.within(each.cell))
+        lines.append(
+            {
+                **each.cell.labels,
+                "validation": f"{each.best.validation:.2%}",
+                "settings": " ".join(f"{key}={value}" for key, value in each.best.point.items()),
+                "near an end": " ".join(f"{key}:{end}" for key, end in edges.items()),
+                "rank correlations": " ".join(f"{rho:.2f} (n={n})" for rho, n in each.correlations()),
+                "rungs": " ".join(map(str, search.rungs or [])),
+                "trials": len(each.rungs[0]),
+                "runs": len(every),
+                "mini-batches": sum(record.steps for record in every),
+                "diverged": sum(record.diverged_epoch is not None for record in every),
+                "seconds": round(sum(record.seconds for record in every)),
+            }
         )
+    return pd.DataFrame(lines)
+
+
+def table(found: Sequence[Searched], frame: pd.DataFrame) -> Table:
+    """The lines of `rows` for the screen."""
+    shown = ["validation", "settings", "near an end", "rank correlations", "runs", "diverged", "seconds"]
+    result = Table("cell", *shown)
+    for each, line in zip(found, frame[shown].itertuples(index=False), strict=True):
+        result.add_row(str(each.cell), *map(str, line))
     return result
 
 
@@ -225,6 +375,10 @@ def main() -> None:
     )
     parser.add_argument("--trials", type=int, help="of each cell, instead of the search's")
     parser.add_argument("--epochs", type=int, help="of each trial, instead of the search's")
+    parser.add_argument(
+        "--keep", type=int, help="one of so many trials goes on, to look at; 1: all do (no settings are written)"
+    )
+    parser.add_argument("--table", type=Path, metavar="FILE.csv", help="where to write the table, too")
     parser.add_argument("--jobs", type=int, choices=range(1, cores + 1), default=cores, help="trials at a time")
     parser.add_argument("--runs", help="the folder of the trials (default: runs/tune/SEARCH)")
     parser.add_argument(
@@ -234,18 +388,20 @@ def main() -> None:
     console = Console()
     with answering(parser.prog):
         search = Search.read(options.search)
-        given = {key: value for key in ("trials", "epochs") if (value := getattr(options, key)) is not None}
-        search = Search.of(search.model_dump() | given, "the command")
-        tuned = [cell for cell in cells(options.search) if cell.tuned is not None]
-        chosen = select(tuned, options.only)
-        for cell in chosen:
+        lengths = {key: getattr(options, key) for key in ("trials", "epochs", "keep")}
+        search = Search.of(search.model_dump() | {k: v for k, v in lengths.items() if v is not None}, "the command")
+        chosen = select(search.cells(options.search), options.only)
+        for cell in chosen if options.keep is None else ():
             check_replaces(cell, options.search, search, options.set)
         further = [home(text) for text in (*options.set, f"paths.runs={options.runs or f'runs/tune/{options.search}'}")]
         check(further)
         found = []
-        for each in tune(options.search, search, chosen, further, options.jobs, console):
+        for each in tune(search, chosen, further, options.jobs, console):
             found.append(each)
-            if each.accuracy and each.cell.tuned is not None:
+            console.print(f"{each.cell}: {each.best.validation:.2%} {each.best.point}", highlight=False, soft_wrap=True)
+            if each.best.validation and each.cell.tuned is not None and options.keep is None:
                 write(each, options.search, search, options.set, each.cell.tuned)
-    console.print(table(found))
-    parser.exit(0 if all(each.accuracy for each in found) else 1)
+            if options.table:
+                files.write_atomically(options.table, rows(search, found).to_csv(index=False).encode())
+    console.print(table(found, rows(search, found)))
+    parser.exit(0 if all(each.best.validation for each in found) else 1)

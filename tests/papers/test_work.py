@@ -1,0 +1,40 @@
+"""The counted work of a step, and the lengths of runs at equal compute that follow from it."""
+
+import pytest
+from conftest import CONF
+
+from nobackprop.core.network import mlp
+from nobackprop.papers import grid, tune
+from nobackprop.papers.work import passes
+from nobackprop.rules.bp import BP
+from nobackprop.rules.dfa import DFA
+from nobackprop.rules.equilibrium_propagation import EquilibriumPropagation
+from nobackprop.sweeps.jobs import Job
+
+NET = mlp((784,), 10, hidden=[256, 256], activation="tanh")
+FORWARD = 784 * 256 + 256 * 256 + 256 * 10
+
+
+def test_work_is_counted_in_forward_passes() -> None:
+    down = 256 * 256 + 256 * 10
+    assert passes(BP(), NET) == pytest.approx((2 * FORWARD + down) / FORWARD)  # forward, gradients, and errors down
+    assert passes(DFA(), NET) == pytest.approx((2 * FORWARD + 2 * 256 * 10) / FORWARD)
+    few, many = (passes(EquilibriumPropagation(free_steps=n, nudged_steps=n), NET) for n in (10, 20))
+    assert 1.5 < many / few < 2.1
+
+
+def test_runs_at_equal_compute_cost_the_same() -> None:
+    """Each file of settings ends its run after as many forward passes as every other one, to a step."""
+    compute = tune.Search.read("compare").compute
+    assert compute
+    cells = [cell for cell in grid.cells("compare") if cell.labels.get("budget") == "compute"]
+    searched = [cell for cell in cells if cell.tuned and cell.tuned.exists()]
+    assert {cell.tuned for cell in searched} == {*(CONF / "tuned" / "compare" / "compute").glob("*.yaml")}
+    for cell in searched:
+        run = Job("", cell.config(["paths.runs=unused"])).run
+        cost = passes(run.rule, run.net, run.settings.batch_size)
+        assert run.settings.max_steps == round(compute / cost)
+        other = {**cell.labels, "budget": "epochs", "schedule": "constant"}
+        (alone,) = [each for each in grid.cells("compare") if each.labels == other]
+        same = Job("", alone.config(["paths.runs=unused"])).settings
+        assert (same.rule, same.optimizer, same.init) == (run.settings.rule, run.settings.optimizer, run.settings.init)
