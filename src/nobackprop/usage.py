@@ -13,15 +13,14 @@ from nobackprop.composing import compose, first, options
 from nobackprop.places import CONF
 
 WIDTH, COLUMN = 100, 23
-MOST = 8  # so many choices of a folder are named; of more only the number is shown
+MOST = 4  # so many choices of a folder are named; of more only the number is shown
 
 HEAD = """\
 nobackprop trains deep nets without backpropagation: nobackprop [group=choice] [key=value] [option]
 Groups, each with its choice if you say nothing:"""
 TAIL = """\
 Options: --dry-run, --multirun, --cfg job (the whole config), --version, --hydra-help (all others)
-  nobackprop rule=dfa dataset=mnist seeds=3 max_epochs=20
-  nobackprop --multirun rule=bp,fa,dfa update=mean,unit_norm --dry-run
+  nobackprop rule=dfa dataset=mnist seeds=3; nobackprop --multirun rule=bp,fa,dfa --dry-run
   nobackprop rule=dtp optimizer=sgd --help    # the keys of these choices, as optimizer.momentum
 Read on: docs/tutorial.md, docs/how_to/ (sweeps, nets, ...), CONTRIBUTING.md (a rule of your own)
 """
@@ -80,7 +79,7 @@ def _short(names: Sequence[str]) -> Iterator[str]:
     """Names, with those in one folder together, such as mdfa/{allconv,base}."""
     within = defaultdict(list)
     for name in names:
-        folder, _, own = name.rpartition("/")
+        folder, _, own = name.partition("/") if "/" in name else ("", "", name)
         within[folder].append(own)
     yield from within.pop("", [])
     for folder, own in within.items():

@@ -97,13 +97,16 @@ class Rule(ABC):
     def all_grads(self, net: Network, w: Weights, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """The gradients of all phases at the same weights, and the logits. A later gradient replaces an earlier one.
 
-        It is for looking at a step without taking it. Training goes through `phases`.
+        It is for looking at a step without taking it. Training goes through `phases`. Raises Mistake where the last
+        phase gives what no weight's name has.
         """
-        every, logits = {}, None
+        every, logits, given = {}, None, {}
         for phase in self.phases():
             given, logits = phase(net, w, batch)
             grads, batch = batch.after(given, w)
             every |= grads
+        if unknown := given.keys() - w.keys():
+            raise Mistake(f"rule {type(self).__name__} gives gradients of {sorted(unknown)}, which are no weights")
         return every, self.logits(net, w, batch.x) if logits is None else logits
 
     def noise(self, net: Network, samples: int) -> dict[str, Shape]:

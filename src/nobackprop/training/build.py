@@ -265,8 +265,6 @@ def _try_rule(run: Run, device: torch.device) -> dict[str, Shape]:
         if not hardware.too_little_memory(e):
             raise
         raise Mistake(f"arch: this net takes more memory than there is: {hardware.first_line(e)}") from e
-    if unknown := grads.keys() - w.keys():
-        raise Mistake(f"rule {type(rule).__name__} gives gradients of {sorted(unknown)}, which are no weights")
     for name, g in grads.items():
         if g.shape != w[name].shape:
             raise Mistake(
