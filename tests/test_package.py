@@ -163,7 +163,7 @@ def test_the_help_fits_two_screens_and_has_every_group_and_key_with_its_comment(
         if (CONF / name).is_dir() and name != "tuned":
             choices = told.partition(f"{comment}: ")[2]
             assert choices.startswith(", ".join(options(name)))
-    for setting in ("debug", "mlp_mnist", "tf2_fashion", "+sweep=", "--hydra-help", "docs/tutorial.md"):
+    for setting in ("debug", "nets/mnist", "lra_e/(8)", "+sweep=", "--hydra-help", "docs/tutorial.md"):
         assert setting in told
     (tmp_path / "own" / "rule").mkdir(parents=True)
     (tmp_path / "own" / "rule" / "zebra.yaml").write_text("# Stripes.\n_target_: mine.Zebra\nstripes: 3\n")
