@@ -26,8 +26,8 @@ from nobackprop.core.rule import FAMILIES, Batch, Rule
 from nobackprop.mistakes import Mistake
 from nobackprop.papers.figures import within_a_page
 from nobackprop.papers.results import Cost, Findings
-from nobackprop.papers.work import passes
 from nobackprop.places import CONF, RESULTS
+from nobackprop.training.work import passes
 
 
 def pages(every: Sequence[Findings], drawn: Mapping[str, Mapping[str, bytes]]) -> dict[str, str]:

@@ -128,7 +128,7 @@ def test_a_rate_that_changes_counts_at_once(optimizer: Any) -> None:
     w = initial_weights(NET, BP(), Normal(0.4), Normal(0.4), 0)
     pair = learners(NET, BP(), [w], partial(optimizer, lr=0.01))
     for each in pair:
-        before = iter([0.01, 0.01, 0.01, 0.5, 0.1])
+        before = iter([0.01] * 8 + [0.5, 0.1])
         step = each.step
 
         def changing(x: Tensor, y: Tensor, each: Any = each, before: Any = before, step: Any = step) -> Any:

@@ -43,13 +43,13 @@ from scipy.stats import qmc, spearmanr
 from nobackprop.composing import check, home, load
 from nobackprop.mistakes import Mistake, answering, close
 from nobackprop.papers.grid import TUNED, Cell, cells, composed, select
-from nobackprop.papers.work import passes
 from nobackprop.places import PAPERS
 from nobackprop.records import files, machine
 from nobackprop.records.identity import digest
 from nobackprop.records.record import Record
 from nobackprop.sweeps.jobs import Job
 from nobackprop.sweeps.local import Basic, Processes
+from nobackprop.training.work import passes
 
 Setting = bool | int | float | str
 Point = dict[str, Setting]

@@ -5,11 +5,11 @@ from conftest import CONF
 
 from nobackprop.core.network import mlp
 from nobackprop.papers import grid, tune
-from nobackprop.papers.work import passes
 from nobackprop.rules.bp import BP
 from nobackprop.rules.dfa import DFA
 from nobackprop.rules.equilibrium_propagation import EquilibriumPropagation
 from nobackprop.sweeps.jobs import Job
+from nobackprop.training.work import passes
 
 NET = mlp((784,), 10, hidden=[256, 256], activation="tanh")
 FORWARD = 784 * 256 + 256 * 256 + 256 * 10
