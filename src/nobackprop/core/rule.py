@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -34,8 +34,7 @@ class Batch:
 
     def after(self, given: Mapping[str, Tensor], w: Weights) -> tuple[dict[str, Tensor], "Batch"]:
         """What a phase gave for the weights, and the batch as the next phase gets it, with all else that it gave."""
-        left = {name: t for name, t in given.items() if name not in w}
-        grads = {name: t for name, t in given.items() if name in w}
+        grads, left = apart(given, w)
         return grads, replace(self, noise={**self.noise, **left}) if left else self
 
 
@@ -50,6 +49,18 @@ FAMILIES = {
     "Hebbian": "What is active together is tied together, and labels train the output alone.",
     "others": "What belongs to none of these.",
 }
+
+
+def apart(given: Mapping[str, Tensor], w: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Of what a phase gave, the gradients of weights, and what it leaves for the phases after it."""
+    grads = {name: t for name, t in given.items() if name in w}
+    return grads, {name: t for name, t in given.items() if name not in w}
+
+
+def each(values: Tensor, like: Tensor) -> Tensor:
+    """Values (N,) of samples, to be broadcast over tensors shaped like `like`."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
 
 Phase = Callable[[Network, Weights, Batch], Grads]
 

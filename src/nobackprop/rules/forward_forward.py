@@ -10,7 +10,7 @@ from torch import Tensor
 from nobackprop.core.layers import Dense
 from nobackprop.core.maps import Shape
 from nobackprop.core.network import Network, Weights
-from nobackprop.core.rule import Batch, Draw, Grads, Rule
+from nobackprop.core.rule import Batch, Draw, Grads, Rule, each
 from nobackprop.mistakes import Mistake
 
 TINY = 1e-8  # keeps a layer without any activity from dividing by zero
@@ -95,7 +95,7 @@ class ForwardForward(Rule):
         n, g, seen = len(sign), {}, {}
         for l, below, z, h, handed_on in self._layers(net, w, torch.cat(x)):
             dG = sign * torch.sigmoid(sign * (_goodness(h[:n]) - self.theta * net.units(l)))
-            d = _each(dG, h) * 2 * h[:n] * net.df(l, z[:n], h[:n])  # (2 N, *shape of layer l)
+            d = each(dG, h) * 2 * h[:n] * net.df(l, z[:n], h[:n])  # (2 N, *shape of layer l)
             g |= net.hebbian(l, below[:n], d)
             seen[l] = handed_on[n:]
         if self.readout == "goodness":
@@ -210,9 +210,4 @@ def _goodness(h: Tensor) -> Tensor:
 
 def _normalized(h: Tensor) -> Tensor:
     """Each sample's activations at a mean square of 1."""
-    return h / _each(h.flatten(1).square().mean(1).sqrt() + TINY, h)
-
-
-def _each(values: Tensor, like: Tensor) -> Tensor:
-    """Values (N,) of samples, to be broadcast over tensors shaped like `like`."""
-    return values.view(-1, *[1] * (like.ndim - 1))
+    return h / each(h.flatten(1).square().mean(1).sqrt() + TINY, h)

@@ -3,11 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from nobackprop.core.maps import Shape
 from nobackprop.core.network import Network, Weights
-from nobackprop.core.rule import Batch, Grads, Rule
+from nobackprop.core.rule import Batch, Grads, Rule, each
 from nobackprop.mistakes import Mistake
 
 
@@ -48,8 +46,3 @@ class NodePerturbation(Rule):
 
     def noise(self, net: Network, samples: int) -> dict[str, Shape]:
         return {f"z{l}": (samples, *net.shapes[l]) for l in range(1, net.L + 1)}
-
-
-def each(values: Tensor, like: Tensor) -> Tensor:
-    """Values (N,) of samples, to be broadcast over tensors shaped like `like`."""
-    return values.view(-1, *[1] * (like.ndim - 1))

@@ -60,6 +60,7 @@ class SoftHebb(Rule):
                 y = torch.where(u == u.amax(units, keepdim=True), y, -y)
             won = (y * u).movedim(units, 0).flatten(1).sum(1) / len(u)  # (units,)
             g[f"W{l}"] = layer.hebbian(r, -y)[0] + won.view(-1, *[1] * (W.ndim - 1)) * W
-            h = net.f(l, net.preactivation(l, w, h))
+            b = w.get(f"b{l}", torch.zeros_like(won))
+            h = net.f(l, u + (b[:, None, None] if units == 1 else b))
         z = net.preactivation(net.L, w, h)
         return g | net.hebbian(net.L, h, batch.error(z)), z

@@ -17,7 +17,7 @@ from nobackprop.core.losses import Loss
 from nobackprop.core.network import Network
 from nobackprop.core.optimizers import Prepared
 from nobackprop.core.random import normal
-from nobackprop.core.rule import Batch, Phase, Rule
+from nobackprop.core.rule import Batch, Phase, Rule, apart
 from nobackprop.core.updates import UPDATES
 from nobackprop.data.batches import EvalBatches, TrainBatches
 from nobackprop.data.pixels import Pixels
@@ -148,7 +148,7 @@ class Learner(LightningModule):
             if given is not self.given or self.weights[self.sample].grad is None or self.ours is None:
                 self._give(given, gradients)
             if len(self.gradients) > 1:  # the phases after this one get what it leaves
-                noise = {**noise, **{name: t for name, t in given.items() if name not in self.weights}}
+                noise = {**noise, **apart(given, self.weights)[1]}
             self.move_weights()
             if self.constrain is not None:
                 for name, projected in self.constrain(self.stack).items():
@@ -185,8 +185,7 @@ class Learner(LightningModule):
         for p in self.weights.values():
             p.grad = None  # frees the memory
         given, logits = self.phases[phase](self.stack, x, y, noise)
-        left = {name: t for name, t in given.items() if name not in self.weights}
-        grads = {name: g for name, g in given.items() if name in self.weights}
+        grads, left = apart(given, self.weights)
         if self.ranks > 1:
             grads = mean_over_processes(grads, self.trainer.strategy, self.w["W1"].dtype)
         samples = y.shape[-2] * self.ranks
