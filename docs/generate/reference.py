@@ -129,6 +129,7 @@ def _derivative(rule: Rule) -> str:
     """Whether it needs f': sign has none, and says so when it is asked."""
     net = _net("sign")
     try:
+        rule.check(net)
         rule.all_grads(net, _weights(rule, net), _batch(rule, net))
     except Mistake:
         return "yes"
@@ -192,9 +193,10 @@ of rules differ in how a layer learns what it did wrong.
 
 The table says what each rule needs. It is made by running the rule on small nets when this page is built. *f'* says
 whether the rule needs the derivative of the activation. *Uses of W above* says what a layer's error takes of the
-weights above it: backprop needs their values. *Own weights* are those besides W and b; "as W" means that they have the
-shapes of W. *Refuses* names the parts of nets for which the rule has no form; below it says why. *Work* is the
-arithmetic of a training step, where a forward pass is 1. *Time* and *memory* are those of a step of {experiment}
+weights above it: backprop needs their values. Rules that perturb something take them in by a forward pass alone, and
+bring no weight down. *Own weights* are those besides W and b; "as W" means that they have the shapes of W. *Refuses*
+names the parts of nets for which the rule has no form; below it says why. *Work* is the arithmetic of a training step,
+where a forward pass is 1. *Time* and *memory* are those of a step of {experiment}
 (`results/benchmark.csv`), where backprop has 1."""
 
 
@@ -224,14 +226,13 @@ def _table(known: Mapping[str, Needs], families: Mapping[str, str], costs: Mappi
 
 
 def _field(every: Sequence[Findings], drawn: Mapping[str, Mapping[str, bytes]]) -> list[str]:
-    """The figure of the whole field, of each table with a line for each rule."""
-    parts = []
+    """The figures of the whole field, one for each table with a line for each rule."""
+    parts = ["## Error against cost", "The best rules are at the bottom left."]
     for found in every:
         for name, svg in drawn[found.paper].items():
             if name.endswith("_cost"):
-                parts += ["## Error against cost", raw(element("figure", within_a_page(svg), _class="drawn"))]
-                told = "The best rules are at the bottom left. The runs are those of"
-                parts.append(f"{told} [{found.layout.title}](../results/{found.paper}.md).")
+                parts.append(raw(element("figure", within_a_page(svg), _class="drawn")))
+                parts.append(f"The runs are those of [{found.layout.title}](../results/{found.paper}.md).")
     return parts
 
 
