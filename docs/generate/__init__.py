@@ -15,7 +15,7 @@ def pages() -> dict[str, bytes]:
     every = every_paper(RESULTS)
     drawn = {found.paper: figures(found) for found in every}
     made = {f"results/{found.paper}.md": results.page(found, drawn[found.paper]) for found in every}
-    made["results/index.md"] = results.overview(every, RESULTS / "README.md")
+    made["results/index.md"] = results.overview(every, drawn, RESULTS / "README.md")
     made["results/elsewhere.md"] = results.elsewhere(published())
     made["results/all_rules.html"] = results.all_rules(drawn)
     made |= {f"reference/{name}.md": text for name, text in reference.pages(every, drawn).items()}

@@ -1,5 +1,6 @@
 """The results of each paper as a page: its README in words, every verdict, tables that sort, figures, and all cells."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -264,8 +265,8 @@ def elsewhere(every: Mapping[str, Published]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def overview(every: Sequence[Findings], readme: Path) -> str:
-    """results/README.md, with a line for each paper: its verdicts, and how many runs there are."""
+def overview(every: Sequence[Findings], drawn: Mapping[str, Mapping[str, bytes]], readme: Path) -> str:
+    """results/README.md, with its figures, and a line for each paper: its verdicts, and how many runs there are."""
     rows = []
     for found in every:
         kinds = [result.verdict.split()[0] for result in found.verdicts]
@@ -275,5 +276,12 @@ def overview(every: Sequence[Findings], readme: Path) -> str:
         rows.append([cell(link), *(cell(text, True) for text in [*counts, str(number)])])
     table = sortable(["results", "claims' tests that hold", "fail", "are undecided", "runs shown"], rows, 4)
     tree = "\n".join(["```{toctree}", ":hidden:", "", *(found.paper for found in every), "elsewhere", "```"])
+
+    def figure(match: re.Match[str]) -> str:
+        svg = within_a_page(drawn[match[2]][match[3]])
+        return raw(element("figure", svg, _class="drawn", aria_label=match[1]))
+
     head, _, body = readme.read_text().partition("\n")
-    return "\n\n".join([head, tree, raw(table), body.lstrip("\n")])
+    body = re.sub(r"!\[(.*)\]\(figures/(\w+)/(\w+)\.svg\)", figure, body).replace("](tables/", "](")
+    first, mark, rest = body.partition("<!-- end -->")
+    return "\n\n".join([head, tree, first.strip() + mark, raw(table), rest.lstrip("\n")])

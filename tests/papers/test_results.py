@@ -22,6 +22,7 @@ from nobackprop.papers import colours, figures, grid, results as module, tables
 from nobackprop.papers.claims import Score
 from nobackprop.papers.grid import Cell, cells
 from nobackprop.papers.results import Composer, Findings, Row, Table, findings
+from nobackprop.papers.take_home import take_home
 from nobackprop.records.gathering import collect
 from nobackprop.records.identity import before
 from nobackprop.records.record import Record
@@ -624,6 +625,35 @@ def test_what_is_generated_is_up_to_date(every_paper: list[Findings]) -> None:
     assert [str(path) for path, content in files.items() if not path.exists() or path.read_bytes() != content] == []
     made = {path for folder in ("tables", "figures") for path in (ROOT / "results" / folder).rglob("*.*")}
     assert made <= set(files)
+
+
+def test_every_sentence_to_take_home_holds(every_paper: list[Findings]) -> None:
+    content, verdicts = take_home(every_paper)
+    assert {(r.trial.claim.text, r.verdict) for r in verdicts} == {(claim.text, "holds") for claim in content.claims}
+    assert len(content.claims) == 10
+    assert all((ROOT / "results" / "figures" / d.paper / f"{d.figure}.svg").exists() for d in content.figures)
+
+
+def test_a_sentence_without_runs_says_so_and_shows_no_number(results: Path) -> None:
+    lines = tables.sentences([findings("lra_e", [], results)]).splitlines()[2:12]
+    assert all(line.endswith(" | - | - | - | not run |") for line in lines)
+
+
+def test_what_further_seeds_would_decide_is_listed_with_its_cost_the_cheapest_first(results: Path) -> None:
+    """Of two tests with the same numbers, the one of slower runs costs more."""
+    records = []
+    for depth, wall in (("3", 3600.0), ("5", 360.0)):
+        for seed, noise in enumerate((-0.05, 0.0, 0.06)):
+            runs = [lra(seed, 0.5 + noise, hidden_layers=depth)]
+            runs += [lra(seed, 0.8, hidden_layers=depth, rule=rule) for rule in ("bp", "fa", "dfa")]
+            records += [run.model_copy(update={"wall_s": wall}) for run in runs]
+    found = findings("lra_e", records, results)
+    told, _, *rows = tables.what_is_next([found]).splitlines()
+    lines = [[text.strip() for text in row.strip("| ").split("|")] for row in rows[2:]]
+    assert [line[3] for line in lines] == ["mnist, 5 hidden layers", "mnist, 3 hidden layers"]
+    for line, hours in zip(lines, (0.4, 4.0), strict=True):  # of one more seed of four rules
+        assert line[5:] == ["3", line[6], "fails", f"{(int(line[6]) - 3) * hours:.1f}"]
+    assert "further seeds would decide 2, at the mean" in told
 
 
 def test_a_place_that_names_nothing_is_refused() -> None:

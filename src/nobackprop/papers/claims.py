@@ -97,12 +97,12 @@ class Claim(_Strict):
 
 
 class Claims(_Strict):
-    """A paper's claims.yaml. A reading is one way to take the paper's settings; every claim is tested under each."""
+    """A file of claims. A reading is one way to take a paper's settings; every claim is tested under each."""
 
     alpha: float = Field(gt=0, lt=0.5)
     margin: float = Field(gt=0, description="percentage points")
     relative: float = Field(gt=0, lt=1, description="margin as a share of the error of what is compared with")
-    readings: dict[str, Labels] = Field(min_length=1)
+    readings: dict[str, Labels] = Field({"": {}}, min_length=1)
     claims: list[Claim] = Field(min_length=1)
 
 

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Any, Literal
@@ -39,6 +39,7 @@ from nobackprop.records.record import Record
 from nobackprop.training.config import Settings
 
 ANGLE = "angle/update_W"
+Place = tuple[tuple[str, str], ...]  # labels in order
 Choices = Annotated[list[Annotated[str, BeforeValidator(str)]], Field(min_length=1)]
 
 
@@ -287,6 +288,11 @@ class Findings:
     before: Mapping[tuple[str, str, str], str]  # verdicts of an earlier form of the tests, by claim, reading and place
     claims: Claims | None
     costs: Mapping[str, Mapping[str, Cost]]  # by experiment and rule
+    cells: Mapping[Place, Found]  # every cell of the grid
+
+    def accuracies(self, labels: Labels) -> Accuracies | str:
+        """Those of a cell, for tests, or why there are none."""
+        return _accuracies(self.cells, labels)
 
     def costs_of(self, row: Row) -> Mapping[str, Cost]:
         """The cost of each rule's step in a row's experiment, where it was measured."""
@@ -362,17 +368,17 @@ def findings(paper: str, records: Iterable[Record], results: Path = RESULTS) -> 
     found = [_find(cell, layout, runs, not_run, known) for cell in grid]
     tables = {table.name: _rows(table, found) for table in layout.tables}
     every = {_place(cell.labels): cell for cell in found}
-
-    def accuracies(labels: Labels) -> Accuracies | str:
-        cell = every.get(_place(labels))
-        if cell is None:
-            unknown = [c for axis, c in labels.items() if all(cell.labels.get(axis) != c for cell in found)]
-            return f"not in the grid: {', '.join(unknown) or described(labels)}"
-        return cell.for_claims or cell.reason
-
-    verdicts = judge(fixed, accuracies) if fixed else []
+    verdicts = judge(fixed, partial(_accuracies, every)) if fixed else []
     before = verdicts_before(paper, results / "verdicts_before.csv")
-    return Findings(paper, layout, known, tables, verdicts, before, fixed, costs(results / "benchmark.csv"))
+    return Findings(paper, layout, known, tables, verdicts, before, fixed, costs(results / "benchmark.csv"), every)
+
+
+def _accuracies(every: Mapping[Place, Found], labels: Labels) -> Accuracies | str:
+    cell = every.get(_place(labels))
+    if cell is None:
+        unknown = [c for axis, c in labels.items() if all(cell.labels.get(axis) != c for cell in every.values())]
+        return f"not in the grid: {', '.join(unknown) or described(labels)}"
+    return cell.for_claims or cell.reason
 
 
 def verdicts_before(paper: str, path: Path) -> dict[tuple[str, str, str], str]:
@@ -414,7 +420,7 @@ def described(labels: Mapping[str, str]) -> str:
     return ", ".join(f"{v} {k}" if v.isdigit() else v for k, v in labels.items()).replace("_", " ")
 
 
-def _place(labels: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+def _place(labels: Mapping[str, str]) -> Place:
     return tuple(sorted(labels.items()))
 
 

@@ -4,8 +4,8 @@
 
 Nothing is trained and nothing is downloaded. All comes from results/records, papers/, results/not_run.yaml,
 results/benchmark.csv and conf/, and the same files give the same bytes. The command writes results/tables/<paper>.md,
-.csv, .tex and <paper>_verdicts.csv, results/figures/<paper>/*.svg, and in papers/*/README.md the text between
-`<!-- verdicts: <paper> -->` and `<!-- end -->`.
+.csv, .tex and <paper>_verdicts.csv, results/figures/<paper>/*.svg, and in papers/*/README.md and results/README.md
+the text between a place such as `<!-- verdicts: <paper> -->` and `<!-- end -->`.
 """
 
 import argparse
@@ -14,20 +14,23 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pandas as pd
 
 from nobackprop.mistakes import Mistake, answering
-from nobackprop.papers.claims import Claims, Result
+from nobackprop.papers.claims import MOST, Claims, Result
 from nobackprop.papers.figures import figures
 from nobackprop.papers.results import Figure, Findings, Found, Row, Table, described, findings, papers
+from nobackprop.papers.take_home import take_home
 from nobackprop.places import RESULTS
 from nobackprop.records.files import write_atomically
 from nobackprop.records.gathering import collect
 from nobackprop.records.record import Record
 
 SIGNS, FEWER = "†‡§¶‖⋆", "fewer epochs than planned"  # a sign for each kind of departure that a table can have
+POINTS = "difference in points (95 % interval)"
 TEX = str.maketrans({"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "±": r"$\pm$", "°": r"$^\circ$"})
 TEX |= str.maketrans(
     dict(zip(SIGNS, (r"$^\dagger$", r"$^\ddagger$", r"$^\S$", r"$^\P$", r"$^\|$", r"$^\star$"), strict=True))
@@ -254,6 +257,14 @@ def changed(found: Findings) -> str:
     return f"Verdicts that differ from those of the tests before: {'; '.join(differ)}." if differ else ""
 
 
+def points(result: Result) -> str:
+    """The difference with its interval."""
+    assert result.mean is not None
+    assert result.interval is not None
+    low, high = (f"{100 * bound:+.2f}" for bound in result.interval)
+    return f"{100 * result.mean:+.2f}" + (f" ({low} to {high})" if result.seeds > 1 else "")
+
+
 def p_value(p: float | None) -> str:
     assert p is not None
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
@@ -294,16 +305,11 @@ def verdict_table(found: Findings) -> str:
     run = [result for result in found.verdicts if result.mean is not None]
     body = []
     for r in run:
-        assert r.mean is not None
-        assert r.interval is not None
-        low, high = (f"{100 * bound:+.2f}" for bound in r.interval)
-        difference = f"{100 * r.mean:+.2f} ({low} to {high})" if r.seeds > 1 else f"{100 * r.mean:+.2f}"
         both = p_value(r.p_holds), p_value(r.p_fails)
         told = r.trial.claim.name, r.trial.reading, place(r), str(r.epochs), str(r.seeds)
-        body.append([*told, difference, percent(r.margin) or "-", *both, f"**{r.verdict}**", r.would_decide or "-"])
+        body.append([*told, points(r), percent(r.margin) or "-", *both, f"**{r.verdict}**", r.would_decide or "-"])
         body[-1] += [before(found, r) or "-"] if found.before else []
-    points = "difference in points (95 % interval)"
-    header = ["claim", "settings", "where", "epochs", "seeds", points, "margin", "p, holds", "p, fails", "verdict"]
+    header = ["claim", "settings", "where", "epochs", "seeds", POINTS, "margin", "p, holds", "p, fails", "verdict"]
     header += ["seeds that would decide", *(["before"] if found.before else [])]
     lines = [markdown(header, body, 3), ""] if body else []
     lines += [f"- {line}" for line in [*departures(found), *filter(None, [changed(found)])]] if body else []
@@ -347,6 +353,58 @@ def verdict_summary(found: Findings) -> str:
     """The same in Markdown, with the settings and the lengths of the runs."""
     head, *body = summary(found)
     return f"{markdown(head, body, len(head))}\n\n{readings(found)} {lengths(found)}".rstrip()
+
+
+def sentences(every: Sequence[Findings]) -> str:
+    """What a reader takes home, in Markdown: sentences, each with its test, and figures."""
+    content, results = take_home(every)
+    lines = []
+    for claim in content.claims:
+        tests = [result for result in results if result.trial.claim == claim]
+        hardest = max(tests, key=lambda result: (result.mean is None, result.p_holds or 0))
+        numbers = ["-", "-", "-"]
+        if hardest.mean is not None:
+            numbers = [points(hardest), str(hardest.seeds), p_value(hardest.p_holds)]
+        runs = f"[{claim.source}](tables/{claim.at['paper']}.md)"
+        lines.append([f"**{claim.name}**", claim.text, runs, *numbers, hardest.verdict])
+    told = (
+        f"Each sentence has a test (`papers/take_home.yaml`), and all are one family at the level {content.alpha:g}. "
+        "Of several tests of a sentence, the one that is hardest to pass is shown. Less than a point means less than a "
+        f"point and than {content.relative:.0%} of the error of what is compared with. The sentences were written with "
+        "the runs at hand."
+    )
+    drawn = [f"{d.shows}\n\n![{d.shows}](figures/{d.paper}/{d.figure}.svg)" for d in content.figures]
+    header = ["about", "what we find", "runs", POINTS, "seeds", "p", "verdict"]
+    return "\n\n".join([markdown(header, lines, 3), told, *drawn])
+
+
+def what_is_next(every: Sequence[Findings]) -> str:
+    """What is decided of all claims, and the tests that further seeds would decide, the cheapest first, in Markdown."""
+    judged = [(found, result) for found in every for result in found.verdicts]
+    kinds = Counter(r.verdict.partition(" ")[0] for _, r in judged)
+    lines = []
+    for found, r in judged:
+        needed, _, expected = r.would_decide.rstrip(")").partition(" (")
+        if expected:
+            hours = (int(needed) - r.seeds) * _seconds_of_a_seed(found, r) / 3600
+            told = [found.layout.title, r.trial.claim.name, r.trial.reading, place(r)]
+            lines.append((hours, [*told, str(r.epochs), str(r.seeds), needed, expected, f"{hours:.1f}"]))
+    undecided, decided = kinds["undecided"], kinds["holds"] + kinds["fails"]
+    told = (
+        f"Of {len(judged)} tests of claims {decided} are decided: {kinds['holds']} hold and {kinds['fails']} fail. Of "
+        f"the {undecided} undecided ones further seeds would decide {len(lines)}, at the mean and the spread seen; the "
+        "table has these, with what each would cost alone, at the pace of the runs recorded. The others need more test "
+        f"images, or more than {MOST} seeds."
+    )
+    header = ["results", "claim", "settings", "where", "epochs", "seeds", "seeds needed", "would show", "core hours"]
+    return "\n\n".join([told, *([markdown(header, [line for _, line in sorted(lines)], 4)] if lines else [])])
+
+
+def _seconds_of_a_seed(found: Findings, result: Result) -> float:
+    """What one more seed of all cells of a test takes."""
+    cells = {tuple(sorted(labels.items())): labels for c in result.trial.contrasts for _, labels in c.terms}
+    every = [found.cells[place] for place in cells]
+    return sum(median(r.seconds for r in cell.records if r.config["max_epochs"] == result.epochs) for cell in every)
 
 
 def tests_not_run(found: Findings) -> list[str]:
@@ -485,7 +543,8 @@ def generated(every: Sequence[Findings], results: Path) -> dict[Path, bytes]:
         for name, svg in drawn.items():
             files[results / "figures" / found.paper / f"{name}.svg"] = svg
     sections = {f"verdicts: {found.paper}": verdict_summary(found) for found in every if found.claims}
-    for readme in sorted((results.parent / "papers").glob("*/README.md")):
+    sections |= {"sentences: take_home": sentences(every), "list: next": what_is_next(every)}
+    for readme in [*sorted((results.parent / "papers").glob("*/README.md")), *results.glob("README.md")]:
         files[readme] = with_sections(readme.read_text(), sections).encode()
     return files
 
