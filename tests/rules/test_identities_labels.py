@@ -163,13 +163,14 @@ def test_channel_competition_is_autograds_of_each_layers_own_loss(problem: Probl
     below, losses, G = batch.x, [], torch.empty(0)
     for l in range(1, net.L):
         h = torch.tanh(net.preactivation(l, w, below))
-        r = maps.through(net.layers[l].read, h).flatten(1).unflatten(1, (net.read_shapes[l + 1][0], -1))
+        seen = h / h.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (h.ndim - 1))
+        r = maps.through(net.layers[l].read, seen).flatten(1).unflatten(1, (net.read_shapes[l + 1][0], -1))
         groups = min(classes, r.shape[1])
         own = [[c for c in range(r.shape[1]) if c * groups // r.shape[1] == k] for k in range(groups)]
         assert all(own)
         G = torch.stack([r[:, channels].square().flatten(1).mean(1) for channels in own], 1)
         losses.append(F.cross_entropy(G, labels * groups // classes))
-        below = (h / h.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (h.ndim - 1))).detach()
+        below = seen.detach()
     losses.append(batch.loss.value(net.preactivation(net.L, w, below), batch.y).mean())
     expected = dict(zip(w, torch.autograd.grad(sum(losses[1:], losses[0]), list(w.values())), strict=True))
     w = {name: t.detach() for name, t in w.items()}
@@ -182,20 +183,22 @@ def test_channel_competition_is_autograds_of_each_layers_own_loss(problem: Probl
         torch.testing.assert_close(others["goodness"], expected_G, rtol=1e-6, atol=1e-8)
 
 
-def test_channel_competition_of_roots_is_softmax_regression() -> None:
-    """With one unit a class and f the square root, goodness is z itself: the layer learns as a classifier does."""
+def test_channel_competition_of_roots_is_softmax_regression_on_shares() -> None:
+    """With one unit a class and f the square root, goodness is each unit's z over the mean of all."""
     root = Activation("root", torch.sqrt, lambda z, h: 0.5 / h)
-    net = mlp((5,), 4, hidden=[4], activation="tanh")
-    net = replace(net, activation=root, layers=tuple(replace(layer, activation=None) for layer in net.layers))
+    net = replace(mlp((5,), 4, hidden=[4], activation="tanh"), activation=root)
     x = torch.rand(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     loss = SoftmaxCrossEntropy(4)
     batch, rule = Batch(x, loss.target(torch.arange(6) % 4, x.dtype), loss), ChannelCompetitiveFF()
     w = {name: t.abs() for name, t in Problem(net, batch).weights(rule).items()}
-    classifier, _ = BP().grads(mlp((5,), 4, hidden=[], activation="tanh"), w, batch)
+    z = x @ w["W1"].mT + w["b1"]
+    mean = z.mean(1, keepdim=True)
+    torch.testing.assert_close(rule.other_logits(net, w, x)["goodness"], z / mean, rtol=1e-6, atol=0)
+    e = batch.error(z / mean)  # of softmax regression
+    d = (e - (e * z / mean).mean(1, keepdim=True)) / mean
+    expected = net.hebbian(1, x, d)
     found, _ = rule.grads(net, w, batch)
-    torch.testing.assert_close({name: found[name] for name in classifier}, classifier)
-    answer = rule.other_logits(net, w, x)["goodness"]
-    torch.testing.assert_close(answer, x @ w["W1"].mT + w["b1"])
+    torch.testing.assert_close({name: found[name] for name in expected}, expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize(

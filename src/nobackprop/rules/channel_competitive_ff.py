@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -19,22 +20,22 @@ class ChannelCompetitiveFF(Rule):
     """Channel-wise competitive forward-forward: each layer has channels for each class, and these compete.
 
     Papachristodoulou, Kyrkou, Timotheou & Theocharides, "Convolutional channel-wise competitive learning for the
-    forward-forward algorithm", AAAI 2024 (arXiv 2312.12668), and its program (its loss CwC). The channels of a layer
-    are cut into one group for each class. The goodness G[l](k) of class k is the mean square of its group, over
-    channels and positions. Hidden layer l descends a loss of its own,
+    forward-forward algorithm", AAAI 2024 (arXiv 2312.12668), and its program (its loss CwC). A layer hands on its h
+    rescaled to a mean square of 1. Its channels are cut into one group for each class, and the goodness G[l](k) of
+    class k is the mean square of its group in what is handed on, over channels and positions. Hidden layer l descends
 
         -log of softmax(G[l]) at the sample's class
 
     so that no negative images are needed, and no error passes from layer to layer. The output layer descends the net's
     loss (the program's softmax predictor). The class with the largest goodness in the last hidden layer is another
-    answer, `accuracy_goodness`. The layer above reads h[l] rescaled to a mean square of 1.
+    answer, `accuracy_goodness`. tanh suits this badly, since no unit can stand out by more than 1; relu suits it well.
 
-    G is of what the layer above reads, so behind a pool of the pooled h, as in the program. Units of a dense layer are
-    its channels. Where the number of classes does not divide them, groups differ by one channel. A layer with fewer
-    channels than classes has as many groups as channels, each for several classes (the paper's class grouping).
+    G is of what the layer above reads, so behind a pool, as in the program. Units of a dense layer are its channels.
+    Where the number of classes does not divide them, groups differ by one channel. A layer with fewer channels than
+    classes has as many groups as channels, each for several classes (the paper's class grouping).
 
-    Departs from the paper's program: h is rescaled for each sample alone, where the program has batch norm, also below
-    G; all layers learn at once, where the program's stop one after the other. Its nets convolve every second layer in
+    Departs from the paper's program: h is rescaled for each sample alone, where the program has batch norm; all layers
+    learn at once, where the program's stop one after the other. The program's nets convolve every second layer in
     groups, one for each class; a net can do so here (`groups` of `conv`).
     """
 
@@ -49,10 +50,9 @@ class ChannelCompetitiveFF(Rule):
         y = batch.y if batch.y.shape[1] > 1 else torch.cat([1 - batch.y, batch.y], 1)  # (N, classes)
         below, g = batch.x, {}
         for l, z, h, handed_on in self._hidden(net, w, batch.x):
-            read = net.layers[l].read
-            G, pull = torch.func.vjp(lambda r: _goodness(r, y.shape[1]), maps.through(read, h))
+            G, pull = torch.func.vjp(partial(self._goodness, net, l), h)
             e = torch.softmax(G, 1) - y @ _members(y.shape[1], G.shape[1], y)  # (N, groups)
-            g |= net.hebbian(l, below, maps.pulled(read, h, pull(e)[0]) * net.df(l, z, h))
+            g |= net.hebbian(l, below, pull(e)[0] * net.df(l, z, h))
             below = handed_on
         z = net.preactivation(net.L, w, below)
         return g | net.hebbian(net.L, below, batch.error(z)), z
@@ -65,10 +65,9 @@ class ChannelCompetitiveFF(Rule):
     def other_logits(self, net: Network, w: Weights, x: Tensor) -> dict[str, Tensor]:
         if net.L == 1:
             return {}
-        classes = max(2, net.units(net.L))
-        *_, (_, _, h, _) = self._hidden(net, w, x)
-        G = _goodness(maps.through(net.layers[-1].read, h), classes)
-        G = G @ _members(classes, G.shape[1], G).mT  # (N, classes)
+        *_, (l, _, h, _) = self._hidden(net, w, x)
+        G = self._goodness(net, l, h)
+        G = G @ _members(max(2, net.units(net.L)), G.shape[1], G).mT  # (N, classes)
         return {"goodness": G if net.units(net.L) > 1 else G[:, 1:] - G[:, :1]}
 
     def _hidden(self, net: Network, w: Weights, x: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
@@ -79,14 +78,14 @@ class ChannelCompetitiveFF(Rule):
             x = normalized(h)
             yield l, z, h, x
 
-
-def _goodness(r: Tensor, classes: int) -> Tensor:
-    """The mean square of each group of channels of r, (N, groups)."""
-    squares = r.square() if r.ndim == 2 else maps.Mean()(r.square())  # (N, channels)
-    channels = squares.shape[1]
-    groups = min(classes, channels)
-    members = _members(channels, groups, r)
-    return Dense(groups).forward((members / members.sum(0)).mT, None, squares)
+    def _goodness(self, net: Network, l: int, h: Tensor) -> Tensor:
+        """The goodness of each group of channels of layer l, (N, groups)."""
+        squares = maps.through(net.layers[l].read, normalized(h)).square()
+        if squares.ndim > 2:
+            squares = maps.Mean()(squares)  # (N, channels)
+        channels = squares.shape[1]
+        members = _members(channels, min(channels, max(2, net.units(net.L))), h)
+        return Dense(members.shape[1]).forward((members / members.sum(0)).mT, None, squares)
 
 
 def _members(count: int, groups: int, like: Tensor) -> Tensor:
