@@ -50,7 +50,7 @@ class ChannelCompetitiveFF(Rule):
         y = batch.y if batch.y.shape[1] > 1 else torch.cat([1 - batch.y, batch.y], 1)  # (N, classes)
         below, g = batch.x, {}
         for l, z, h, handed_on in self._hidden(net, w, batch.x):
-            G, pull = torch.func.vjp(partial(self._goodness, net, l), h)
+            G, pull, *_ = torch.func.vjp(partial(self._goodness, net, l), h)
             e = torch.softmax(G, 1) - y @ _members(y.shape[1], G.shape[1], y)  # (N, groups)
             g |= net.hebbian(l, below, pull(e)[0] * net.df(l, z, h))
             below = handed_on
