@@ -21,7 +21,7 @@ class ChannelCompetitiveFF(Rule):
 
     Papachristodoulou, Kyrkou, Timotheou & Theocharides, "Convolutional channel-wise competitive learning for the
     forward-forward algorithm", AAAI 2024 (arXiv 2312.12668), and its program (its loss CwC). A layer hands on its h
-    rescaled to a mean square of 1. Its channels are cut into one group for each class, and the goodness G[l](k) of
+    rescaled to a mean square of 1. Its channels are cut into one group for each class, and the goodness `G[l, k]` of
     class k is the mean square of its group in what is handed on, over channels and positions. Hidden layer l descends
 
         -log of softmax(G[l]) at the sample's class
