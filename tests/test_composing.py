@@ -43,7 +43,7 @@ def answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Answer:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ("rule=lrae", "there is no rule=lrae; choose one of block_dfa, bp, brsf, | Did you mean lra_e?"),
+        ("rule=lrae", "there is no rule=lrae; choose one of block_dfa, bp, brainprop, | Did you mean lra_e?"),
         ("dataset=MNIST", "Did you mean mnist?"),
         ("arch=conv", "choose one of allconv, allconv_224,  | , module,  | Did you mean allconv?"),
         ("optimizer=Adam", "Did you mean adam?"),

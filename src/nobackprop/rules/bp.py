@@ -20,7 +20,7 @@ class BP(Rule):
 
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
         z, h = net.forward(w, batch.x)
-        d = batch.error(z[net.L])  # (N, outputs)
+        d = self.error(z[net.L], batch)
         g, skipped = net.hebbian(net.L, h[net.L - 1], d), {}
         for l in range(net.L, 1, -1):
             e = net.feedback(l, self.down(l, w, batch), d, h[l - 1])
@@ -28,6 +28,10 @@ class BP(Rule):
             d = e * net.df(l - 1, z[l - 1], h[l - 1])  # (N, *shape of layer l-1)
             g |= net.hebbian(l - 1, h[l - 2], d)
         return g, z[net.L]
+
+    def error(self, z: Tensor, batch: Batch) -> Tensor:
+        """The error at the output, per sample, (N, outputs): here the loss's."""
+        return batch.error(z)
 
     def down(self, l: int, w: Weights, batch: Batch) -> Tensor:
         """The matrix that sends errors of layer l down, in the shape of W: here W itself, used transposed."""

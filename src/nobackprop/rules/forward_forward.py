@@ -128,11 +128,11 @@ class ForwardForward(Rule):
 
     def _layers(self, net: Network, w: Weights, x: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
         """Of each layer its number, its input, z, h, and h as it is handed on."""
-        below = _normalized(x) if self.normalize_input else x
+        below = normalized(x) if self.normalize_input else x
         for l in range(1, net.L + 1):
             z = net.preactivation(l, w, below)
             h = net.f(l, z)
-            handed_on = _normalized(h)
+            handed_on = normalized(h)
             yield l, below, z, h, handed_on
             below = handed_on
 
@@ -208,6 +208,6 @@ def _goodness(h: Tensor) -> Tensor:
     return h.flatten(1).square().sum(1)  # (N,)
 
 
-def _normalized(h: Tensor) -> Tensor:
+def normalized(h: Tensor) -> Tensor:
     """Each sample's activations at a mean square of 1."""
     return h / each(h.flatten(1).square().mean(1).sqrt() + TINY, h)
