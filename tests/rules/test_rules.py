@@ -73,6 +73,16 @@ def test_gradients_fit_the_weights_and_logits_are_the_rules(rule: Rule, problem:
     assert all(torch.equal(w[name], t) for name, t in before.items())
 
 
+def test_layers_in_which_no_unit_is_active_leave_gradients_finite(rule: Rule, problem: Problem) -> None:
+    problem = problem.activated("relu")
+    w = problem.weights(rule)
+    w |= {f"b{l}": torch.full_like(w[f"b{l}"], -1000) for l in range(1, problem.net.L) if f"b{l}" in w}
+    grads = _grads(rule, problem, w)
+    assert all(g.isfinite().all() for g in grads.values()), [
+        name for name, g in grads.items() if not g.isfinite().all()
+    ]
+
+
 def test_each_of_the_rules_own_weights_is_drawn_by_its_name_and_used(rule: Rule, problem: Problem) -> None:
     drawn: list[str] = []
 

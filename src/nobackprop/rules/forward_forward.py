@@ -209,5 +209,5 @@ def _goodness(h: Tensor) -> Tensor:
 
 
 def normalized(h: Tensor) -> Tensor:
-    """Each sample's activations at a mean square of 1."""
-    return h / each(h.flatten(1).square().mean(1).sqrt() + TINY, h)
+    """Each sample's activations at a mean square of 1. Where all are 0 they stay so, and so do derivatives."""
+    return h / each(h.flatten(1).square().mean(1).clamp_min(TINY**2).sqrt() + TINY, h)
