@@ -33,7 +33,9 @@ class Basic:
 
 @dataclass(frozen=True)
 class Processes:
-    """A process for each job, `workers` at a time. The default, and the most, is what the granted cores allow."""
+    """Side by side, in `workers` processes that train job after job. The default, and the most, is what the granted
+    cores allow.
+    """
 
     workers: PositiveInt | None = None
 
@@ -48,7 +50,7 @@ class Processes:
         context.set_forkserver_preload([__name__])
         numbers, given = [*jobs], [beside_others(job) for job in jobs.values()]
         work = partial(_attempt, wait_for_others)
-        pool = Pool(work, context, _died, Screen(console), fresh=True)
+        pool = Pool(work, context, _died, Screen(console))
         for k, outcome in pool.run(given, self.at_once(given), lambda k: say(numbers[k], "starts")):
             yield numbers[k], outcome
 

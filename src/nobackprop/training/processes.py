@@ -72,15 +72,14 @@ def side_by_side(
 class Pool(Generic[Job, Result]):
     """Processes that do `work(job, screen)`. What they show appears on the `screen` of this process.
 
-    With `fresh` each job has a process of its own; otherwise a process does job after job. If a process ends before its
-    job, the result of the job is `died(job, exit status)`, which may raise. If it ends between jobs, the job is None.
+    A process does job after job. If it ends before its job, the result of the job is `died(job, exit status)`, which
+    may raise, and another process takes its place. If it ends between jobs, the job is None.
     """
 
     work: Callable[[Job, Screen], Result]
     context: Any  # of multiprocessing
     died: Callable[[Job | None, int], Result]
     screen: Screen
-    fresh: bool = False
     running: dict[Connection, Any] = field(default_factory=dict)  # the process behind each
 
     def run(
@@ -120,10 +119,7 @@ class Pool(Generic[Job, Result]):
                             raise content
                         else:
                             number = working.pop(connection)
-                            if self.fresh:
-                                connection.send(None)
-                            else:
-                                give(connection)
+                            give(connection)
                             yield number, content
                     signals.check()
             finally:
