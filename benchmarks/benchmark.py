@@ -581,7 +581,7 @@ def many_seeds(rounds: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         for _ in track(range(rounds), "training in turn"):
             for each, choice in zip(measured.values(), ("workers=1", "workers=null"), strict=True):
-                each.append(whole_run(Path(folder), "seeds=10", "max_epochs=1", choice))
+                each.append(whole_run(Path(folder), "seeds=10", "max_epochs=1", "logger=none", choice))
     return _rates("ten seeds of LRA-E on MNIST", measured, 10 * 54_000)
 
 
