@@ -487,7 +487,7 @@ def startup(rounds: int) -> list[dict[str, Any]]:
 
 
 def sweeps(rounds: int) -> list[dict[str, Any]]:
-    """What one more job takes in a sweep, where it trains for one step on digits; and what a search's time goes to."""
+    """What one more job takes in a sweep, where it trains for one step on digits."""
     ways = {"one after another": "basic", f"side by side, on {machine.cores()} cores": "processes"}
     measured: dict[str, list[float]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as folder:
@@ -501,19 +501,18 @@ def sweeps(rounds: int) -> list[dict[str, Any]]:
                 )
                 each.append((many - few) / (SWEPT[1] - SWEPT[0]))
     measure = "one more job of one step in a sweep"
-    rows = [{"measure": measure, "what": name, "value": median(e), "unit": "s"} for name, e in measured.items()]
-    return [*rows, *_search()]
+    return [{"measure": measure, "what": name, "value": median(e), "unit": "s"} for name, e in measured.items()]
 
 
-def _search() -> list[dict[str, Any]]:
+def search(rounds: int) -> list[dict[str, Any]]:
     """A search of settings with an epoch for each trial, one after another, and how long its training steps take."""
-    search = Search.of(Search.read("lra_e").model_dump() | {"trials": TRIALS, "epochs": 1}, "the benchmark")
-    (cell,) = select(search.cells("lra_e"), ["dataset=mnist", "hidden_layers=3", "rule=lra_e", "setting=tuned"])
+    budget = Search.of(Search.read("lra_e").model_dump() | {"trials": TRIALS, "epochs": 1}, "the benchmark")
+    (cell,) = select(budget.cells("lra_e"), ["dataset=mnist", "hidden_layers=3", "rule=lra_e", "setting=tuned"])
     with (
         tempfile.TemporaryDirectory() as folder,
         timed(Learner, "training_step", "validation_step", "test_step") as spent,
     ):
-        whole = seconds(lambda: [*tune(search, [cell], [f"paths.runs={folder}"], 1, Console(quiet=True))], 1)
+        whole = seconds(lambda: [*tune(budget, [cell], [f"paths.runs={folder}"], 1, Console(quiet=True))], 1)
     steps, *evaluation = spent.values()
     parts = {
         "the whole trial": whole,
@@ -592,6 +591,7 @@ PARTS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
     "images": images,
     "startup": startup,
     "sweeps": sweeps,
+    "search": search,
     "run_overhead": run_overhead,
     "many_seeds": many_seeds,
 }
