@@ -11,7 +11,6 @@ from omegaconf import OmegaConf
 from pydantic import PositiveInt
 from rich.console import Console
 
-from nobackprop.mistakes import Mistake
 from nobackprop.records.machine import cores
 from nobackprop.sweeps.jobs import Job, Outcome, Say, attempt
 from nobackprop.training import hardware
@@ -71,9 +70,9 @@ def _can_fork(job: Job) -> bool:
 
 
 def _read_images(jobs: Iterable[Job]) -> None:
-    """Reads the images of jobs, for their forks. A job whose images are missing or damaged says so itself."""
+    """Reads the images of jobs, for their forks."""
     for job in jobs:
-        with suppress(Mistake):
+        with suppress(Exception):  # which the job itself meets again, and tells
             _ = job.run.source.load().fingerprint
 
 
