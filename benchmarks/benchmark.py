@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from itertools import cycle
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -51,7 +51,8 @@ from nobackprop.core.rule import Batch, Rule
 from nobackprop.data.batches import CHUNK_STEPS, TrainBatches, task
 from nobackprop.data.folders import ImageNet
 from nobackprop.data.pixels import Pixels
-from nobackprop.papers.grid import composed
+from nobackprop.papers.grid import composed, select
+from nobackprop.papers.tune import Search, tune
 from nobackprop.places import CONF
 from nobackprop.records import machine, provenance
 from nobackprop.rules.bp import BP
@@ -88,6 +89,7 @@ PRODUCTS = {getattr(torch.ops.aten, n) for n in ("mm", "addmm", "bmm", "convolut
 COMPARED = ("mlp", "conv")  # of conf/experiment/compare
 DEEP = {"depth": 64, "width": 1024, "batch": 2048}
 SIZE, IMAGES, BATCH = 224, 512, 64
+SWEPT, TRIALS = (2, 42), 40  # jobs of a short and of a long sweep, trials of a search
 
 
 def seconds(run: Callable[[], Any], times: int) -> float:
@@ -460,28 +462,94 @@ def images(rounds: int) -> list[dict[str, Any]]:
     return [{"measure": measure, "what": what, "value": rate, "unit": "images/s"} for what, rate in rates.items()]
 
 
+def command(folder: Path, *arguments: str) -> float:
+    """Seconds of the command, with a new folder for its runs."""
+    call = [sys.executable, "-m", "nobackprop", *arguments, f"paths.runs={folder}/{time.monotonic_ns()}"]
+    return seconds(partial(subprocess.run, call, check=True, capture_output=True), 1)
+
+
 def startup(rounds: int) -> list[dict[str, Any]]:
     """From the command to its help, and to the end of a run of one step on digits."""
+    commands = {
+        "--help": ["--help"],
+        "one step, without a logger": ["max_steps=1", "logger=none"],
+        "one step, Weights & Biases offline": ["max_steps=1"],
+    }
+    measured: dict[str, list[float]] = {name: [] for name in commands}
     with tempfile.TemporaryDirectory() as folder:
-        commands = {
-            "--help": ["--help"],
-            "one step, without a logger": ["max_steps=1", "logger=none"],
-            "one step, Weights & Biases offline": ["max_steps=1"],
-        }
-
-        def command(name: str) -> None:
-            runs = f"paths.runs={folder}/{time.monotonic_ns()}"
-            call = [sys.executable, "-m", "nobackprop", *commands[name], *([] if name == "--help" else [runs])]
-            subprocess.run(call, check=True, capture_output=True)
-
-        measured: dict[str, list[float]] = {name: [] for name in commands}
         for _ in track(range(rounds), "starting in turn"):
             for name, each in measured.items():
-                each.append(seconds(partial(command, name), 1))
+                each.append(command(Path(folder), *commands[name]))
     return [
         {"measure": "the command nobackprop", "what": name, "value": median(each), "unit": "s"}
         for name, each in measured.items()
     ]
+
+
+def sweeps(rounds: int) -> list[dict[str, Any]]:
+    """What one more job takes in a sweep, where it trains for one step on digits."""
+    ways = {"one after another": "basic", f"side by side, on {machine.cores()} cores": "processes"}
+    measured: dict[str, list[float]] = {name: [] for name in ways}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in track(range(rounds), "sweeping in turn"):
+            for name, each in measured.items():
+                few, many = (
+                    command(
+                        Path(folder), "-m", "max_steps=1", "logger=none", f"launcher={ways[name]}", f"l2=range({n})"
+                    )
+                    for n in SWEPT
+                )
+                each.append((many - few) / (SWEPT[1] - SWEPT[0]))
+    measure = "one more job of one step in a sweep"
+    return [{"measure": measure, "what": name, "value": median(e), "unit": "s"} for name, e in measured.items()]
+
+
+def search(rounds: int) -> list[dict[str, Any]]:
+    """A search of settings with an epoch for each trial, one after another, and how long its training steps take."""
+    budget = Search.of(Search.read("lra_e").model_dump() | {"trials": TRIALS, "epochs": 1}, "the benchmark")
+    (cell,) = select(budget.cells("lra_e"), ["dataset=mnist", "hidden_layers=3", "rule=lra_e", "setting=tuned"])
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        timed(Learner, "training_step", "validation_step", "test_step") as spent,
+    ):
+        whole = seconds(lambda: [*tune(budget, [cell], [f"paths.runs={folder}"], 1, Console(quiet=True))], 1)
+    steps, *evaluation = spent.values()
+    parts = {
+        "the whole trial": whole,
+        "its training steps": steps,
+        "its validation and test": sum(evaluation),
+        "all else": whole - sum(spent.values()),
+    }
+    measure = f"a trial of one epoch in a search of {TRIALS} on MNIST"
+    return [
+        {"measure": measure, "what": name, "value": each / TRIALS, "unit": "s", "ratio": each / whole}
+        for name, each in parts.items()
+    ]
+
+
+@contextmanager
+def timed(owner: type, *names: str) -> Iterator[dict[str, float]]:
+    """Within, sums up the seconds in these methods of a class."""
+    before, spent = {name: getattr(owner, name) for name in names}, dict.fromkeys(names, 0.0)
+
+    def replaced(name: str) -> Callable[..., Any]:
+        @wraps(before[name])
+        def method(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return before[name](*args, **kwargs)
+            finally:
+                spent[name] += time.perf_counter() - start
+
+        return method
+
+    for name in names:
+        setattr(owner, name, replaced(name))
+    try:
+        yield spent
+    finally:
+        for name, method in before.items():
+            setattr(owner, name, method)
 
 
 def whole_run(folder: Path, *overrides: str) -> float:
@@ -512,7 +580,7 @@ def many_seeds(rounds: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         for _ in track(range(rounds), "training in turn"):
             for each, choice in zip(measured.values(), ("workers=1", "workers=null"), strict=True):
-                each.append(whole_run(Path(folder), "seeds=10", "max_epochs=1", choice))
+                each.append(whole_run(Path(folder), "seeds=10", "max_epochs=1", "logger=none", choice))
     return _rates("ten seeds of LRA-E on MNIST", measured, 10 * 54_000)
 
 
@@ -522,6 +590,8 @@ PARTS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
     "memory": memory,
     "images": images,
     "startup": startup,
+    "sweeps": sweeps,
+    "search": search,
     "run_overhead": run_overhead,
     "many_seeds": many_seeds,
 }

@@ -959,3 +959,10 @@ def test_real_images(name: str) -> None:
     assert test.labels.bincount().min() >= (800 if name == "MNIST" else 1000)
     mean = train.pixels.float().mean() / 255
     assert mean == pytest.approx({"MNIST": 0.1307, "FashionMNIST": 0.2860, "cifar10-jpeg": 0.4734}[name], abs=2e-3)
+
+
+def test_a_protocol_that_selects_on_test_images_has_the_same_images_and_computes_nothing_twice(toy: Dataset) -> None:
+    other = toy.selecting_on_test
+    assert other.validate_on_test
+    assert (other.train, other.validation, other.fingerprint) == (toy.train, toy.test, toy.fingerprint)
+    assert toy.selecting_on_test is other  # with what it has computed

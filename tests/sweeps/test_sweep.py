@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +33,7 @@ from conftest import (
 from omegaconf import DictConfig
 from rich.console import Console
 
+from nobackprop.data import sources
 from nobackprop.places import PACKAGE
 from nobackprop.records import provenance
 from nobackprop.sweeps import jobs, local, slurm, sweep
@@ -329,6 +330,50 @@ def test_processes_train_the_same_and_one_that_is_killed_harms_no_other(
     assert [o.state for o in outcomes] == ["failed", "finished", "finished", "finished"]
     assert outcomes[0].reason == "its process was killed by SIGKILL (out of memory?)"
     assert same_results(tmp_path / "alone", tmp_path / "runs") == 6
+
+
+def test_a_process_trains_job_after_job_with_the_images_that_the_sweep_has_read(
+    config: Config, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attempt(job: Job, *_: object) -> Outcome:
+        return Outcome("failed", f"{os.getpid()}", f"{sources._load.cache_info().hits}")
+
+    sources._load.cache_clear()
+    monkeypatch.setattr("nobackprop.sweeps.local.cores", lambda: 2)
+    monkeypatch.setattr("nobackprop.sweeps.local.attempt", attempt)  # which forks have, too
+    jobs = {i: Job(str(i), config(f"l2=0.{i}")) for i in range(6)}
+    outcomes = dict(Processes().run(jobs, lambda i, text: None, console, wait_for_others=False))
+    assert sorted(outcomes) == [*range(6)]
+    pids = {outcome.reason for outcome in outcomes.values()}
+    assert len(pids) == 2
+    assert str(os.getpid()) not in pids
+    assert {outcome.details for outcome in outcomes.values()} == {"5"}  # read once, before the forks
+
+
+def test_a_job_whose_images_are_missing_says_so_and_harms_no_other(
+    config: Config, tmp_path: Path, console: Console
+) -> None:
+    lost = config("dataset=folder", "dataset.name=birds", f"dataset.source.root={tmp_path}/none", "arch=allconv_224")
+    outcomes = sweep.run([Job("lost", lost), Job("other", config())], Processes(), console)
+    assert [o.state for o in outcomes] == ["failed", "finished"]
+    assert str(tmp_path / "none") in outcomes[0].reason
+
+
+def test_jobs_that_no_fork_can_do_are_done_all_the_same(config: Config, tmp_path: Path, console: Console) -> None:
+    how = ("threads=2", "seeds=2", "max_epochs=1")
+    train(small(tmp_path / "alone", *how))
+    assert sweep.run([Job("", config(*how))], Processes(), console)[0].state == "finished"
+    assert same_results(tmp_path / "alone", tmp_path / "runs") == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [((), True), (("workers=1",), True), (("workers=2",), False), (("threads=2",), False), (("trainer=ddp",), False)],
+)
+def test_a_fork_does_a_job_of_one_thread_and_one_process(
+    config: Config, overrides: Sequence[str], expected: bool
+) -> None:
+    assert local._can_fork(Job("", config("trainer.accelerator=cpu", *overrides))) == expected
 
 
 def test_one_process_that_is_stopped_is_one_job_that_failed(

@@ -215,6 +215,21 @@ def printed(code: str, cwd: Path) -> list[str]:
     return shown.stdout.splitlines()
 
 
+def test_a_run_on_a_cpu_makes_one_trainer(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pytorch_lightning
+
+    made = []
+
+    class Counted(pytorch_lightning.Trainer):
+        def __init__(self, **options: Any) -> None:
+            made.append(options)
+            super().__init__(**options)
+
+    monkeypatch.setattr(pytorch_lightning, "Trainer", Counted)
+    train(config("max_epochs=1", "trainer.accelerator=cpu"))
+    assert len(made) == 1
+
+
 def test_a_wrong_value_is_told_before_lightning_is_imported(tmp_path: Path) -> None:
     wrong = [
         ["rule.beta=abc"],

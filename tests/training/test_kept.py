@@ -57,6 +57,17 @@ def test_what_is_of_this_machine_is_asked_for(tmp_path: Path) -> None:
     assert t.dataset.source["cache"] == "data/birds-224"
 
 
+@pytest.mark.parametrize(
+    "text", ["1e5", "1_0", "12:30:10", "-.5", "0x1f", "2001-01-01", "no", "null", "~", "a: b", "ü", ""]
+)
+def test_a_text_stays_a_text(tmp_path: Path, text: str) -> None:
+    cfg = small(tmp_path / "runs")
+    cfg.diagnostics = {"_target_": "mine.Shown", "text": text}
+    s = Settings.of(cfg)
+    kept.write(s)
+    assert again(s.folder, "paths.data=data").diagnostics == s.diagnostics
+
+
 def test_a_command_makes_the_same_run_again(config: Config, tmp_path: Path) -> None:
     (record,) = train(config("rule=mdfa", "max_epochs=1", "seeds=[4]"))
     (run,) = (tmp_path / "runs").iterdir()

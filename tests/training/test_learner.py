@@ -107,6 +107,20 @@ def test_compiled_steps_are_the_same_but_for_rounding(learner: Callable[..., Lea
     torch.testing.assert_close(dict(compiled.w), dict(eager.w))
 
 
+@pytest.mark.slow  # the compiler takes half a minute
+def test_every_net_of_a_process_is_compiled(learner: Callable[..., Learner], monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo import config, utils
+
+    monkeypatch.setattr(config, "recompile_limit", 1)  # of a function's code, which all nets share
+    torch.compiler.reset()
+    compiled = []
+    for rule in (DFA(), LRAE()):
+        w = initial_weights(NET, rule, Uniform(), Uniform(), 0)
+        step_once(learner(NET, rule, SoftmaxCrossEntropy(3), w, SGD, compile=True), w)
+        compiled.append(utils.counters["frames"]["ok"])
+    assert 0 < compiled[0] < compiled[1]
+
+
 def test_a_step_that_finds_no_memory_is_a_mistake(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")

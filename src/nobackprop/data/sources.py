@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from hashlib import sha256
 from http.client import HTTPException
@@ -65,6 +65,11 @@ class Dataset:
     def validation(self) -> Images:
         """The images from which the validation images of a task are taken."""
         return self.test if self.validate_on_test else self.train
+
+    @cached_property
+    def selecting_on_test(self) -> "Dataset":
+        """The same images, for a protocol that selects and reports on those of the test."""
+        return replace(self, checksum=self.fingerprint, validate_on_test=True)
 
     @property
     def plain(self) -> Pixels:

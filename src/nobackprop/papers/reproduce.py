@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides for every cell"
     )
-    parser.add_argument("--jobs", type=int, help="cells at a time, each in a process of its own")
+    parser.add_argument("--jobs", type=int, help="cells at a time, side by side in so many processes")
     parser.add_argument("--dry-run", action="store_true", help="show what would run, and about how long it would take")
     options = parser.parse_args()
     further = [home(text) for text in options.set]

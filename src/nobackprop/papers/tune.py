@@ -313,7 +313,7 @@ def tune(
             console.print(f"{cell} ({i + 1} of {len(chosen)}), rung {rung + 1}: {len(points)} trials", highlight=False)
             ready = {k: _job(search, cell, point, rung, first[str(cell)]) for k, point in enumerate(points)}
             ended: dict[int, Trial] = {}
-            launcher = Basic() if jobs == 1 else Processes(jobs)  # which saves a process for each trial
+            launcher = Basic() if jobs == 1 else Processes(jobs)
             for k, outcome in launcher.run(ready, lambda k, text: None, Console(quiet=True), wait_for_others=True):
                 if outcome.state == "failed":
                     raise Mistake(f"{ready[k].label}: {outcome.details}")

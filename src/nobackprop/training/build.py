@@ -83,6 +83,10 @@ class Run:
     @cached_property
     def strategy(self) -> "Strategy":
         """Lightning's: which device this process has, and of how many it is one."""
+        if not self.parallel and not hardware.on_gpu(self.settings.trainer.accelerator):
+            from pytorch_lightning.strategies import SingleDeviceStrategy
+
+            return SingleDeviceStrategy()  # the CPU; a Trainer takes 10 ms to be made
         return trainer(self.settings, logger=False).strategy
 
     @property

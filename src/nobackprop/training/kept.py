@@ -4,7 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
 from nobackprop.records import provenance
 from nobackprop.records.files import write_atomically
@@ -12,11 +12,22 @@ from nobackprop.training.config import Settings
 
 ELSEWHERE = {"paths", "launcher", "logger", "dry_run"}  # they say where, not what; the new command has its own
 
+NUMERIC = {*"+-.0123456789"}  # a number begins with one of them
+
 HEAD = """\
 # What was run here, but for paths, logger and launcher. This makes the same run again, with any other key=value:
 #   nobackprop --config-dir THIS_FOLDER --config-name config
 # It was: {command}
 """
+
+
+class _Quoting(yaml.SafeDumper):
+    """Writes plain data in a third of the time of OmegaConf, which reads more texts as numbers than YAML does: 1e5."""
+
+
+_Quoting.add_representer(
+    str, lambda d, text: d.represent_scalar("tag:yaml.org,2002:str", text, "'" if text[:1] in NUMERIC else None)
+)
 
 
 def write(settings: Settings) -> None:
@@ -30,7 +41,8 @@ def write(settings: Settings) -> None:
     source |= {key: _place(str(source[key]), settings.paths.data) for key in ("root", "cache") if key in source}
     groups = [key for key, value in content.items() if isinstance(value, dict)]
     defaults = ["train", "_self_", *({f"override {group}": None} for group in groups), {"override tuned": "none"}]
-    told = HEAD.format(command=provenance.command()) + OmegaConf.to_yaml({"defaults": defaults} | _public(content))
+    text = yaml.dump({"defaults": defaults} | _public(content), Dumper=_Quoting, sort_keys=False, allow_unicode=True)
+    told = HEAD.format(command=provenance.command()) + text
     with suppress(OSError):  # such as a full disk; the record has all that identifies the run
         write_atomically(settings.folder / "config.yaml", told.encode())
 

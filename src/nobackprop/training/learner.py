@@ -100,6 +100,7 @@ class Learner(LightningModule):
         self.weights, self.stack = dict(self.w), self._without_axis(self.w)
         self.phases = [self._phase(phase) for phase in self.rule.phases()]
         if self.compiled:
+            torch.compiler.reset()  # else it gives up at the ninth net of a process, and computes as written
             self.phases = [torch.compile(phase, dynamic=False) for phase in self.phases]
         made = [partial(self._gradients, i) for i in range(len(self.phases))]
         self.gradients = [Replay(each) for each in made] if self.replay else made

@@ -32,15 +32,20 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
+def can_fork(threads: int) -> bool:
+    """Whether this process may have forks that train with so many threads.
+
+    It may not where they have several, where the system can't fork safely (macOS, Windows), or as a fork itself.
+    """
+    return threads == 1 and sys.platform == "linux" and not multiprocessing.current_process().daemon
+
+
 def workers(jobs: int, threads: int, most: int | None = None) -> int:
     """How many processes to train seeds in: at most one for each core, and at most `most` if that is given.
 
-    1 means this process. It is 1 where seeds have several threads, where the system can't fork safely (macOS, Windows),
-    and in a process that may have no children.
+    1 means this process. It is 1 where seeds can't be trained in forks.
     """
-    if jobs == 1 or threads > 1 or sys.platform != "linux" or multiprocessing.current_process().daemon:
-        return 1
-    return min(jobs, most or jobs, cores())
+    return min(jobs, most or jobs, cores()) if jobs > 1 and can_fork(threads) else 1
 
 
 def side_by_side(
@@ -72,15 +77,14 @@ def side_by_side(
 class Pool(Generic[Job, Result]):
     """Processes that do `work(job, screen)`. What they show appears on the `screen` of this process.
 
-    With `fresh` each job has a process of its own; otherwise a process does job after job. If a process ends before its
-    job, the result of the job is `died(job, exit status)`, which may raise. If it ends between jobs, the job is None.
+    A process does job after job. If it ends before its job, the result of the job is `died(job, exit status)`, which
+    may raise, and another process takes its place. If it ends between jobs, the job is None.
     """
 
     work: Callable[[Job, Screen], Result]
     context: Any  # of multiprocessing
     died: Callable[[Job | None, int], Result]
     screen: Screen
-    fresh: bool = False
     running: dict[Connection, Any] = field(default_factory=dict)  # the process behind each
 
     def run(
@@ -120,10 +124,7 @@ class Pool(Generic[Job, Result]):
                             raise content
                         else:
                             number = working.pop(connection)
-                            if self.fresh:
-                                connection.send(None)
-                            else:
-                                give(connection)
+                            give(connection)
                             yield number, content
                     signals.check()
             finally:

@@ -5,7 +5,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -162,7 +161,7 @@ def _train_as_rank(settings: Settings, quiet: bool) -> None:
 def _images(run: Run) -> Dataset:
     """The data set of a run, marked where `dataset.validation` has it select on the images that it reports on."""
     dataset = run.source.load()
-    return replace(dataset, validate_on_test=True) if run.settings.dataset.validation == "test" else dataset
+    return dataset.selecting_on_test if run.settings.dataset.validation == "test" else dataset
 
 
 def _tasks(run: Run, dataset: Dataset, seeds: Iterable[int]) -> list[Task]:
