@@ -47,7 +47,7 @@ from nobackprop.core import optimizers
 from nobackprop.core.initializers import Uniform, initial_weights
 from nobackprop.core.losses import Loss, SoftmaxCrossEntropy, cross_entropy
 from nobackprop.core.network import Network, allconv, mlp
-from nobackprop.core.rule import Batch, Rule
+from nobackprop.core.rule import Batch, Rule, apart
 from nobackprop.data.batches import CHUNK_STEPS, TrainBatches, task
 from nobackprop.data.folders import ImageNet
 from nobackprop.data.pixels import Pixels
@@ -387,18 +387,21 @@ def peak(net: Network, rule: Rule, loss: Loss, batch: int) -> int:
 
     Counted on fake tensors, so exact, and the same on every machine; what a kernel needs inside is not seen.
     """
-    peaks = []
-    for phase in rule.phases():
-        with FakeTensorMode(), torch.no_grad():
-            w = {f"W{l}": torch.empty(net.weight_shape(l)) for l in range(1, net.L + 1)}
-            w |= {f"b{l}": torch.empty(net.weight_shape(l)[0]) for l in range(1, net.L + 1)}
-            w |= rule.feedback(net, lambda _, shape: torch.empty(shape))
-            x, y = torch.empty(batch, *net.in_shape), torch.empty(batch, loss.outputs)
+    peaks, left = [], {}
+    with FakeTensorMode(), torch.no_grad():
+        w = {f"W{l}": torch.empty(net.weight_shape(l)) for l in range(1, net.L + 1)}
+        w |= {f"b{l}": torch.empty(net.weight_shape(l)[0]) for l in range(1, net.L + 1)}
+        w |= rule.feedback(net, lambda _, shape: torch.empty(shape))
+        x, y = torch.empty(batch, *net.in_shape), torch.empty(batch, loss.outputs)
+        for phase in rule.phases():
+            held = sum(t.nbytes for t in left.values())
             with Live() as live:
                 # a step holds the noise of all its phases
                 noise = {name: torch.empty(shape) for name, shape in rule.noise(net, batch).items()}
-                grads, _ = phase(net, w, Batch(x, y, loss, noise))
-            peaks.append(live.peak(grads.values()))
+                given, _ = phase(net, w, Batch(x, y, loss, noise | left))
+            grads, more = apart(given, w)
+            peaks.append(held + live.peak(grads.values()))
+            left |= more
     return max(peaks)
 
 
