@@ -258,8 +258,12 @@ Value = tuple[float, float]  # and half its interval, or 0
 
 
 def _by_rule(found: Findings, rows: Sequence[Row]) -> Canvas:
-    """A line for each rule, the best first, with the error in each row, and the angle, time and memory in all rows."""
-    rules = sorted(rules_run(rows), key=lambda rule: -(rows[0].cells[rule].mean or 0) if rule in rows[0].cells else 1)
+    """A line for each rule, with the error in each row, and the angle, time and memory in all rows.
+
+    The best rule of the row with the most rules comes first.
+    """
+    in_order = max(rows, key=lambda row: sum(cell.mean is not None for cell in row.cells.values())).cells
+    rules = sorted(rules_run(rows), key=lambda rule: -(in_order[rule].mean or 0) if rule in in_order else 1)
     first, *_ = names = [described(row.labels) for row in rows]
     panels: list[tuple[str, Sequence[Mapping[str, Value]]]] = []  # a title, and for each row the values by rule
     for row, name in zip(rows, names, strict=True):

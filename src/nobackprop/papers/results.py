@@ -39,6 +39,7 @@ from nobackprop.records.record import Record
 from nobackprop.training.config import Settings
 
 ANGLE = "angle/update_W"
+EXPERIMENT = "+experiment="
 Place = tuple[tuple[str, str], ...]  # labels in order
 Choices = Annotated[list[Annotated[str, BeforeValidator(str)]], Field(min_length=1)]
 
@@ -296,7 +297,9 @@ class Findings:
 
     def costs_of(self, row: Row) -> Mapping[str, Cost]:
         """The cost of each rule's step in a row's experiment, where it was measured."""
-        return self.costs.get("/".join([self.paper, *row.labels.values()]), {})
+        texts = (text for cell in row.cells.values() for text in cell.overrides)
+        experiment = next((text.removeprefix(EXPERIMENT) for text in texts if text.startswith(EXPERIMENT)), "")
+        return self.costs.get(experiment, {})
 
 
 class Composer:

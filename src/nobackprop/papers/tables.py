@@ -171,7 +171,9 @@ def sheet(found: Findings, table: Table) -> Sheet | None:
         further = ("angle", "speed (bp = 1)", "memory (bp = 1)")
         head = ["rule", *sizes, *(f"{name}: {what}" for what in further for name in names)]
         lines = [[rule, *_across(found, shown, rule)] for rule in rules]
-        kept = [i for i in range(len(head)) if any(line[i] != "-" for line in lines)]  # a column of dashes says nothing
+        columns = [[line[i] for line in lines] for i in range(len(head))]
+        # A column of dashes says nothing, nor does the cost of an experiment that is shown already.
+        kept = [i for i, column in enumerate(columns) if any(c != "-" for c in column) and column not in columns[:i]]
         return Sheet([head[i] for i in kept], 1, [[line[i] for i in kept] for line in lines], signs)
     lines = [
         [*row.labels.values(), *(row.cells.get(rule) for rule in rules), row.seeds, epochs(row, signs)] for row in shown
