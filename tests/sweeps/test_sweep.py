@@ -11,11 +11,13 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conftest import (
     Config,
     Killed,
@@ -562,3 +564,35 @@ def test_a_job_beside_others_keeps_its_seeds_in_one_process(given: str, expected
     job = jobs.Job("", run_config(f"workers={given}"))
     assert local.beside_others(job).config.workers == expected
     assert job.config.workers == (None if given == "null" else 2)
+
+
+def test_images_are_read_once_for_all_forks_as_many_as_stay_in_memory() -> None:
+    read: list[str] = []
+
+    @dataclass(frozen=True)
+    class Stub:
+        name: str
+
+        def load(self) -> SimpleNamespace:
+            read.append(self.name)
+            if self.name == "a":
+                raise OSError("a source that fails is left to its jobs")
+            return SimpleNamespace(fingerprint="")
+
+    every: Any = [SimpleNamespace(run=SimpleNamespace(source=Stub(name))) for name in "abcabc"]
+    local._read_images(every)
+    assert read == ["a", "b"]
+
+
+def test_what_a_job_draws_at_random_does_not_depend_on_the_jobs_before() -> None:
+    class Drawing:
+        config: Any = None
+
+        @property
+        def run(self) -> None:
+            raise RuntimeError(float(torch.rand(())))
+
+    drawing: Any = Drawing()
+    first, second = (jobs.attempt(drawing, Console(quiet=True), False).details for _ in range(2))
+    assert first == second
+    assert "RuntimeError: 0." in first

@@ -245,22 +245,24 @@ def _adam(
         # denormal, and rounding keeps them there. A processor takes many times as long for such numbers. As zeros they
         # move no weight either.
         flushed = TINY != 0 and torch.set_flush_denormal(True)
-        kernel(
-            weights,
-            grads,
-            m,
-            v,
-            [],
-            steps,
-            lr=lr,
-            beta1=betas[0],
-            beta2=betas[1],
-            weight_decay=weight_decay,
-            eps=eps,
-            amsgrad=False,
-            maximize=False,
-        )
-        if flushed:
-            torch.set_flush_denormal(False)
+        try:
+            kernel(
+                weights,
+                grads,
+                m,
+                v,
+                [],
+                steps,
+                lr=lr,
+                beta1=betas[0],
+                beta2=betas[1],
+                weight_decay=weight_decay,
+                eps=eps,
+                amsgrad=False,
+                maximize=False,
+            )
+        finally:
+            if flushed:
+                torch.set_flush_denormal(False)
 
     return call

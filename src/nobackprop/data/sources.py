@@ -130,7 +130,10 @@ class Source(ABC):
         """The training and the test images, not checked yet."""
 
 
-@lru_cache(maxsize=2)
+KEPT = 2  # data sets in memory
+
+
+@lru_cache(maxsize=KEPT)
 def _load(source: Source) -> Dataset:
     with reading(source.name):
         found = source.files()

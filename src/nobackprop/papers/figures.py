@@ -305,7 +305,7 @@ def _by_rule(found: Findings, rows: Sequence[Row]) -> Canvas:
 def _cost(found: Findings, rows: Sequence[Row]) -> Canvas:
     """Test error against the time of a training step. The best rules are at the bottom left."""
     rules = rules_run(rows)
-    canvas, axes = _axes(len(rows), "time of a training step (bp = 1)", "test error, %", rules, height=3)
+    canvas, axes = _axes(len(rows), "time of a step, default settings (bp = 1)", "test error, %", rules, height=3)
     for ax, row in zip(axes, rows, strict=True):
         ends = []
         for rule, cost in found.costs_of(row).items():

@@ -22,7 +22,7 @@ import pandas as pd
 from nobackprop.mistakes import Mistake, answering
 from nobackprop.papers.claims import MOST, Claims, Result
 from nobackprop.papers.figures import figures
-from nobackprop.papers.results import Figure, Findings, Found, Row, Table, described, findings, papers
+from nobackprop.papers.results import Cost, Figure, Findings, Found, Row, Table, described, findings, papers
 from nobackprop.papers.take_home import take_home
 from nobackprop.places import RESULTS
 from nobackprop.records.files import write_atomically
@@ -168,12 +168,12 @@ def sheet(found: Findings, table: Table) -> Sheet | None:
             f"{name}, {epochs(row, signs)} epochs, {_count([int(row.seeds)], 'seed')}"
             for name, row in zip(names, shown, strict=True)
         ]
-        further = ("angle", "speed (bp = 1)", "memory (bp = 1)")
-        head = ["rule", *sizes, *(f"{name}: {what}" for what in further for name in names)]
-        lines = [[rule, *_across(found, shown, rule)] for rule in rules]
-        columns = [[line[i] for line in lines] for i in range(len(head))]
-        # A column of dashes says nothing, nor does the cost of an experiment that is shown already.
-        kept = [i for i, column in enumerate(columns) if any(c != "-" for c in column) and column not in columns[:i]]
+        costs = [found.costs_of(row) for row in shown]
+        priced = [i for i, each in enumerate(costs) if each not in costs[:i]]  # several rows may be of one experiment
+        further = [f"{names[i]}: {what} (bp = 1)" for what in ("speed", "memory") for i in priced]
+        head = ["rule", *sizes, *(f"{name}: angle" for name in names), *further]
+        lines = [[rule, *_across(shown, [costs[i] for i in priced], rule)] for rule in rules]
+        kept = [i for i in range(len(head)) if any(line[i] != "-" for line in lines)]  # a column of dashes says nothing
         return Sheet([head[i] for i in kept], 1, [[line[i] for i in kept] for line in lines], signs)
     lines = [
         [*row.labels.values(), *(row.cells.get(rule) for rule in rules), row.seeds, epochs(row, signs)] for row in shown
@@ -181,11 +181,11 @@ def sheet(found: Findings, table: Table) -> Sheet | None:
     return Sheet([*map(title, table.rows), *rules, "seeds", "epochs"], len(table.rows), lines, signs)
 
 
-def _across(found: Findings, rows: Sequence[Row], rule: str) -> list[Found | str | None]:
-    """The results of a rule: accuracy and angle in each row, and the cost of its step."""
+def _across(rows: Sequence[Row], priced: Sequence[Mapping[str, Cost]], rule: str) -> list[Found | str | None]:
+    """The results of a rule: accuracy and angle in each row, and the costs of its step."""
     cells = [row.cells.get(rule) for row in rows]
     angles = ["-" if cell is None or cell.angle is None else f"{cell.angle:.0f}°" for cell in cells]
-    costs = [found.costs_of(row).get(rule) for row in rows]
+    costs = [each.get(rule) for each in priced]
     speeds = ["-" if cost is None else f"{cost.speed:.2f}" for cost in costs]
     return [*cells, *angles, *speeds, *("-" if cost is None else f"{cost.memory:.2f}" for cost in costs)]
 
@@ -223,7 +223,8 @@ def caption(shown: Sheet) -> str:
     if any("(bp = 1)" in name for name in shown.head):
         what += (
             " Speed is in images a second, memory is what a training step needs besides weights and gradients; both "
-            "are relative to backprop's on the same net (results/benchmark.csv)."
+            "are of a rule's default settings, not of those of the runs, and relative to backprop's on the same net "
+            "(results/benchmark.csv)."
         )
     return what
 

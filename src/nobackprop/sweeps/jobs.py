@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Literal, Protocol, Self
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -92,6 +93,7 @@ class Launcher(Protocol):
 
 def attempt(job: Job, console: Console, wait_for_others: bool) -> Outcome:
     """Trains a job. A failure is an outcome, too."""
+    torch.manual_seed(0)  # what a job before drew, as a user's own rule may, is none of this one's
     try:
         with about_files(job.config):
             records = train(job.run, console, wait_for_others)

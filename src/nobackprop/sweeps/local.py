@@ -11,6 +11,8 @@ from omegaconf import OmegaConf
 from pydantic import PositiveInt
 from rich.console import Console
 
+from nobackprop.data.sources import KEPT
+from nobackprop.records import provenance
 from nobackprop.records.machine import cores
 from nobackprop.sweeps.jobs import Job, Outcome, Say, attempt
 from nobackprop.training import hardware
@@ -52,6 +54,7 @@ class Processes:
         numbers, given = [*jobs], [beside_others(job) for job in jobs.values()]
         if all(map(_can_fork, given)):  # which shares all that is imported and read here
             context = get_context("fork")
+            provenance.source_state()  # of the code that was imported here, whatever is checked out later
             _read_images(jobs.values())
         else:
             context = get_context("forkserver")  # so that torch and Lightning are imported once
@@ -70,10 +73,10 @@ def _can_fork(job: Job) -> bool:
 
 
 def _read_images(jobs: Iterable[Job]) -> None:
-    """Reads the images of jobs, for their forks."""
-    for job in jobs:
+    """Reads the images of jobs, for their forks: as many data sets as are kept in memory."""
+    for source in [*dict.fromkeys(job.run.source for job in jobs)][:KEPT]:
         with suppress(Exception):  # which the job itself meets again, and tells
-            _ = job.run.source.load().fingerprint
+            _ = source.load().fingerprint
 
 
 def _attempt(wait_for_others: bool, job: Job, screen: Screen) -> Outcome:

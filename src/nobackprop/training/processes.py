@@ -101,11 +101,14 @@ class Pool(Generic[Job, Result]):
         def give(connection: Connection) -> None:
             """Sends a process its next job, or the word that there is none left."""
             number = waiting.popleft() if waiting else None
+            try:
+                connection.send(None if number is None else number if self.forks else jobs[number])
+            except BrokenPipeError:  # it was killed, as will be noticed, and another process does the job
+                waiting.extendleft([] if number is None else [number])
+                return
             if number is not None:
                 working[connection] = number
                 starting(number)
-            with suppress(BrokenPipeError):  # it was killed, as will be noticed
-                connection.send(None if number is None else number if self.forks else jobs[number])
 
         with StopSignals() as signals:
             try:
