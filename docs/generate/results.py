@@ -278,8 +278,8 @@ def overview(every: Sequence[Findings], drawn: Mapping[str, Mapping[str, bytes]]
     tree = "\n".join(["```{toctree}", ":hidden:", "", *(found.paper for found in every), "elsewhere", "```"])
 
     def figure(match: re.Match[str]) -> str:
-        svg = within_a_page(drawn[match[2]][match[3]])
-        return raw(element("figure", svg, _class="drawn", aria_label=match[1]))
+        svg = drawn[match[2]].get(match[3])  # None without runs
+        return raw(element("figure", within_a_page(svg), _class="drawn", aria_label=match[1])) if svg else ""
 
     head, _, body = readme.read_text().partition("\n")
     body = re.sub(r"!\[(.*)\]\(figures/(\w+)/(\w+)\.svg\)", figure, body).replace("](tables/", "](")

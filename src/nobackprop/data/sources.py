@@ -130,10 +130,7 @@ class Source(ABC):
         """The training and the test images, not checked yet."""
 
 
-KEPT = 2  # data sets in memory
-
-
-@lru_cache(maxsize=KEPT)
+@lru_cache(maxsize=2)
 def _load(source: Source) -> Dataset:
     with reading(source.name):
         found = source.files()

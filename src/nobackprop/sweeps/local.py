@@ -11,7 +11,6 @@ from omegaconf import OmegaConf
 from pydantic import PositiveInt
 from rich.console import Console
 
-from nobackprop.data.sources import KEPT
 from nobackprop.records import provenance
 from nobackprop.records.machine import cores
 from nobackprop.sweeps.jobs import Job, Outcome, Say, attempt
@@ -73,8 +72,8 @@ def _can_fork(job: Job) -> bool:
 
 
 def _read_images(jobs: Iterable[Job]) -> None:
-    """Reads the images of jobs, for their forks: as many data sets as are kept in memory."""
-    for source in [*dict.fromkeys(job.run.source for job in jobs)][:KEPT]:
+    """Reads the images of jobs, for their forks, each data set once."""
+    for source in dict.fromkeys(job.run.source for job in jobs):
         with suppress(Exception):  # which the job itself meets again, and tells
             _ = source.load().fingerprint
 
