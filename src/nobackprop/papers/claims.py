@@ -68,14 +68,17 @@ class Score(NamedTuple):
     classes: tuple[int, ...] = ()
 
 
+Place = tuple[tuple[str, str], ...]  # labels in order
 Accuracies = Mapping[Conditions, Mapping[int, Score]]  # by seed
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A part of a YAML file: unknown keys are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Claim(_Strict):
+class Claim(Strict):
     """One claim of a paper and its test, made once for each combination of `each`. Labels name cells of the grid."""
 
     name: str
@@ -96,7 +99,7 @@ class Claim(_Strict):
         return self
 
 
-class Claims(_Strict):
+class Claims(Strict):
     """A file of claims. A reading is one way to take a paper's settings; every claim is tested under each."""
 
     alpha: float = Field(gt=0, lt=0.5)
@@ -252,7 +255,7 @@ def evidence(trial: Trial, accuracies: Callable[[Labels], Accuracies | str]) -> 
             cell = accuracies(labels)
             if isinstance(cell, str):
                 return cell
-            found[_place(labels)] = cell
+            found[place_of(labels)] = cell
     in_common = {
         at: seeds
         for at in set.intersection(*(set(cell) for cell in found.values()))
@@ -266,18 +269,19 @@ def evidence(trial: Trial, accuracies: Callable[[Labels], Accuracies | str]) -> 
     for contrast in trial.contrasts:
         numbers, images = _sum(contrast.terms, tested)
         differences, images_of_difference = _sum(contrast.difference, tested)
-        reference = mean(seed.accuracy for seed in tested[_place(contrast.reference)])
+        reference = mean(seed.accuracy for seed in tested[place_of(contrast.reference)])
         contrasts.append(Sample(numbers, contrast.bound, images, differences, images_of_difference, reference))
     return Samples(at.epochs, contrasts)
 
 
-def _place(labels: Labels) -> tuple[tuple[str, str], ...]:
+def place_of(labels: Mapping[str, str]) -> Place:
+    """What labels are found by, in whatever order they stand."""
     return tuple(sorted(labels.items()))
 
 
-def _sum(terms: Terms, tested: Mapping[tuple[tuple[str, str], ...], Sequence[Score]]) -> tuple[list[float], float]:
+def _sum(terms: Terms, tested: Mapping[Place, Sequence[Score]]) -> tuple[list[float], float]:
     """A weighted sum of accuracies for each seed, and the variance that the test images give its mean."""
-    cells = [(weight, tested[_place(labels)]) for weight, labels in terms]
+    cells = [(weight, tested[place_of(labels)]) for weight, labels in terms]
     numbers = [0.0] * len(cells[0][1])
     for weight, seeds in cells:
         numbers = [number + weight * seed.accuracy for number, seed in zip(numbers, seeds, strict=True)]

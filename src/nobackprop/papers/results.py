@@ -19,9 +19,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PositiveInt,
     TypeAdapter,
@@ -31,7 +29,19 @@ from pydantic import (
 
 from nobackprop.composing import load
 from nobackprop.mistakes import Mistake
-from nobackprop.papers.claims import Accuracies, Claims, Conditions, Labels, Result, Score, interval, judge
+from nobackprop.papers.claims import (
+    Accuracies,
+    Claims,
+    Conditions,
+    Labels,
+    Place,
+    Result,
+    Score,
+    Strict,
+    interval,
+    judge,
+    place_of,
+)
 from nobackprop.papers.grid import Cell, by_key, cells
 from nobackprop.places import CONF, PAPERS, RESULTS
 from nobackprop.records.identity import digest, rule_name
@@ -40,15 +50,10 @@ from nobackprop.training.config import Settings
 
 ANGLE = "angle/update_W"
 EXPERIMENT = "+experiment="
-Place = tuple[tuple[str, str], ...]  # labels in order
 Choices = Annotated[list[Annotated[str, BeforeValidator(str)]], Field(min_length=1)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Figure(_Strict):
+class Figure(Strict):
     """A published figure: its place in the source, and the cells that it is compared with."""
 
     table: str
@@ -59,7 +64,7 @@ class Figure(_Strict):
     spread: float | None = Field(default=None, ge=0)
     seeds: PositiveInt | None = None
     source: str
-    cell: Labels = {}
+    cell: Labels = Field({})
 
     @property
     def accuracy(self) -> float:
@@ -67,7 +72,7 @@ class Figure(_Strict):
         return self.value if self.unit == "accuracy, %" else 100 - self.value
 
 
-class Published(_Strict):
+class Published(Strict):
     """A paper's published.yaml."""
 
     paper: str
@@ -84,14 +89,14 @@ class Published(_Strict):
         return self
 
 
-class NotRun(_Strict):
+class NotRun(Strict):
     """Cells that have no runs, and the reason."""
 
     cells: dict[str, Choices]
     reason: str
 
 
-class Table(_Strict):
+class Table(Strict):
     """One table of tables.yaml: its cells and the axes of its rows. Columns are rules, or with `by_rule` rows."""
 
     name: str
@@ -106,11 +111,11 @@ class Table(_Strict):
     note: str = ""
 
 
-class Layout(_Strict):
+class Layout(Strict):
     """A paper's tables.yaml."""
 
     title: str
-    stand_ins: dict[str, str] = {}
+    stand_ins: dict[str, str] = Field({})
     tables: list[Table] = Field(min_length=1)
 
 
@@ -370,14 +375,14 @@ def findings(paper: str, records: Iterable[Record], results: Path = RESULTS) -> 
         _check_labels(place, labels, grid)
     found = [_find(cell, layout, runs, not_run, known) for cell in grid]
     tables = {table.name: _rows(table, found) for table in layout.tables}
-    every = {_place(cell.labels): cell for cell in found}
+    every = {place_of(cell.labels): cell for cell in found}
     verdicts = judge(fixed, partial(_accuracies, every)) if fixed else []
     before = verdicts_before(paper, results / "verdicts_before.csv")
     return Findings(paper, layout, known, tables, verdicts, before, fixed, costs(results / "benchmark.csv"), every)
 
 
 def _accuracies(every: Mapping[Place, Found], labels: Labels) -> Accuracies | str:
-    cell = every.get(_place(labels))
+    cell = every.get(place_of(labels))
     if cell is None:
         unknown = [c for axis, c in labels.items() if all(cell.labels.get(axis) != c for cell in every.values())]
         return f"not in the grid: {', '.join(unknown) or described(labels)}"
@@ -421,10 +426,6 @@ def rules_run(rows: Sequence[Row]) -> list[str]:
 def described(labels: Mapping[str, str]) -> str:
     """Choices in words, such as `mnist, 3 hidden layers`. A bare number is named after its axis."""
     return ", ".join(f"{v} {k}" if v.isdigit() else v for k, v in labels.items()).replace("_", " ")
-
-
-def _place(labels: Mapping[str, str]) -> Place:
-    return tuple(sorted(labels.items()))
 
 
 def _fits(labels: Mapping[str, str], where: Mapping[str, Sequence[str]]) -> bool:

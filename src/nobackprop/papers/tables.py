@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 
 from nobackprop.mistakes import Mistake, answering
-from nobackprop.papers.claims import MOST, Claims, Result
+from nobackprop.papers.claims import MOST, Claims, Result, place_of
 from nobackprop.papers.figures import figures
 from nobackprop.papers.results import Cost, Figure, Findings, Found, Row, Table, described, findings, papers
 from nobackprop.papers.take_home import take_home
@@ -405,9 +405,9 @@ def what_is_next(every: Sequence[Findings]) -> str:
 
 def _seconds_of_a_seed(found: Findings, result: Result) -> float:
     """What one more seed of all cells of a test takes."""
-    cells = {tuple(sorted(labels.items())): labels for c in result.trial.contrasts for _, labels in c.terms}
-    every = [found.cells[place] for place in cells]
-    return sum(median(r.seconds for r in cell.records if r.config["max_epochs"] == result.epochs) for cell in every)
+    places = dict.fromkeys(place_of(labels) for contrast in result.trial.contrasts for _, labels in contrast.terms)
+    each = [[r for r in found.cells[at].records if r.config["max_epochs"] == result.epochs] for at in places]
+    return sum(median(r.seconds for r in runs) for runs in each)
 
 
 def tests_not_run(found: Findings) -> list[str]:

@@ -6,17 +6,16 @@ family.
 
 from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from nobackprop.papers.claims import Accuracies, Claims, Labels, Result, judge
+from nobackprop.papers.claims import Accuracies, Claims, Labels, Result, Strict, judge
 from nobackprop.papers.results import Findings, read
 from nobackprop.places import PAPERS
 
 
-class Drawing(BaseModel):
+class Drawing(Strict):
     """A figure of a paper, and what to see in it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     paper: str
     figure: str
     shows: str
