@@ -21,6 +21,8 @@ from nobackprop.mistakes import Mistake
 from nobackprop.rules.block_dfa import BlockDFA
 from nobackprop.rules.bp import BP
 from nobackprop.rules.dfa import DFA
+from nobackprop.rules.dfa_two_pass import DFATwoPass
+from nobackprop.rules.direct_kolen_pollack import DirectKolenPollack
 from nobackprop.rules.equilibrium_propagation import EquilibriumPropagation
 from nobackprop.rules.fa import FA
 from nobackprop.rules.lra_e import LRAE
@@ -141,7 +143,7 @@ def test_dfa_of_a_linear_residual_net_with_the_total_jacobian_is_bp() -> None:
 
 
 def test_dfa_has_a_feedback_unit_for_each_unit_that_is_read(mapped: Problem) -> None:
-    w = mapped.weights(DFA())
+    w = replace(mapped, net=replace(mapped.net, own_feedback=True)).weights(DFA())
     for l in range(1, mapped.net.L):
         assert w[f"B{l}"].shape == (torch.Size(mapped.net.read_shapes[l + 1]).numel(), 4)
 
@@ -304,3 +306,18 @@ def test_every_kind_that_a_rule_refuses_is_one_that_there_is() -> None:
         for block in re.findall(r"refuses: .*?\n    [})]", path.read_text(), re.DOTALL):
             for kind in re.findall(r'"(\w+)"', block):
                 assert kind in {*PARTS, "attention"}, path
+
+
+@pytest.mark.parametrize("rule", [DFA(), DFATwoPass(), BlockDFA(), DirectKolenPollack()])
+def test_tokens_share_direct_feedback(rule: Rule) -> None:
+    """One B for all tokens is a B of its own for each in which all are the same."""
+    problem = problem_of("vit", "softmax")
+    shared, own = problem.net, replace(problem.net, own_feedback=True)
+    tokens = shared.read_shapes[2][0]
+    w = problem.weights(rule)
+    names = [n for n in w if n[0] == "B" and tuple(w[n].shape) != own.direct_shape(int(n[1:]))]
+    assert names
+    one = _grads(rule, problem, w)
+    each = _grads(rule, replace(problem, net=own), w | {name: w[name].repeat(tokens, 1) for name in names})
+    each |= {name: each[name].unflatten(0, (tokens, -1)).sum(0) for name in names if name in each}
+    torch.testing.assert_close(one, each)

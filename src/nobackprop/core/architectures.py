@@ -261,13 +261,15 @@ def vit(
     hidden: int,
     dropout: float,
     activation: str,
+    own_feedback: bool = False,
 ) -> Network:
     """A small vision transformer: patches as tokens of `width` features, `depth` blocks, the mean over tokens.
 
     Dosovitskiy et al., "An image is worth 16x16 words", ICLR 2021. A block has attention with `heads` heads and a
     layer of `hidden` features, each behind a layer norm and with a shortcut. Positions are fixed sines and cosines, and
     the mean over tokens replaces a class token, since learned positions and tokens would be weights outside of a
-    product. `patch` is the side of a patch in pixels; None means a quarter of the image's height.
+    product. `patch` is the side of a patch in pixels; None means a quarter of the image's height. With `own_feedback`
+    each token has weights of its own for feedback that comes straight from the output.
     """
     drop = [Dropout(dropout)] if dropout else []
     parts: list[Part] = [Patches(patch or max(1, in_shape[1] // 4)), Tokens(width), Positions()]
@@ -275,4 +277,4 @@ def vit(
         mixing = [LayerNorm(), Tokens(3 * width), Attention(heads), *drop, Tokens(width)]
         parts += [Residual(tuple(mixing))]
         parts += [Residual((LayerNorm(), Tokens(hidden), named(activation), *drop, Tokens(width)))]
-    return assemble(in_shape, [*parts, LayerNorm(), Mean(), Dense(outputs)])
+    return replace(assemble(in_shape, [*parts, LayerNorm(), Mean(), Dense(outputs)]), own_feedback=own_feedback)

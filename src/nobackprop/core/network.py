@@ -35,6 +35,9 @@ class Network:
 
     With `recompute`, `forward` keeps some layers' h in memory instead of all z and h, and computes the others again
     when a rule asks for them: the same numbers, for up to one more forward pass.
+
+    Tokens share their weights, and so they share the feedback that comes to them straight from the output. With
+    `own_feedback` each token has feedback weights of its own.
     """
 
     in_shape: Shape
@@ -42,6 +45,7 @@ class Network:
     activation: Activation
     bias: bool = True
     recompute: bool = False
+    own_feedback: bool = False
 
     def __post_init__(self) -> None:
         _ = self.shapes, self.read_shapes, self.span, self.activations, self.dropouts  # a compiled step can't
@@ -171,14 +175,21 @@ class Network:
             return layer.feedback(M, e, h)
         return maps.pulled(layer.read, h, layer.feedback(M, e, maps.through(layer.read, h)))
 
-    def direct_shape(self, l: int) -> Shape:
-        """The shape of B for `direct`: (units of what layer l + 1 reads of h[l], outputs)."""
+    def head_shape(self, l: int) -> Shape:
+        """The shape of weights between hidden layer l and the output: (units that layer l + 1 reads, outputs)."""
         return (prod(self.read_shapes[l + 1]), self.units(self.L))
+
+    def direct_shape(self, l: int) -> Shape:
+        """The shape of B for `direct`: (units that layer l + 1 reads, or features where it reads tokens, outputs)."""
+        units, outputs = self.head_shape(l)
+        read = self.read_shapes[l + 1]
+        return (read[-1] if len(read) == 2 and not self.own_feedback else units, outputs)
 
     def direct(self, l: int, B: Tensor, e: Tensor, h: Tensor) -> Tensor:
         """The output's error e (N, outputs), sent through B to h, the activation of hidden layer l: `B e`.
 
-        B has the `direct_shape`; where the layer above reads h pooled, its units are those of the pooled h.
+        B has the `direct_shape` or the `head_shape`. Where the layer above reads h pooled, its units are those of the
+        pooled h.
         """
         read = self.layers[l].read
         like = maps.through(read, h)
@@ -187,7 +198,9 @@ class Network:
             B = B.view(C, H, W, -1).permute(1, 2, 0, 3).flatten(0, 2)
             sent = like_type(F.linear(e, B), e).view(-1, H, W, C).permute(0, 3, 1, 2)
         else:
-            sent = like_type(F.linear(e, B), e).view_as(like)
+            sent = like_type(F.linear(e, B), e)
+            alike = like.ndim == 3 and len(B) == like.shape[-1]  # for all tokens
+            sent = sent.unsqueeze(1).expand_as(like) if alike else sent.view_as(like)
         return maps.pulled(read, h, sent)
 
     def joined(self, l: int, e: Tensor, h: ByLayer, skipped: MutableMapping[int, Tensor]) -> Tensor:

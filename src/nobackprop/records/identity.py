@@ -19,6 +19,8 @@ RECORDED = {
     "nobackprop.data.folders": "nobackprop.imagenet",
     "nobackprop.data.sources": "nobackprop.data",
 }
+# Keys that functions got after the first records, with what the code computed before. Classes have them in metadata.
+BEFORE = {"nobackprop.core.architectures.vit": {"own_feedback": True}}
 CURRENT = {recorded: current for current, recorded in RECORDED.items()}
 
 
@@ -64,8 +66,8 @@ def before(target: Any) -> dict[str, Any]:
 
     It says what the code computed before the key existed. A key that came after the first records has it in its
     metadata, where it never changes, whatever the default:
-    `difference: str = field(default="exact", metadata={"before": "plain"})`.
+    `difference: str = field(default="exact", metadata={"before": "plain"})`. A function has it in BEFORE.
     """
-    return (
-        {f.name: f.metadata["before"] for f in fields(target) if "before" in f.metadata} if is_dataclass(target) else {}
-    )
+    if is_dataclass(target):
+        return {f.name: f.metadata["before"] for f in fields(target) if "before" in f.metadata}
+    return BEFORE.get(f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', '')}", {})

@@ -28,8 +28,10 @@ class BlockDFA(Rule):
     lightonai/dfa-scales-to-modern-deep-learning). Its "macro" form has only the end of each whole block. Raises Mistake
     for an end that is no hidden layer.
 
-    Departs from the paper's program: B has its own weights for each end and unit, and `init.backward` says what they
-    are drawn from. The program cuts all of them from one matrix, uniform in +-1, and repeats them for each token.
+    All tokens share B, as in the paper's program; `arch.own_feedback: true` gives each token a B of its own.
+
+    Departs from the program: B has its own weights for each end, and `init.backward` says what they are drawn from. The
+    program cuts all of them from one matrix, uniform in +-1.
     """
 
     family: ClassVar[str] = "aligned feedback"

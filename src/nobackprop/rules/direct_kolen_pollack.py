@@ -30,4 +30,6 @@ class DirectKolenPollack(DFA):
 
     def learned(self, net: Network, l: int, h: Tensor, e: Tensor) -> dict[str, Tensor]:
         r = maps.through(net.layers[l].read, h)
+        if r.ndim == 3 and not net.own_feedback:
+            r = r.sum(1)  # tokens share B
         return {f"B{l}": Dense(net.units(net.L)).hebbian(r, e)[0].mT}

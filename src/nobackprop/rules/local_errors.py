@@ -98,7 +98,7 @@ class LocalErrors(Rule):
 
     def feedback(self, net: Network, draw: Draw) -> dict[str, Tensor]:
         def shape(letter: str, l: int) -> tuple[int, ...]:
-            return net.direct_shape(l) if letter == "C" else _transform(net, l).weight_shape(net.shapes[l])
+            return net.head_shape(l) if letter == "C" else _transform(net, l).weight_shape(net.shapes[l])
 
         return {
             f"{letter}{l}": draw(f"{letter}{l}", shape(letter, l)) for letter in self.shares for l in range(1, net.L)

@@ -89,7 +89,7 @@ class RecursiveLRA(Rule):
 
     def feedback(self, net: Network, draw: Draw) -> dict[str, Tensor]:
         hidden = range(1, net.L)
-        straight = {f"D{l}": draw(f"D{l}", net.direct_shape(l)) for l in hidden if self._skipped(net, l)}
+        straight = {f"D{l}": draw(f"D{l}", net.head_shape(l)) for l in hidden if self._skipped(net, l)}
         return straight | {f"E{l + 1}": LRAE.drawn(net, draw, l + 1) for l in hidden if not self._skipped(net, l)}
 
     def gain(self, name: str) -> float:
