@@ -18,8 +18,8 @@ class DFA(Rule):
     `d[l] = (B[l] e) * f'(z[l])`, with e the error at the output.
 
     `B1 ... B(L-1)` are (units of layer l, outputs); a convolutional layer's units are all its channels and positions.
-    All tokens of a transformer's layer share B, which is (features, outputs), as in the program of Launay et al. 2020;
-    `arch.own_feedback: true` gives each token a B of its own. Tokens share W, and W can't align with a B for each.
+    All tokens of a layer share B, which is then (features, outputs), as in the program of Launay et al. 2020 (`batch_dims`
+    in tinydfa/dfa.py). They share W, which can't align with a different B for each; `arch.own_feedback: true` has that.
     """
 
     family: ClassVar[str] = "aligned feedback"
