@@ -18,8 +18,9 @@ class DFA(Rule):
     `d[l] = (B[l] e) * f'(z[l])`, with e the error at the output.
 
     `B1 ... B(L-1)` are (units of layer l, outputs); a convolutional layer's units are all its channels and positions.
-    All tokens of a layer share B, which is then (features, outputs), as in the program of Launay et al. 2020 (`batch_dims`
-    in tinydfa/dfa.py). They share W, which can't align with a different B for each; `arch.own_feedback: true` has that.
+    All tokens of a layer share B, which is then (features, outputs), as in the program of Launay et al. 2020
+    (`batch_dims` in tinydfa/dfa.py). They share W, which can't align with a different B for each;
+    `arch.own_feedback: true` has that.
     """
 
     family: ClassVar[str] = "aligned feedback"
