@@ -25,7 +25,7 @@ from nobackprop.core.network import Network, mlp
 from nobackprop.core.rule import FAMILIES, Batch, Rule
 from nobackprop.mistakes import Mistake
 from nobackprop.papers.figures import within_a_page
-from nobackprop.papers.results import Cost, Findings
+from nobackprop.papers.results import Cost, Findings, Row
 from nobackprop.places import CONF, RESULTS
 from nobackprop.training.work import passes
 
@@ -174,9 +174,10 @@ def rules(every: Sequence[Findings], drawn: Mapping[str, Mapping[str, bytes]]) -
     found = {path.stem: instantiate(OmegaConf.load(path)) for path in sorted((CONF / "rule").glob("*.yaml"))}
     known = {name: needs(rule) for name, rule in found.items()}
     experiment, costs = _costs(every)
+    compared = next(each.tables[COMPARED] for each in every if each.paper == "compare")
     parts = [
         RULES.format(experiment=f"`{experiment}`"),
-        raw(_table(known, {name: rule.family for name, rule in found.items()}, costs)),
+        raw(_table(known, {name: rule.family for name, rule in found.items()}, costs, compared)),
         *_field(every, drawn),
     ]
     for family, told in FAMILIES.items():
@@ -197,7 +198,14 @@ weights above it: backprop needs their values. Rules that perturb something take
 bring no weight down. *Own weights* are those besides W and b; "as W" means that they have the shapes of W. *Refuses*
 names the parts of nets for which the rule has no form; below it says why. *Work* is the arithmetic of a training step,
 where a forward pass is 1. *Time* and *memory* are those of a step of {experiment}
-(`results/benchmark.csv`), where backprop has 1."""
+(`results/benchmark.csv`), where backprop has 1. *Accuracy* is on test images, in %, and *angle* that of the updates to
+backprop's gradient, in degrees, in the [second comparison](../results/compare.md): a fully connected net on MNIST and a
+convolutional one on Fashion-MNIST, after 3 epochs with a falling rate and settings that were searched.
+
+What the table does not say: rules with local losses bring the label to every layer, and so does DRTP. Rules with
+energies compute in phases. Rules with targets train feedback in a phase of its own, or let it learn beside W."""
+
+COMPARED = "second"  # a table of papers/compare/tables.yaml: its rows are the nets
 
 
 def _costs(every: Sequence[Findings]) -> tuple[str, Mapping[str, Cost]]:
@@ -206,10 +214,13 @@ def _costs(every: Sequence[Findings]) -> tuple[str, Mapping[str, Cost]]:
     return max(known.items(), key=lambda each: (len(each[1]), each[0]), default=("", {}))
 
 
-def _table(known: Mapping[str, Needs], families: Mapping[str, str], costs: Mapping[str, Cost]) -> str:
+def _table(
+    known: Mapping[str, Needs], families: Mapping[str, str], costs: Mapping[str, Cost], compared: Sequence[Row]
+) -> str:
     rows = []
     for name, n in known.items():
         cost = costs.get(name)
+        reached = [row.cells.get(name) for row in compared]
         texts = [
             element("a", name, href=f"#{name.replace('_', '-')}"),
             families[name],
@@ -220,9 +231,13 @@ def _table(known: Mapping[str, Needs], families: Mapping[str, str], costs: Mappi
             n.refuses,
         ]
         measured = ["-", "-"] if cost is None else [f"{1 / cost.speed:.2f}", f"{cost.memory:.2f}"]
+        measured += ["-" if each is None or each.mean is None else f"{100 * each.mean:.1f}" for each in reached]
+        measured += ["-" if each is None or each.angle is None else f"{each.angle:.0f}" for each in reached]
         rows.append([*map(cell, texts), *(cell(text, True) for text in [f"{n.work:.1f}", *measured])])
     head = ["rule", "family", "f'", "uses of W above", "own weights", "noise", "refuses", "work", "time", "memory"]
-    return sortable(head, rows, 3)
+    nets = [row.labels["net"].replace("_", " ") for row in compared]
+    head += [*(f"accuracy, {net}" for net in nets), *(f"angle, {net}" for net in nets)]
+    return sortable(head, rows, 3 + 2 * len(compared))
 
 
 def _field(every: Sequence[Findings], drawn: Mapping[str, Mapping[str, bytes]]) -> list[str]:
