@@ -203,7 +203,8 @@ backprop's gradient, in degrees, in the [second comparison](../results/compare.m
 convolutional one on Fashion-MNIST, after 3 epochs with a falling rate and settings that were searched.
 
 What the table does not say: rules with local losses bring the label to every layer, and so does DRTP. Rules with
-energies compute in phases. Rules with targets train feedback in a phase of its own, or let it learn beside W."""
+energies compute in phases. Rules with targets train their feedback in a phase of its own, let it learn beside W, or
+leave it fixed."""
 
 COMPARED = "second"  # a table of papers/compare/tables.yaml: its rows are the nets
 

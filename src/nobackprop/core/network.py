@@ -203,6 +203,13 @@ class Network:
             sent = sent.unsqueeze(1).expand_as(like) if alike else sent.view_as(like)
         return maps.pulled(read, h, sent)
 
+    def direct_hebbian(self, l: int, h: Tensor, e: Tensor) -> Tensor:
+        """The gradient of weights straight from h[l] to the output, in the `direct_shape`: a mean over samples."""
+        r = maps.through(self.layers[l].read, h)
+        if self.direct_shape(l) != self.head_shape(l):  # tokens share it
+            r = r.sum(1)
+        return Dense(self.units(self.L)).hebbian(r, e)[0].mT
+
     def joined(self, l: int, e: Tensor, h: ByLayer, skipped: MutableMapping[int, Tensor]) -> Tensor:
         """The whole error at h[l]: e, from layer l + 1, plus the errors that come down shortcuts that begin at h[l].
 

@@ -19,9 +19,9 @@ RECORDED = {
     "nobackprop.data.folders": "nobackprop.imagenet",
     "nobackprop.data.sources": "nobackprop.data",
 }
+CURRENT = {recorded: current for current, recorded in RECORDED.items()}
 # Keys that functions got after the first records, with what the code computed before. Classes have them in metadata.
 BEFORE = {"nobackprop.core.architectures.vit": {"own_feedback": True}}
-CURRENT = {recorded: current for current, recorded in RECORDED.items()}
 
 
 def recorded_name(name: str) -> str:

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nobackprop.core import maps
-from nobackprop.core.layers import Dense
 from nobackprop.core.network import Network
 from nobackprop.rules.dfa import DFA
 
@@ -29,7 +27,4 @@ class DirectKolenPollack(DFA):
     """
 
     def learned(self, net: Network, l: int, h: Tensor, e: Tensor) -> dict[str, Tensor]:
-        r = maps.through(net.layers[l].read, h)
-        if r.ndim == 3 and not net.own_feedback:
-            r = r.sum(1)  # tokens share B
-        return {f"B{l}": Dense(net.units(net.L)).hebbian(r, e)[0].mT}
+        return {f"B{l}": net.direct_hebbian(l, h, e)}

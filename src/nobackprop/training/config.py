@@ -245,8 +245,10 @@ def _as_recorded(node: Any, name: str) -> Any:
         return node
     target = _target(node["_target_"], name) if "_target_" in node else None
     old = before(target)
-    given = {key: signature(target).parameters[key].default for key in old} | node
+    given = dict(node)
     if target is not None:
+        left_out = [key for key in old if key not in node]
+        given |= {key: signature(target).parameters[key].default for key in left_out}
         given["_target_"] = recorded_name(node["_target_"])
     return {key: _as_recorded(value, key) for key, value in given.items() if key not in old or value != old[key]}
 
