@@ -6,8 +6,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from threading import get_native_id
 from typing import Any
 
 import pytest
@@ -177,7 +179,24 @@ def test_the_name_of_an_unfinished_file_tells_who_writes_it(tmp_path: Path, monk
     seen = []
     monkeypatch.setattr(os, "fsync", lambda _: seen.extend(files.unfinished(tmp_path)))
     files.write_atomically(tmp_path / "a.txt", b"a")
-    assert {path.name for path in seen} == {f".a.txt.{platform.node()}.{os.getpid()}"}
+    assert {path.name for path in seen} == {f".a.txt.{get_native_id()}.{platform.node()}.{os.getpid()}"}
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_threads_of_one_process_write_one_file_each_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, seen = tmp_path / "a.txt", set()
+
+    def slow(_: object) -> None:
+        time.sleep(0.01)  # meanwhile the others begin
+        if path.exists():
+            seen.add(path.read_bytes())
+
+    monkeypatch.setattr(os, "fsync", slow)
+    contents = [bytes([i]) * 9 for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda content: files.write_atomically(path, content), contents))
+    assert seen <= {*contents}
+    assert path.read_bytes() in contents
     assert os.listdir(tmp_path) == ["a.txt"]
 
 

@@ -1,7 +1,7 @@
 """Files that are written whole or not at all, even by a process that is killed, and their checksums.
 
 No library at hand also syncs the file's new name to the disk, without which a power cut may lose it. Nor does any name
-an unfinished file after the process that left it behind.
+an unfinished file after the process and thread that left it behind.
 """
 
 import os
@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
+from threading import get_native_id
 
 
 def checksum(content: bytes) -> str:
@@ -20,7 +21,7 @@ def checksum(content: bytes) -> str:
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file so that it is either whole or absent, also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{get_native_id()}.{platform.node()}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
             file.write(content)
