@@ -1,5 +1,6 @@
 """Data-parallel runs: what two processes train together is what one trains alone."""
 
+import atexit
 import os
 import re
 import signal
@@ -31,7 +32,7 @@ from nobackprop.rules.bp import BP
 from nobackprop.training import checkpoints
 from nobackprop.training.build import prepare
 from nobackprop.training.checkpoints import ResumePoint
-from nobackprop.training.ddp import SameWeights, start
+from nobackprop.training.ddp import SameWeights, connect, start
 
 OWN = ["batch_size=64", "optimizer=sgd", "optimizer.lr=0.05"]
 DDP = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
@@ -341,3 +342,16 @@ def test_a_mistake_in_one_of_the_processes_is_that_of_the_command() -> None:
         start(_mistaken, 2, message)
     assert str(caught.value) == message
     assert f"in {_mistaken.__name__}" in caught.value.__notes__[0]
+
+
+def _connect_and_end(folder: Path) -> None:
+    end = folder / f"end{os.environ['LOCAL_RANK']}.txt"
+    atexit.register(lambda: end.write_text(f"connected: {torch.distributed.is_initialized()}"))  # called last
+    connect(prepare(config(folder, *DDP)).strategy)
+    end.write_text(f"connected: {torch.distributed.is_initialized()}, and killed before its end")
+
+
+def test_a_process_leaves_its_group_before_it_ends(tmp_path: Path) -> None:
+    """The threads of a group that is left to the interpreter's end abort a process now and then."""
+    start(_connect_and_end, 2, tmp_path)
+    assert [path.read_text() for path in sorted(tmp_path.glob("end*.txt"))] == ["connected: False"] * 2

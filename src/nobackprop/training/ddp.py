@@ -4,6 +4,7 @@ The processes start from equal weights. Each steps with the mean gradient of all
 0 writes and prints.
 """
 
+import atexit
 import logging
 import os
 import pickle
@@ -96,9 +97,15 @@ def to_start(strategy: Strategy) -> int:
 
 
 def connect(strategy: Strategy) -> None:
-    """Lets this process `broadcast` to the others of its run. Does nothing where there are no others yet."""
+    """Lets this process `broadcast` to the others of its run, until it ends. Does nothing where there are none yet."""
     if isinstance(strategy, DataParallel) and not to_start(strategy):
         strategy.setup_environment()
+        atexit.register(_leave)  # a process that ends with its group's threads at work is aborted now and then
+
+
+def _leave() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def start(function: Callable[..., None], processes: int, *args: Any) -> None:
@@ -143,7 +150,6 @@ def _as_rank(rank: int, port: int, errors: Any, function: Callable[..., None], a
     except Exception as error:
         errors.put(portable(error))
         raise
-    torch.distributed.destroy_process_group()
 
 
 def portable(error: Exception) -> Exception:
