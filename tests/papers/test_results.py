@@ -94,7 +94,7 @@ def test_configs_with_further_settings_are_composed_as_hydra_does(paper: str) ->
     first = next(cells(paper))
     plain = Cell(first.labels, [text for text in first.overrides if not text.startswith(grid.TUNED)])
     further = ["dataset=cifar10_jpeg", "l2=0.1"]
-    further += ["arch.activation=relu"] if "activation" in plain.config().arch else []  # not of a list of layers
+    further += ["arch.activation=relu"] if "activation" in plain.config().arch else ["arch.layers.1=tanh"]
     slow = plain.config(further)
     assert COMPOSER.identity([*plain.overrides, *further]) == Settings.of(slow).identity()
 

@@ -307,6 +307,10 @@ class Findings:
         return self.costs.get(experiment, {})
 
 
+def _key(name: str, node: dict[str, Any] | list[Any]) -> str | int:
+    return int(name) if isinstance(node, list) else name
+
+
 class Composer:
     """Composes many configs that share most choices: groups by Hydra, once for each choice, plain values afterwards."""
 
@@ -320,10 +324,10 @@ class Composer:
         content = deepcopy(self._parent(groups))
         for override in self.parser.parse_overrides(values):
             *parents, name = override.key_or_group.split(".")
-            node = content
+            node: Any = content
             for parent in parents:
-                node = node[parent]
-            node[name] = override.value()
+                node = node[_key(parent, node)]
+            node[_key(name, node)] = override.value()
         return Settings.of(OmegaConf.create(content)).identity()
 
     def _split(self, overrides: Iterable[str]) -> tuple[tuple[str, ...], list[str]]:

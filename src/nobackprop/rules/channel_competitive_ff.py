@@ -35,7 +35,8 @@ class ChannelCompetitiveFF(Rule):
     classes has as many groups as channels, each for several classes (the paper's class grouping).
 
     Departs from the paper's program: h is rescaled for each sample alone, where the program has batch norm; all layers
-    learn at once, where the program's stop one after the other. The program's nets convolve every second layer in
+    learn at once, where the program's stop one after the other; the output layer has the net's optimizer and softmax
+    once, where the program has SGD and applies softmax twice. The program's nets convolve every second layer in
     groups, one for each class; a net can do so here (`groups` of `conv`).
     """
 

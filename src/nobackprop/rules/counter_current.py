@@ -33,6 +33,7 @@ class CounterCurrent(Rule):
     with y the sample's one-hot label. It reaches W[l] and b[l] through h[l], and Q[l+1] through c[l]. No error passes
     from layer to layer, in neither net. The output layer descends the net's loss. In a linear net with Q = W all of
     this is backpropagation of the squared error, times 256 scale / (units * classes), and Q takes the steps of W.
+    `scale` is twice the program's `loss_scale_C`, which its settings for MLPs have at 0.5.
 
     A layer is compared as the layer above reads it, so behind a pool the pooled h; c goes down through a pool as the
     program has it, by repeating values. `Q2 ... QL` have the shapes of `W2 ... WL`. With one output unit, the labels
@@ -56,7 +57,7 @@ class CounterCurrent(Rule):
         "dropout": "labels go down once for each class, and what is dropped differs from sample to sample",
     }
 
-    scale: float = 0.5
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.scale <= 0:

@@ -29,8 +29,10 @@ class FixedWeightDTP(Rule):
     `Q2 ... QL` have the shapes of `W2 ... WL`. `eta` is a factor on the derivative of each sample's own loss. Raises
     Mistake for an `eta` of 0 or less.
 
-    Departs from the paper: no batch norm, with which its nets learn best; gradients are divided by eta, so that rates
-    mean what they do elsewhere; h - t is carried down without subtracting, the same number but for rounding.
+    Departs from the paper: no batch norm, with which its nets learn best, and which its program has in decoders and
+    targets, too; gradients are divided by eta, so that rates mean what they do elsewhere (the program's rate r, for
+    |h - t|^2 without the half, is 2 r eta here); h - t is carried down without subtracting, the same number but for
+    rounding.
     """
 
     family: ClassVar[str] = "targets"
