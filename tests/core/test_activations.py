@@ -15,6 +15,8 @@ WITH_DERIVATIVE = [name for name, a in ACTIVATIONS.items() if a.derivative is no
     [
         ("tanh", torch.tanh),
         ("relu", F.relu),
+        ("leaky_relu", lambda z: torch.maximum(z, z / 100)),
+        ("elu", lambda z: torch.where(z > 0, z, torch.exp(z) - 1)),
         ("pl", lambda z: z.clamp(-1, 1)),
         ("sigmoid", lambda z: 1 / (1 + torch.exp(-z))),
         ("softsign", lambda z: z / (1 + z.abs())),
@@ -39,7 +41,9 @@ def test_derivative_is_autograds_away_from_kinks(name: str) -> None:
     assert derivative.dtype == z.dtype
 
 
-@pytest.mark.parametrize(("name", "kink"), [("relu", 0), ("pl", -1), ("pl", 1), ("relu6", 0), ("relu6", 6)])
+@pytest.mark.parametrize(
+    ("name", "kink"), [("relu", 0), ("leaky_relu", 0), ("elu", 0), ("pl", -1), ("pl", 1), ("relu6", 0), ("relu6", 6)]
+)
 def test_the_slope_at_a_kink_is_1(name: str, kink: float) -> None:
     a = activation(name)
     z = torch.tensor([float(kink)])
@@ -76,6 +80,11 @@ def _expected(name: str, z: Tensor, u: Tensor) -> Tensor:
         return torch.where(z * v < 0, apart, u / ((1 + z.abs()) * (1 + v.abs())))
     if name == "sign":
         return z.sign() - v.sign()
+    if name in ("leaky_relu", "elu"):
+        above = _expected("relu", z, u)
+        below = u - above
+        size = torch.maximum(z, v).clamp(max=0).exp() * -torch.expm1(-below.abs())
+        return above + (below / 100 if name == "leaky_relu" else below.sign() * size)
     low, high = ENDS[name]
     h = z.clamp(low, high)
     return torch.clamp(u - (z - h), h - high, h - low)
@@ -85,7 +94,7 @@ def _right(name: str, z: Tensor, u: Tensor, found: Tensor) -> Tensor:
     """Where a difference has the digits that float32 can hold."""
     expected, shift = _expected(name, z, u), torch.tanh(u.double()).abs()
     allowed = 4e-6 * expected.abs()
-    if name in ("tanh", "sigmoid"):  # where f is flat, to the rounding of f times u
+    if name in ("tanh", "sigmoid", "elu"):  # where f is flat, to the rounding of f times u
         allowed = torch.where(expected.abs() < 0.05 * shift, allowed + 2e-7 * shift, allowed)
     return (found - expected).abs() <= allowed
 
@@ -113,7 +122,9 @@ def test_a_difference_is_the_same_stacked_and_compiled(name: str, backend: str) 
 
 def test_an_activation_without_derivative_says_what_to_do() -> None:
     z = torch.zeros(1)
-    message = r"'sign' has no derivative and this rule needs one: .*\(lra_e, pepita, .*\).*tanh, relu, pl.*identity$"
+    message = (
+        r"'sign' has no derivative and this rule needs one: .*\(lra_e, pepita, .*\).*tanh, relu, leaky_relu.*identity$"
+    )
     with pytest.raises(ValueError, match=message):
         activation("sign").df(z, z)
 

@@ -67,6 +67,7 @@ MODULES: dict[str, tuple[Shape, list[nn.Module]]] = {
         [
             *[nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Hardtanh(), nn.Linear(6, 6), nn.Hardtanh(0, 1)],
             *[nn.Linear(6, 6), nn.Sigmoid(), nn.Linear(6, 6), nn.Softsign(), nn.Linear(6, 6), nn.ReLU6()],
+            *[nn.Linear(6, 6), nn.ELU(), nn.Linear(6, 6), nn.LeakyReLU()],
             *[nn.Identity(), nn.Linear(6, 6), MapModule(Elementwise(activation("sign"))), nn.Linear(6, 4)],
         ],
     ),
@@ -323,6 +324,8 @@ class Own(nn.Module):
         (VECTOR, [BIASED, nn.Tanh(), SHARED], r"^module\.2, Linear.*: stands twice in the module, or its weights do"),
         (VECTOR, [parametrizations.weight_norm(nn.Linear(6, 4))], r"^module\.0, ParametrizedLinear: can't be taken"),
         (VECTOR, [PRUNED], r"^module\.0, Linear.*: its weight is computed from others \(by pruning or weight norm\)"),
+        (VECTOR, [nn.LeakyReLU(0.2)], r"^module\.0, LeakyReLU.*can't be taken; negative_slope must be 0.01, got 0.2"),
+        (VECTOR, [nn.ELU(0.5)], r"^module\.0, ELU.*can't be taken; alpha must be 1.0, got 0.5"),
         (VECTOR, [nn.Hardtanh(0, 2)], r"^module\.0, Hardtanh.*can't be taken; nn\.Hardtanh\(\) clips to -1\.\.1, nn"),
         (IMAGE, [nn.Flatten(2)], r"^module\.0, Flatten.*can't be taken; start_dim must be 1, got 2"),
         (IMAGE, [nn.Conv2d(4, 4, (3, 2))], r"^module\.0, Conv2d.*kernel_size must be one number for both .* \(3, 2\)"),

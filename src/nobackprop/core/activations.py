@@ -78,6 +78,18 @@ def _relu_difference(z: Tensor, h: Tensor, u: Tensor) -> Tensor:
     return torch.minimum(u - (z - h), h)  # clips at 0 alone
 
 
+def _leaky_difference(z: Tensor, h: Tensor, u: Tensor) -> Tensor:
+    above = _relu_difference(z, torch.relu(z), u)  # the part of u that is above 0
+    return torch.add(above, u - above, alpha=SLOPE)
+
+
+def _elu_difference(z: Tensor, h: Tensor, u: Tensor) -> Tensor:
+    above = _relu_difference(z, torch.relu(z), u)
+    below = u - above
+    size = torch.exp(torch.maximum(z, z - u).clamp(max=0)) * -torch.expm1(-below.abs())
+    return above + torch.copysign(size, below)
+
+
 def _clip(z: Tensor) -> Tensor:
     return z.clamp(0, 1)
 
@@ -87,13 +99,22 @@ def _clipped_difference(low: float, high: float) -> Callable[[Tensor, Tensor, Te
     return lambda z, h, u: torch.clamp(u - (z - h), h - high, h - low)
 
 
-# At their kinks relu, relu6 and pl have the slope 1, as in the mDFA program, where torch's have 0. It matters when all
-# weights start at zero: with relu, DFA then learns if the slope is 1, and stands still if it is 0.
+SLOPE = 0.01  # of leaky_relu below 0, torch's default
+
+# At their kinks relu, leaky_relu, relu6 and pl have the slope 1, as in the mDFA program, where torch's have 0 (SLOPE).
+# It matters when all weights start at zero: with relu, DFA then learns if the slope is 1, and stands still if it is 0.
 ACTIVATIONS = {
     a.name: a
     for a in (
         Activation("tanh", torch.tanh, lambda z, h: _one_minus(h, h), _tanh_difference),
         Activation("relu", torch.relu, lambda z, h: (z >= 0).to(z.dtype), _relu_difference),
+        Activation(
+            "leaky_relu",
+            lambda z: F.leaky_relu(z, SLOPE),
+            lambda z, h: torch.where(z >= 0, 1, SLOPE).to(z.dtype),
+            _leaky_difference,
+        ),
+        Activation("elu", F.elu, lambda z, h: (h + 1).clamp(max=1), _elu_difference),
         # piecewise linear: clip to [-1, 1]
         Activation("pl", F.hardtanh, lambda z, h: (z.abs() <= 1).to(z.dtype), _clipped_difference(-1, 1)),
         # clip to [0, 1], as the program of equilibrium propagation does (torch's hardsigmoid is another function)

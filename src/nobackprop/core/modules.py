@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nobackprop.core.activations import ACTIVATIONS, Activation
+from nobackprop.core.activations import ACTIVATIONS, SLOPE, Activation
 from nobackprop.core.architectures import LINEAR, Part, Residual, assemble, shrink
 from nobackprop.core.layers import Conv, Dense, Layer, Tokens
 from nobackprop.core.maps import (
@@ -260,6 +260,16 @@ def _clip(module: nn.Hardtanh, shape: Shape) -> Activation:
     return ACTIVATIONS[name]
 
 
+def _leaky_relu(module: nn.LeakyReLU, shape: Shape) -> Activation:
+    _default(module, negative_slope=SLOPE)
+    return ACTIVATIONS["leaky_relu"]
+
+
+def _elu(module: nn.ELU, shape: Shape) -> Activation:
+    _default(module, alpha=1.0)
+    return ACTIVATIONS["elu"]
+
+
 def _map(module: MapModule, shape: Shape) -> Map | Activation:
     return module.map.activation if isinstance(module.map, Elementwise) else module.map
 
@@ -302,6 +312,8 @@ _PARTS: dict[type[nn.Module], Callable[[Any, Shape], Part | None]] = {
     nn.Dropout: lambda module, shape: Dropout(module.p),
     nn.Identity: lambda module, shape: None,
     nn.Hardtanh: _clip,
+    nn.LeakyReLU: _leaky_relu,
+    nn.ELU: _elu,
     **dict.fromkeys(_NAMED, lambda module, shape: ACTIVATIONS[_NAMED[type(module)]]),
     MapModule: _map,
 }
@@ -421,6 +433,8 @@ def _of_map(m: Map, shape: Shape) -> Sequence[nn.Module]:
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     **{name: kind for kind, name in _NAMED.items()},
+    "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
     "pl": nn.Hardtanh,
     "hard_sigmoid": lambda: nn.Hardtanh(0, 1),
     "identity": nn.Identity,
