@@ -24,6 +24,9 @@ class DirectKolenPollack(DFA):
 
     lambda is the learning rate times `l2` under SGD, or times the `optimizer.weight_decay` of AdamW. Without decay B
     keeps its distance. `B1 ... B(L-1)` are (units of what layer l+1 reads, outputs).
+
+    Departs from the authors' program: B takes the step of W, where there Adam moves it at a rate of its own; behind a
+    pool B leads to the pooled units, where there it leads to those before.
     """
 
     def learned(self, net: Network, l: int, h: Tensor, e: Tensor) -> dict[str, Tensor]:

@@ -36,6 +36,9 @@ class ForwardGradient(Rule):
     of relu. No loss but the net's is used. Ren et al. have losses for each layer and patch besides, of which
     `local_errors` has the exact gradients.
 
+    Departs from the program of Ren et al.: noise enters before a layer's norm, units that relu shuts off are updated,
+    and the output layer is perturbed as all others are, where the program gives it its exact gradient.
+
     Raises Mistake for another `perturb`, for fewer `directions` than one, and for a net with an activation that has no
     derivative.
     """

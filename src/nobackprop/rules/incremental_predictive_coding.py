@@ -31,7 +31,7 @@ class IncrementalPredictiveCoding(Rule):
     come to rest (as with predictive coding).
 
     Departs from the paper: the target acts through the loss, as in `predictive_coding`; the input is not sent through
-    f; x starts anew with each mini-batch, as in its program.
+    f; x starts anew with each mini-batch. PCX, a library by some of its authors, has mu[l] = f(W[l] x[l-1] + b[l]).
     """
 
     family: ClassVar[str] = "energies"

@@ -36,8 +36,8 @@ class RecursiveLRA(Rule):
     (units that layer l + 1 reads, outputs). Raises Mistake for a `beta` of 0 or less, a `skip` or a `gamma` below 0, an
     `alpha` outside 0 to 1, or another `update_E`.
 
-    Departs from that program: the first layer gets an error, too; updates are not cut to a largest norm, and images get
-    no noise (`update=unit_norm` fixes the norm).
+    Departs from that program: the first layer gets an error, too; the output's error is not mixed with its sign;
+    updates are not cut to a largest norm, and images get no noise (`update=unit_norm` fixes the norm).
     """
 
     family: ClassVar[str] = "targets"
