@@ -36,7 +36,8 @@ class DifferenceReconstruction(Rule):
 
     Departs from the paper: one sigma and one number of iterations for all layers, whose decoders take their steps side
     by side; the loss of decoders is divided by sigma^2 and gradients by eta (the paper's beta), so that rates mean what
-    they do elsewhere; decoders have no biases and share the optimizer's rate, times `decoder_rate`.
+    they do elsewhere; decoders have no biases and share the optimizer's rate, times `decoder_rate`; nets with pooling,
+    which the authors' decoders undo with the places of the largest values, are refused.
     """
 
     family: ClassVar[str] = "targets"

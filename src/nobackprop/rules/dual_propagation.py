@@ -29,7 +29,8 @@ class DualPropagation(Rule):
     `sweeps` below 1.
 
     Departs from the paper's program: gradients are divided by beta, so that a rate means what it does elsewhere; d is
-    computed without subtracting h- from h+, the same number but for rounding.
+    computed without subtracting h- from h+, the same number but for rounding; the program's factor gamma on what comes
+    down is 1 here. At gamma = 1 the program's own outputs, of the squared error, are those of beta = 4/3.
     """
 
     family: ClassVar[str] = "energies"
