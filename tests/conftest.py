@@ -303,7 +303,8 @@ MAPPED = {
 # loss, and of the rules that train a net with maps one for each way through the code.
 PAIRED = {"linear": "softmax", "mlp": "softmax sigmoid", "strided_conv": "sigmoid", "padded_conv": "softmax"}
 SAMPLE = {
-    "lenet": "bp dfa dfa_two_pass equilibrium_propagation forward_forward lra_e pepita predictive_coding weight_mirror",
+    "lenet": "bp dfa dfa_two_pass difference_reconstruction equilibrium_propagation forward_forward lra_e pepita "
+    "predictive_coding weight_mirror",
     "residual": "bp dfa dfa_two_pass predictive_coding",
     "vit": "bp dfa predictive_coding",
 }

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NETS, Problem
+from conftest import LOSSES, NETS, Problem
 from torch import Tensor
 
 from nobackprop.core.losses import SoftmaxCrossEntropy
@@ -18,6 +18,8 @@ from nobackprop.rules.dual_propagation import DualPropagation
 from nobackprop.rules.fixed_weight_dtp import FixedWeightDTP
 from nobackprop.rules.lra_e import LRAE
 from nobackprop.rules.recursive_lra import RecursiveLRA
+
+DRL = DifferenceReconstruction(eta=0.7)
 
 
 def _decoding(problem: Problem, w: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -42,7 +44,14 @@ def test_dual_propagations_states_are_at_rest_after_some_sweeps(problem: Problem
     assert net.L == 1 or not torch.allclose(one["W1"], more["W1"], rtol=1e-3)
 
 
-@pytest.mark.parametrize("rule", [DifferenceReconstruction(eta=0.7), FixedWeightDTP(eta=0.7)])
+@pytest.mark.parametrize(
+    ("problem", "rule"),
+    [
+        *[((net, loss), rule) for net in NETS for loss in LOSSES for rule in (DRL, FixedWeightDTP(eta=0.7))],
+        (("lenet", "softmax"), DRL),
+    ],
+    indirect=["problem"],
+)
 def test_targets_of_a_linear_net_whose_decoders_are_its_weights_are_the_gradient(problem: Problem, rule: Any) -> None:
     problem = problem.activated("identity")
     w = _decoding(problem, problem.weights(rule))
@@ -78,6 +87,29 @@ def test_decoders_descend_their_distance_from_the_transposed_jacobian(problem: P
     grads, logits = rule.of_decoders(0, net, w, batch)
     assert logits is None
     torch.testing.assert_close(grads, {f"Q{l}": 2 * (w[f"Q{l}"] - w[f"W{l}"]) for l in range(2, net.L + 1)})
+
+
+@pytest.mark.parametrize(
+    "problem", [("mlp", "softmax"), ("padded_conv", "softmax"), ("lenet", "softmax")], indirect=True
+)
+def test_a_decoders_gradient_is_autograds_of_its_own_loss(problem: Problem) -> None:
+    rule, net = DifferenceReconstruction(iterations=1), problem.net
+    w, batch = problem.weights(rule), problem.noisy(rule)
+    found, _ = rule.of_decoders(0, net, w, batch)
+    z, h = net.forward(w, batch.x)
+    for l in range(2, net.L + 1):
+        Q = w[f"Q{l}"].clone().requires_grad_()
+
+        def decoded(u: Tensor, l: int = l, Q: Tensor = Q) -> Tensor:
+            return net.feedback(l, Q, u if l == net.L else net.f(l, u), h[l - 1])
+
+        epsilon, xi = (rule.sigma * batch.noise[f"{side}{l}_0"] for side in ("below", "above"))
+        moved = net.preactivation(l, w, h[l - 1] + epsilon)
+        at, up = (z[l], moved) if l == net.L else (h[l], net.f(l, moved))
+        loss = -2 * (epsilon * (decoded(up) - decoded(at))).flatten(1).sum(1)
+        loss = loss + (decoded(at + xi) - decoded(at)).square().flatten(1).sum(1)
+        (expected,) = torch.autograd.grad(loss.mean() / rule.sigma**2, Q)
+        torch.testing.assert_close(found[f"Q{l}"], expected)
 
 
 @pytest.mark.parametrize("problem", [("mlp", "softmax")], indirect=True)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from nobackprop.core import maps
 from nobackprop.core.maps import Shape
 from nobackprop.core.network import Network, Weights
 from nobackprop.core.rule import Batch, Draw, Grads, Phase, Rule
@@ -30,19 +31,20 @@ class DifferenceReconstruction(Rule):
 
         e[l-1] = G[l](h[l]) - G[l](h[l] - e[l]),   d[l] = e[l] * f'(z[l]) / eta
 
-    and layer l descends |h[l] - t[l]|^2 / 2, which is then the gradient. `Q2 ... QL` have the shapes of `W2 ... WL`.
+    and layer l descends |h[l] - t[l]|^2 / 2, which is then the gradient. Where layer l reads h[l-1] pooled, G[l] ends
+    by putting each value back where the pool found the largest. `Q2 ... QL` have the shapes of `W2 ... WL`.
 
     Raises Mistake for an `eta` or a `sigma` of 0 or less, or `iterations` below 1.
 
     Departs from the paper: one sigma and one number of iterations for all layers, whose decoders take their steps side
     by side; the loss of decoders is divided by sigma^2 and gradients by eta (the paper's beta), so that rates mean what
-    they do elsewhere; decoders have no biases and share the optimizer's rate, times `decoder_rate`; nets with pooling,
-    which the authors' decoders undo with the places of the largest values, are refused.
+    they do elsewhere; decoders have no biases and share the optimizer's rate, times `decoder_rate`; noise enters before
+    a pool, where there it enters behind it.
     """
 
     family: ClassVar[str] = "targets"
 
-    refuses: ClassVar[Mapping[str, str]] = DTP.refuses
+    refuses: ClassVar[Mapping[str, str]] = {name: why for name, why in DTP.refuses.items() if name != "pooling"}
 
     eta: float = 0.5
     sigma: float = 0.1
@@ -74,7 +76,10 @@ class DifferenceReconstruction(Rule):
             up = self._encoded(net, l, moved if l == net.L else net.f(l, moved)) - encoded
             side = self._encoded(net, l, y + xi) - encoded
             back = net.feedback(l, w[f"Q{l}"], side, h[l - 1])
-            toward, away = net.hebbian(l, epsilon, up)[f"W{l}"], net.hebbian(l, back, side)[f"W{l}"]
+            layer = net.layers[l - 1]
+            toward, away = (
+                layer.hebbian(maps.pushed(layer.read, h[l - 1], u), v)[0] for u, v in ((epsilon, up), (back, side))
+            )
             g[f"Q{l}"] = 2 / self.sigma**2 * (away - toward)
         return g, None
 
