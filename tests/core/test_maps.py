@@ -1,7 +1,6 @@
 """Maps: their output against torch's, the error through them against autograd, and differences without cancellation."""
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -133,8 +132,6 @@ def test_a_row_of_maps_is_their_composition() -> None:
     with torch.no_grad():
         torch.testing.assert_close(maps.pulled(row_of_them, h, e), expected)
         torch.testing.assert_close(maps.difference(row_of_them, h, u), out - maps.through(row_of_them, h - u))
-    _, moved = torch.autograd.functional.jvp(partial(maps.through, row_of_them), h, u)
-    torch.testing.assert_close(maps.pushed(row_of_them, h.detach(), u), moved)
 
 
 def test_dropout_is_drawn_for_a_step_of_training_alone() -> None:

@@ -1,15 +1,19 @@
 """Rules with targets or two states a unit: what each must equal, in the limits where that is known."""
 
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import pytest
 import torch
-from conftest import LOSSES, NETS, Problem
+from conftest import LOSSES, NETS, Problem, problem_of
 from torch import Tensor
 
+from nobackprop.core.architectures import row
+from nobackprop.core.layers import Layer
 from nobackprop.core.losses import SoftmaxCrossEntropy
-from nobackprop.core.network import mlp
+from nobackprop.core.maps import through
+from nobackprop.core.network import Network, mlp
 from nobackprop.core.rule import Batch
 from nobackprop.mistakes import Mistake
 from nobackprop.rules.bp import BP
@@ -74,16 +78,23 @@ def test_fixed_decoders_send_small_errors_through_their_jacobians(problem: Probl
     torch.testing.assert_close({name: found[name] for name in expected}, expected, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("problem", [("mlp", "softmax")], indirect=True)
-def test_decoders_descend_their_distance_from_the_transposed_jacobian(problem: Problem) -> None:
-    """With noise that is white over the batch, a linear net's Q goes 2 (Q - W) down: to the Jacobian's transpose."""
-    problem = problem.activated("identity")
-    rule, net = DifferenceReconstruction(iterations=1), problem.net
-    n = 64
+@pytest.mark.parametrize(
+    "net",
+    [
+        mlp((1, 3, 4), 4, hidden=[7, 6, 5], activation="identity"),
+        row((1, 6, 6), 4, layers=[{"conv": [3, 3]}, "relu", {"max_pool": 2}]),  # many windows of zeros alone
+    ],
+)
+def test_decoders_descend_their_distance_from_the_transposed_jacobian(net: Network) -> None:
+    """With noise that is white over the batch, Q of a linear layer goes 2 (Q - W) down: to the Jacobian's transpose."""
+    rule, n = DifferenceReconstruction(iterations=1), 64
+    problem = replace(problem_of("mlp", "softmax"), net=net)
+    w = problem.weights(rule)
+    w["b1"] = w["b1"] - 0.5 * w["W1"].norm()
     white = torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
-    noise = {name: n**0.5 * white[:, : shape[1]] for name, shape in rule.noise(net, n).items()}
-    x, y = (t.repeat(n, 1, 1, 1)[:n] if t.ndim == 4 else t.repeat(n, 1)[:n] for t in (problem.batch.x, problem.batch.y))
-    batch, w = replace(problem.batch, x=x, y=y, noise=noise), problem.weights(rule)
+    noise = {name: n**0.5 * white[:, : prod(size[1:])].reshape(size) for name, size in rule.noise(net, n).items()}
+    x = torch.randn(1, *net.in_shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    batch = replace(problem.batch, x=x.expand(n, *net.in_shape), y=problem.batch.y[:1].expand(n, -1), noise=noise)
     grads, logits = rule.of_decoders(0, net, w, batch)
     assert logits is None
     torch.testing.assert_close(grads, {f"Q{l}": 2 * (w[f"Q{l}"] - w[f"W{l}"]) for l in range(2, net.L + 1)})
@@ -98,13 +109,14 @@ def test_a_decoders_gradient_is_autograds_of_its_own_loss(problem: Problem) -> N
     found, _ = rule.of_decoders(0, net, w, batch)
     z, h = net.forward(w, batch.x)
     for l in range(2, net.L + 1):
-        Q = w[f"Q{l}"].clone().requires_grad_()
+        Q, layer = w[f"Q{l}"].clone().requires_grad_(), net.layers[l - 1]
+        r = through(layer.read, h[l - 1])
 
-        def decoded(u: Tensor, l: int = l, Q: Tensor = Q) -> Tensor:
-            return net.feedback(l, Q, u if l == net.L else net.f(l, u), h[l - 1])
+        def decoded(u: Tensor, l: int = l, Q: Tensor = Q, layer: Layer = layer, r: Tensor = r) -> Tensor:
+            return layer.feedback(Q, u if l == net.L else net.f(l, u), r)
 
         epsilon, xi = (rule.sigma * batch.noise[f"{side}{l}_0"] for side in ("below", "above"))
-        moved = net.preactivation(l, w, h[l - 1] + epsilon)
+        moved = layer.forward(w[f"W{l}"], w[f"b{l}"], r + epsilon)
         at, up = (z[l], moved) if l == net.L else (h[l], net.f(l, moved))
         loss = -2 * (epsilon * (decoded(up) - decoded(at))).flatten(1).sum(1)
         loss = loss + (decoded(at + xi) - decoded(at)).square().flatten(1).sum(1)

@@ -12,7 +12,6 @@ Torch computes most of them, and `torch.func.vjp` of that one function their `pu
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from math import prod
 from typing import ClassVar
 
@@ -363,13 +362,6 @@ def pulled(maps: Sequence[Map], h: Tensor, e: Tensor) -> Tensor:
         return e
     first, *others = maps
     return first.pull(h, pulled(others, first(h), e) if others else e)
-
-
-def pushed(maps: Sequence[Map], h: Tensor, v: Tensor) -> Tensor:
-    """What a small change v of the input h of maps in a row makes of their output: their Jacobian at h, times v."""
-    if all(m.linear for m in maps):
-        return through(maps, v)
-    return torch.func.vjp(partial(pulled, maps, h), through(maps, h))[1](v)[0]
 
 
 def difference(maps: Sequence[Map], h: Tensor, u: Tensor) -> Tensor:

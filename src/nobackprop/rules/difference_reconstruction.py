@@ -31,20 +31,25 @@ class DifferenceReconstruction(Rule):
 
         e[l-1] = G[l](h[l]) - G[l](h[l] - e[l]),   d[l] = e[l] * f'(z[l]) / eta
 
-    and layer l descends |h[l] - t[l]|^2 / 2, which is then the gradient. Where layer l reads h[l-1] pooled, G[l] ends
-    by putting each value back where the pool found the largest. `Q2 ... QL` have the shapes of `W2 ... WL`.
+    and layer l descends |h[l] - t[l]|^2 / 2, which is then the gradient. Where layer l reads h[l-1] pooled, G[l] leads
+    to what it reads, and e goes on through the pool as in backpropagation. `Q2 ... QL` have the shapes of `W2 ... WL`.
 
     Raises Mistake for an `eta` or a `sigma` of 0 or less, or `iterations` below 1.
 
     Departs from the paper: one sigma and one number of iterations for all layers, whose decoders take their steps side
     by side; the loss of decoders is divided by sigma^2 and gradients by eta (the paper's beta), so that rates mean what
-    they do elsewhere; decoders have no biases and share the optimizer's rate, times `decoder_rate`; noise enters before
-    a pool, where there it enters behind it.
+    they do elsewhere; decoders have no biases and share the optimizer's rate, times `decoder_rate`.
     """
 
     family: ClassVar[str] = "targets"
 
-    refuses: ClassVar[Mapping[str, str]] = {name: why for name, why in DTP.refuses.items() if name != "pooling"}
+    refuses: ClassVar[Mapping[str, str]] = {
+        **{name: why for name, why in DTP.refuses.items() if name == "shortcut"},
+        **dict.fromkeys(
+            ("normalization", "attention", "activation", "dropout"),
+            "its decoders answer to one product, one activation and a pool (Ernoult et al. 2022), and to nothing else",
+        ),
+    }
 
     eta: float = 0.5
     sigma: float = 0.1
@@ -71,16 +76,14 @@ class DifferenceReconstruction(Rule):
         for l in range(2, net.L + 1):
             epsilon, xi = (self.sigma * batch.noise[f"{side}{l}_{i}"] for side in ("below", "above"))
             y = z[net.L] if l == net.L else h[l]
-            moved = net.preactivation(l, w, h[l - 1] + epsilon)
+            layer = net.layers[l - 1]
+            r = maps.through(layer.read, h[l - 1])
+            moved = layer.forward(w[f"W{l}"], w.get(f"b{l}"), r + epsilon)
             encoded = self._encoded(net, l, y)
             up = self._encoded(net, l, moved if l == net.L else net.f(l, moved)) - encoded
             side = self._encoded(net, l, y + xi) - encoded
-            back = net.feedback(l, w[f"Q{l}"], side, h[l - 1])
-            layer = net.layers[l - 1]
-            toward, away = (
-                layer.hebbian(maps.pushed(layer.read, h[l - 1], u), v)[0] for u, v in ((epsilon, up), (back, side))
-            )
-            g[f"Q{l}"] = 2 / self.sigma**2 * (away - toward)
+            back = layer.feedback(w[f"Q{l}"], side, r)
+            g[f"Q{l}"] = 2 / self.sigma**2 * (layer.hebbian(back, side)[0] - layer.hebbian(epsilon, up)[0])
         return g, None
 
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
@@ -98,7 +101,7 @@ class DifferenceReconstruction(Rule):
         return u if l == net.L else net.f(l, u)
 
     def noise(self, net: Network, samples: int) -> dict[str, Shape]:
-        shapes = {"below": lambda l: net.shapes[l - 1], "above": lambda l: net.shapes[l]}
+        shapes = {"below": lambda l: net.read_shapes[l], "above": lambda l: net.shapes[l]}
         return {
             f"{side}{l}_{i}": (samples, *shape(l))
             for i in range(self.iterations)
