@@ -94,9 +94,15 @@ def test_configs_with_further_settings_are_composed_as_hydra_does(paper: str) ->
     first = next(cells(paper))
     plain = Cell(first.labels, [text for text in first.overrides if not text.startswith(grid.TUNED)])
     further = ["dataset=cifar10_jpeg", "l2=0.1"]
-    further += ["arch.activation=relu"] if "activation" in plain.config().arch else ["arch.layers.1=tanh"]
+    further += ["arch.activation=relu"] if "activation" in plain.config().arch else []  # not of a list of layers
     slow = plain.config(further)
     assert COMPOSER.identity([*plain.overrides, *further]) == Settings.of(slow).identity()
+
+
+def test_an_element_of_a_list_is_set_as_hydra_does() -> None:
+    cell = next(c for c in cells("biotorch") if "+experiment=biotorch/cifar10" in c.overrides)
+    further = ["arch.layers.0.conv.0=8", "arch.layers.1=tanh"]
+    assert COMPOSER.identity([*cell.overrides, *further]) == Settings.of(cell.config(further)).identity()
 
 
 def test_a_cell_of_searched_settings_is_found_and_one_not_searched_says_so(

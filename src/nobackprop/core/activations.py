@@ -101,8 +101,9 @@ def _clipped_difference(low: float, high: float) -> Callable[[Tensor, Tensor, Te
 
 SLOPE = 0.01  # of leaky_relu below 0, torch's default
 
-# At their kinks relu, leaky_relu, relu6 and pl have the slope 1, as in the mDFA program, where torch's have 0 (SLOPE).
-# It matters when all weights start at zero: with relu, DFA then learns if the slope is 1, and stands still if it is 0.
+# At their kinks relu, leaky_relu, relu6 and pl have the slope 1, as in the mDFA program, where torch's have the one
+# below. It matters when all weights start at zero: with relu, DFA then learns if the slope is 1, and stands still if it
+# is 0.
 ACTIVATIONS = {
     a.name: a
     for a in (
@@ -111,7 +112,7 @@ ACTIVATIONS = {
         Activation(
             "leaky_relu",
             lambda z: F.leaky_relu(z, SLOPE),
-            lambda z, h: torch.where(z >= 0, 1, SLOPE).to(z.dtype),
+            lambda z, h: torch.where(z >= 0, z.new_ones(()), SLOPE),
             _leaky_difference,
         ),
         Activation("elu", F.elu, lambda z, h: (h + 1).clamp(max=1), _elu_difference),

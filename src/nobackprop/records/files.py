@@ -1,7 +1,7 @@
 """Files that are written whole or not at all, even by a process that is killed, and their checksums.
 
 No library at hand also syncs the file's new name to the disk, without which a power cut may lose it. Nor does any name
-an unfinished file after the process and thread that left it behind.
+an unfinished file after the process that left it behind, and its thread.
 """
 
 import os

@@ -22,8 +22,8 @@ class DirectKolenPollack(DFA):
     the factor 1 - lambda at each step. For lower layers B[l] tends to weights that would lead from h[l] to the output
     in one linear step.
 
-    lambda is the learning rate times `l2` under SGD, or times the `optimizer.weight_decay` of AdamW. Without decay B
-    keeps its distance. `B1 ... B(L-1)` are (units of what layer l+1 reads, outputs).
+    lambda is the learning rate times `l2` or `optimizer.weight_decay` under SGD, or the latter of AdamW. Without decay
+    B keeps its distance. `B1 ... B(L-1)` are (units of what layer l+1 reads, outputs).
 
     Departs from the authors' program: B takes the step of W, where there Adam moves it at a rate of its own; behind a
     pool B leads to the pooled units, where there it leads to those before.

@@ -30,7 +30,7 @@ class DualPropagation(Rule):
 
     Departs from the paper's program: gradients are divided by beta, so that a rate means what it does elsewhere; d is
     computed without subtracting h- from h+, the same number but for rounding; the program's factor gamma on what comes
-    down is 1 here. At gamma = 1 the program's own outputs, of the squared error, are those of beta = 4/3.
+    down is 1 here. At gamma = 1 and the squared error, the program's outputs differ as with beta = 4/3 here.
     """
 
     family: ClassVar[str] = "energies"

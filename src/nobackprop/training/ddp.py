@@ -100,7 +100,8 @@ def connect(strategy: Strategy) -> None:
     """Lets this process `broadcast` to the others of its run, until it ends. Does nothing where there are none yet."""
     if isinstance(strategy, DataParallel) and not to_start(strategy):
         strategy.setup_environment()
-        atexit.register(_leave)  # a process that ends with its group's threads at work is aborted now and then
+        if torch.distributed.get_backend() == "gloo":  # Lightning leaves groups of NCCL's
+            atexit.register(_leave)  # a process that ends with its group's threads at work is aborted now and then
 
 
 def _leave() -> None:
