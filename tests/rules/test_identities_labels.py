@@ -146,7 +146,7 @@ def test_labels_come_down_through_pools_and_flattening() -> None:
     c = torch.tanh(F.conv_transpose2d(of_mean[:, :, None, None].expand(-1, -1, 2, 2), w["Q2"]))  # what is read, 4x4
     h = torch.tanh(F.conv2d(x, w["W1"], w["b1"]))
     pooled = F.max_pool2d(h.requires_grad_(), 2)
-    (0.5 * 128 / 64 * (pooled.flatten(1) @ c.flatten(1).mT - batch.y).square().mean()).backward()
+    (128 / 64 * (pooled.flatten(1) @ c.flatten(1).mT - batch.y).square().mean()).backward()
     expected = net.hebbian(1, x, 6 * h.grad * (1 - h.detach().square()))  # pyright: ignore
     found, _ = rule.grads(net, w, batch)
     torch.testing.assert_close({name: found[name] for name in expected}, expected)

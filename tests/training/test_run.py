@@ -82,7 +82,7 @@ def test_every_config_composes(config: Config, tmp_path: Path, group: str, optio
         (["rule.beta=0"], "rule.beta is 0: it scales the error sent down, so it must be above 0"),
         (["rule=mdfa", "rule.floor=-1"], "rule.floor is -1: mDFA needs non-negative weights, so 0 or more"),
         (["rule=bp", "arch.activation=sign"], "activation 'sign' has no derivative and this rule needs one"),
-        (["arch.activation=gelu"], "unknown activation 'gelu': choose one of tanh, relu, pl,"),
+        (["arch.activation=gelu"], "unknown activation 'gelu': choose one of tanh, relu, leaky_relu,"),
         (["arch=allconv"], "does not fit a feature map of 2x2: use a smaller kernel"),
         (["arch.hidden=[12,0]"], "Dense(units=0): units must be 1 or more"),
         (["rule=mdfa", "init=orthogonal"], "rule MDFA needs non-negative weights (W2)"),

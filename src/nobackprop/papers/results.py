@@ -41,6 +41,7 @@ from nobackprop.papers.claims import (
     interval,
     judge,
     place_of,
+    trials,
 )
 from nobackprop.papers.grid import Cell, by_key, cells
 from nobackprop.places import CONF, PAPERS, RESULTS
@@ -135,9 +136,15 @@ def published() -> dict[str, Published]:
 
 
 def papers() -> list[str]:
-    """The papers whose tables can be made. Those whose claims are tested come first."""
+    """The papers whose tables can be made. Those with the most tests of claims come first."""
     names = [path.parent.name for path in PAPERS.glob("*/tables.yaml")]
-    return sorted(names, key=lambda name: (not (PAPERS / name / "claims.yaml").exists(), name))
+    tests = {name: len(trials(fixed)) if (fixed := _claims(name)) else 0 for name in names}
+    return sorted(names, key=lambda name: (-tests[name], name))
+
+
+def _claims(paper: str) -> Claims | None:
+    file = PAPERS / paper / "claims.yaml"
+    return read(Claims, file) if file.exists() else None
 
 
 @dataclass(frozen=True)
@@ -371,8 +378,7 @@ def findings(paper: str, records: Iterable[Record], results: Path = RESULTS) -> 
     if unknown := sorted(every_not_run.keys() - papers()):
         raise Mistake(f"not_run.yaml: no paper {', '.join(unknown)}; choose from {', '.join(papers())}")
     not_run = every_not_run.get(paper, [])
-    file = PAPERS / paper / "claims.yaml"
-    fixed = read(Claims, file) if file.exists() else None
+    fixed = _claims(paper)
     runs = Runs(records)
     grid = list(cells(paper))
     for place, labels in _named(layout, known, not_run):
