@@ -12,16 +12,14 @@ from omegaconf import OmegaConf
 from nobackprop.composing import compose, first, options
 from nobackprop.places import CONF
 
-WIDTH, COLUMN = 100, 23
-MOST = 4  # so many choices of a folder are named; of more only the number is shown
+WIDTH, COLUMN, INDENT = 100, 23, 6
 
 HEAD = """\
 nobackprop trains deep nets without backpropagation: nobackprop [group=choice] [key=value] [option]
 Groups, each with its choice if you say nothing:"""
 TAIL = """\
 Options: --dry-run, --multirun, --cfg job (the whole config), --version, --hydra-help (all others)
-  nobackprop rule=dfa dataset=mnist seeds=3; nobackprop --multirun rule=bp,fa,dfa --dry-run
-  nobackprop rule=dtp optimizer=sgd --help    # the keys of these choices, as optimizer.momentum
+  nobackprop --multirun rule=bp,fa,dfa --dry-run; nobackprop rule=dtp --help   # the keys of dtp
 Read on: docs/tutorial.md, docs/how_to/ (sweeps, nets, ...), CONTRIBUTING.md (a rule of your own)
 """
 
@@ -69,22 +67,19 @@ def _default(value: str) -> str:
 
 
 def _row(left: str, right: str) -> list[str]:
-    first, *others = wrap(right, WIDTH - COLUMN, break_long_words=False, break_on_hyphens=False) or [""]
-    gap = " " * COLUMN
-    start = [f"  {left}"] if len(left) > COLUMN - 3 else []
-    return [*start, (gap if start else f"  {left}".ljust(COLUMN)) + first, *(gap + other for other in others)]
+    start = f"  {left}".ljust(COLUMN - 1) + " "
+    return wrap(start + right, WIDTH, subsequent_indent=" " * INDENT, break_long_words=False, break_on_hyphens=False)
 
 
 def _short(names: Sequence[str]) -> Iterator[str]:
-    """Names, with those in one folder together, such as mdfa/{allconv,base}."""
+    """Names; of several in one folder how many there are, as in mdfa/(6)."""
     within = defaultdict(list)
     for name in names:
         folder, _, own = name.partition("/") if "/" in name else ("", "", name)
         within[folder].append(own)
     yield from within.pop("", [])
     for folder, own in within.items():
-        some = f"({len(own)})" if len(own) > MOST else f"{{{','.join(own)}}}" if len(own) > 1 else own[0]
-        yield f"{folder}/{some}"
+        yield f"{folder}/{own[0] if len(own) == 1 else f'({len(own)})'}"
 
 
 def _choices(overrides: Sequence[str], folders: Sequence[Path], chosen: Mapping[str, object]) -> Iterator[str]:

@@ -260,14 +260,9 @@ def _clip(module: nn.Hardtanh, shape: Shape) -> Activation:
     return ACTIVATIONS[name]
 
 
-def _leaky_relu(module: nn.LeakyReLU, shape: Shape) -> Activation:
-    _default(module, negative_slope=SLOPE)
-    return ACTIVATIONS["leaky_relu"]
-
-
-def _elu(module: nn.ELU, shape: Shape) -> Activation:
-    _default(module, alpha=1.0)
-    return ACTIVATIONS["elu"]
+def _named(module: nn.Module, shape: Shape) -> Activation:
+    _default(module, **_GIVEN.get(type(module), {}))
+    return ACTIVATIONS[_NAMED[type(module)]]
 
 
 def _map(module: MapModule, shape: Shape) -> Map | Activation:
@@ -299,7 +294,10 @@ _NAMED: dict[type[nn.Module], str] = {
     nn.Sigmoid: "sigmoid",
     nn.Softsign: "softsign",
     nn.ReLU6: "relu6",
+    nn.LeakyReLU: "leaky_relu",
+    nn.ELU: "elu",
 }
+_GIVEN: dict[type[nn.Module], dict[str, float]] = {nn.LeakyReLU: {"negative_slope": SLOPE}, nn.ELU: {"alpha": 1.0}}
 _PARTS: dict[type[nn.Module], Callable[[Any, Shape], Part | None]] = {
     nn.Linear: _linear,
     nn.Conv2d: _conv,
@@ -312,9 +310,7 @@ _PARTS: dict[type[nn.Module], Callable[[Any, Shape], Part | None]] = {
     nn.Dropout: lambda module, shape: Dropout(module.p),
     nn.Identity: lambda module, shape: None,
     nn.Hardtanh: _clip,
-    nn.LeakyReLU: _leaky_relu,
-    nn.ELU: _elu,
-    **dict.fromkeys(_NAMED, lambda module, shape: ACTIVATIONS[_NAMED[type(module)]]),
+    **dict.fromkeys(_NAMED, _named),
     MapModule: _map,
 }
 _ALLOWED = ", ".join(
@@ -433,8 +429,6 @@ def _of_map(m: Map, shape: Shape) -> Sequence[nn.Module]:
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     **{name: kind for kind, name in _NAMED.items()},
-    "leaky_relu": nn.LeakyReLU,
-    "elu": nn.ELU,
     "pl": nn.Hardtanh,
     "hard_sigmoid": lambda: nn.Hardtanh(0, 1),
     "identity": nn.Identity,
