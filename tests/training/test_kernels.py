@@ -133,6 +133,7 @@ def test_tanh_of_any_shape() -> None:
         assert torch.tanh(view(x)).stride() == torchs.stride()
         assert torch.equal(torch.tanh(view(x)), view(y))
         assert torch.equal(torch.tanh(view(x), out=torch.full_like(view(x), torch.nan)), view(y))
+        assert torch.equal(view(x).clone().tanh_(), view(y))
     assert torch.equal(torch.tanh(x, out=torch.empty(7, 5, 3).permute(2, 1, 0)), y)
     torch.testing.assert_close(torch.tanh(x.double()), x.double().tanh(), rtol=0, atol=0)
 

@@ -338,6 +338,7 @@ TORCH_LIBRARY_IMPL(aten, CPU, library) {
   library.impl("addmm.out", addmm_out);
   library.impl("tanh", tanh_new);
   library.impl("tanh.out", tanh_out);
+  library.impl("tanh_", [](Tensor& x) -> Tensor& { return tanh_out(x, x); });
   library.impl("_fused_adam_", adam<false, at::cpu::_fused_adam_>);
   library.impl("_fused_adamw_", adam<true, at::cpu::_fused_adamw_>);
 }
