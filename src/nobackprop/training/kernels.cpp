@@ -151,7 +151,8 @@ void product(Matrix a, Matrix b, const float* bias, float* c, int64_t c_row, int
 
 bool known(const Tensor& a, const Tensor& b) {
   bool matrices = a.scalar_type() == at::kFloat && b.scalar_type() == at::kFloat && a.dim() == 2 && b.dim() == 2;
-  return own_products && matrices && a.size(1) == b.size(0) && a.numel() && b.numel() && a.numel() * b.size(1) < MOST;
+  if (!own_products || !matrices || a.size(1) != b.size(0) || !a.numel() || !b.numel()) return false;
+  return a.numel() * b.size(1) < MOST && (a.size(0) >= 4 || b.stride(1) == 1);  // few rows do not repay a copy of b
 }
 
 bool known(const Tensor& bias, const Tensor& a, const Tensor& b, const Scalar& beta, const Scalar& alpha) {
@@ -159,12 +160,13 @@ bool known(const Tensor& bias, const Tensor& a, const Tensor& b, const Scalar& b
          bias.is_contiguous() && beta.toDouble() == 1 && alpha.toDouble() == 1;
 }
 
-void product(const Tensor& a, const Tensor& b, const float* bias, const Tensor& c) {
+void product(const Tensor& a, const Tensor& b, const Tensor& bias, const Tensor& c) {
+  const float* added = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
   float* to = c.mutable_data_ptr<float>();
-  product(Matrix(a), Matrix(b), bias, to, c.stride(0), a.size(0), b.size(1), a.size(1));
+  product(Matrix(a), Matrix(b), added, to, c.stride(0), a.size(0), b.size(1), a.size(1));
 }
 
-Tensor product(const Tensor& a, const Tensor& b, const float* bias) {
+Tensor product(const Tensor& a, const Tensor& b, const Tensor& bias = {}) {
   Tensor c = at::empty({a.size(0), b.size(1)}, a.options());
   product(a, b, bias, c);
   return c;
@@ -174,27 +176,28 @@ bool takes(const Tensor& c, const Tensor& a, const Tensor& b) {
   return c.scalar_type() == at::kFloat && c.dim() == 2 && c.size(0) == a.size(0) && c.size(1) == b.size(1);
 }
 
-Tensor& product_out(const Tensor& a, const Tensor& b, const float* bias, Tensor& c) {
-  if (c.stride(1) != 1 || c.is_alias_of(a) || c.is_alias_of(b)) return c.copy_(product(a, b, bias));
+Tensor& product_out(const Tensor& a, const Tensor& b, const Tensor& bias, Tensor& c) {
+  bool rows = c.stride(1) == 1 && c.stride(0) >= c.size(1);
+  if (!rows || c.is_alias_of(a) || c.is_alias_of(b) || (bias.defined() && c.is_alias_of(bias)))
+    return c.copy_(product(a, b, bias));
   product(a, b, bias, c);
   return c;
 }
 
-Tensor mm(const Tensor& a, const Tensor& b) { return known(a, b) ? product(a, b, nullptr) : at::cpu::mm(a, b); }
+Tensor mm(const Tensor& a, const Tensor& b) { return known(a, b) ? product(a, b) : at::cpu::mm(a, b); }
 
 Tensor& mm_out(const Tensor& a, const Tensor& b, Tensor& c) {
-  return known(a, b) && takes(c, a, b) ? product_out(a, b, nullptr, c) : at::cpu::mm_out(c, a, b);
+  return known(a, b) && takes(c, a, b) ? product_out(a, b, {}, c) : at::cpu::mm_out(c, a, b);
 }
 
 Tensor addmm(const Tensor& bias, const Tensor& a, const Tensor& b, const Scalar& beta, const Scalar& alpha) {
-  bool own = known(bias, a, b, beta, alpha);
-  return own ? product(a, b, bias.const_data_ptr<float>()) : at::cpu::addmm(bias, a, b, beta, alpha);
+  return known(bias, a, b, beta, alpha) ? product(a, b, bias) : at::cpu::addmm(bias, a, b, beta, alpha);
 }
 
 Tensor& addmm_out(
     const Tensor& bias, const Tensor& a, const Tensor& b, const Scalar& beta, const Scalar& alpha, Tensor& c) {
   if (!known(bias, a, b, beta, alpha) || !takes(c, a, b)) return at::cpu::addmm_out(c, bias, a, b, beta, alpha);
-  return product_out(a, b, bias.const_data_ptr<float>(), c);
+  return product_out(a, b, bias, c);
 }
 
 // e^x for x from 0 to 20, as 2^n e^r with |r| <= log(2) / 2 (the coefficients of Cephes' expf).
@@ -236,20 +239,19 @@ void hyperbolic_tangent(const Tensor& x, const Tensor& y) {
   });
 }
 
-Tensor tanh_new(const Tensor& x) {
-  if (!own_others || x.scalar_type() != at::kFloat) return at::cpu::tanh(x);
-  if (!x.is_non_overlapping_and_dense()) return tanh_new(x.contiguous());
-  Tensor y = at::empty_like(x);
+Tensor& tanh_out(const Tensor& x, Tensor& y) {
+  bool floats = x.scalar_type() == at::kFloat && y.scalar_type() == at::kFloat && y.sizes() == x.sizes();
+  bool shifted = y.is_alias_of(x) && y.const_data_ptr() != x.const_data_ptr();  // an error
+  if (!own_others || !floats || shifted) return at::cpu::tanh_out(y, x);
+  if (!x.is_non_overlapping_and_dense() || y.strides() != x.strides()) return y.copy_(x.contiguous().tanh());
   hyperbolic_tangent(x, y);
   return y;
 }
 
-Tensor& tanh_out(const Tensor& x, Tensor& y) {
-  if (!own_others || x.scalar_type() != at::kFloat || y.scalar_type() != at::kFloat || y.sizes() != x.sizes())
-    return at::cpu::tanh_out(y, x);
-  if (!x.is_non_overlapping_and_dense() || y.strides() != x.strides()) return y.copy_(tanh_new(x));
-  hyperbolic_tangent(x, y);
-  return y;
+Tensor tanh_new(const Tensor& x) {
+  if (!own_others || x.scalar_type() != at::kFloat) return at::cpu::tanh(x);
+  Tensor y = at::empty_like(x);
+  return tanh_out(x, y);
 }
 
 Floats square_root(Floats x) {
@@ -260,12 +262,14 @@ Floats square_root(Floats x) {
 // A step of Adam, or of AdamW where weight decay is `decoupled` from the gradient.
 struct Adam {
   bool decoupled;
-  float decay, keep, of_g, of_g2, rate, root, eps;
+  float decay, keep, beta1, beta2, of_g, of_g2, rate, root, eps;
 
   Adam(bool decoupled, double step, double lr, double beta1, double beta2, double decay, double eps)
       : decoupled(decoupled),
         decay(decay),
         keep(1 - lr * decay),
+        beta1(beta1),
+        beta2(beta2),
         of_g(1 - beta1),
         of_g2(1 - beta2),
         rate(lr / (1 - std::pow(beta1, step))),
@@ -276,8 +280,8 @@ struct Adam {
     Floats g = gradient;
     if (decay && decoupled) w *= keep;
     if (decay && !decoupled) g += decay * w;
-    m += of_g * (g - m);
-    v += of_g2 * (g * g - v);
+    m = beta1 * m + of_g * g;
+    v = beta2 * v + of_g2 * g * g;
     w -= rate * m / (square_root(v) * root + eps);
   }
 
