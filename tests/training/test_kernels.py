@@ -2,10 +2,14 @@
 
 import logging
 import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from conftest import Config, interrupt, started, train
 from torch import Tensor
 
 import nobackprop
+from nobackprop.core import optimizers
 from nobackprop.mistakes import Mistake
 from nobackprop.training import kernels
 
@@ -72,22 +77,46 @@ def test_products_are_the_same_on_any_number_of_threads() -> None:
     assert all(torch.equal(each, results[0]) for each in results)
 
 
+THREADS = """
+import os, torch
+from nobackprop.training import kernels
+kernels.use(True)
+kernels.processor = lambda: "AMD EPYC"
+kernels.use(True)
+torch.set_num_threads(2)
+a, before = torch.randn(800, 800), len(os.listdir("/proc/self/task"))
+torch.mm(a, a, out=torch.empty(800, 800))
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+def test_products_use_the_threads_that_there_are(tmp_path: Path) -> None:
+    ended = started("-c", THREADS, cwd=tmp_path)
+    assert ended.stdout.split() == ["1"], ended.stderr
+
+
 @pytest.mark.usefixtures("own")
 def test_what_the_kernels_do_not_know_is_left_to_torch() -> None:
     """Other types, factors, empty matrices, and sizes that do not fit; and derivatives are those of torch."""
     a, b = torch.randn(3, 4), torch.randn(4, 5)
-    torch.testing.assert_close(a.double() @ b.double(), a.double().matmul(b.double()), rtol=0, atol=0)
     assert torch.equal(torch.ones(2, 3, dtype=torch.int64) @ torch.ones(3, 2, dtype=torch.int64), torch.full((2, 2), 3))
     torch.testing.assert_close(torch.addmm(torch.ones(5), a, b, beta=2, alpha=3), 2 + 3 * (a @ b))
     torch.testing.assert_close(torch.addmm(torch.ones(3, 5), a, b), 1 + a @ b)
     assert torch.equal(torch.ones(2, 0) @ torch.ones(0, 3), torch.zeros(2, 3))
-    square = torch.randn(6, 6)
+    square, bias = torch.randn(40, 40), torch.randn(40)
     product = square @ square
-    assert torch.equal(torch.mm(square, square, out=square), product)
+    assert torch.equal(torch.mm(square, square.clone(), out=square), product)
+    square[3] = bias
+    assert torch.equal(torch.addmm(square[3], product, product, out=square), torch.addmm(bias, product, product))
+    with pytest.raises(RuntimeError, match="single memory location"):
+        torch.mm(a, b, out=torch.zeros(5).expand(3, 5))
+    with pytest.raises(RuntimeError, match="single memory location"):
+        torch.tanh(bias[1:], out=bias[:-1])
     with pytest.raises(RuntimeError, match=r"mat1 and mat2 shapes cannot be multiplied \(3x4 and 3x4\)"):
         _ = a @ a
-    inputs = a.double().requires_grad_(), b.double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda a, b: (a @ b).tanh(), inputs)
+    a.requires_grad_()
+    (gradient,) = torch.autograd.grad((a @ b).tanh().sum(), a)
+    torch.testing.assert_close(gradient, (1 - (a @ b).tanh() ** 2) @ b.mT)
 
 
 # tanh
@@ -120,6 +149,7 @@ def test_tanh_of_any_shape() -> None:
         lambda t: t.mT,
         lambda t: t.permute(2, 0, 1),
         lambda t: t[:, ::2],
+        lambda t: t[:, ::2].permute(2, 0, 1),
         lambda t: t[0, 0, 0],
         lambda t: t[:0],
         lambda t: t.expand(2, 3, 5, 7),
@@ -131,8 +161,55 @@ def test_tanh_of_any_shape() -> None:
         assert torch.tanh(view(x)).stride() == torchs.stride()
         assert torch.equal(torch.tanh(view(x)), view(y))
         assert torch.equal(torch.tanh(view(x), out=torch.full_like(view(x), torch.nan)), view(y))
+        assert torch.equal(view(x).clone().tanh_(), view(y))
     assert torch.equal(torch.tanh(x, out=torch.empty(7, 5, 3).permute(2, 1, 0)), y)
     torch.testing.assert_close(torch.tanh(x.double()), x.double().tanh(), rtol=0, atol=0)
+
+
+# Adam
+
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "adam": (torch.optim.Adam, {"fused": True}),
+    "adam with weight decay": (torch.optim.Adam, {"fused": True, "weight_decay": 0.1, "betas": (0.8, 0.9)}),
+    "adamw": (torch.optim.AdamW, {"fused": True, "weight_decay": 0.1, "eps": 0.01}),
+    "amsgrad": (torch.optim.Adam, {"fused": True, "amsgrad": True}),  # torch's own
+    "maximize": (torch.optim.AdamW, {"fused": True, "maximize": True}),
+    "rmsprop": (optimizers.RMSprop, {}),
+}
+
+
+def stepped(name: str, dtype: torch.dtype) -> list[Tensor]:
+    """Weights of several shapes and layouts after ten steps."""
+    numbers = torch.Generator().manual_seed(0)
+    weights = [torch.randn(shape, generator=numbers) for shape in ((37,), (5, 7), (64, 48), (3, 2, 5, 5))]
+    weights[2] = weights[2].mT
+    weights = [w.to(dtype).requires_grad_() for w in weights]
+    make, options = OPTIMIZERS[name]
+    optimizer = make(weights, lr=0.01, **options)  # pyright: ignore[reportCallIssue]
+    for _ in range(10):
+        for w in weights:
+            w.grad = torch.empty_like(w).copy_(torch.randn(w.shape, generator=numbers))
+        optimizer.step()
+    return [w.detach().float() for w in weights]
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_steps_of_adam(name: str) -> None:
+    """Against torch's in float64."""
+    torch.testing.assert_close(stepped(name, torch.float32), stepped(name, torch.float64), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(("decay", "gradients"), [(0.0, [1.0, 1e-5]), (0.9, [1.0, 1e-5]), (0.9, [1.0, 3e19, 1.0])])
+def test_gradients_that_change_much(decay: float, gradients: list[float]) -> None:
+    weights = [torch.ones(20, dtype=dtype).requires_grad_() for dtype in (torch.float32, torch.float64)]
+    steppers = [optimizers.RMSprop([w], lr=0.01, decay=decay) for w in weights]
+    for gradient in gradients:
+        for w, stepper in zip(weights, steppers, strict=True):
+            w.grad = torch.full_like(w, gradient)
+            stepper.step()
+    torch.testing.assert_close(weights[0].double(), weights[1], rtol=1e-4, atol=1e-4)
 
 
 # Which are used
@@ -153,9 +230,6 @@ def unbuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
     return with_compiler
 
 
-FAILING = "#!/bin/sh\necho 'kernels.cpp:9:10: fatal error: ATen/Parallel.h: No such file' >&2\nexit 1\n"
-
-
 def test_without_a_compiler_torchs_are_used(
     unbuilt: Callable[[str], None], config: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -163,30 +237,56 @@ def test_without_a_compiler_torchs_are_used(
     (record,) = train(config("seeds=[0]", "max_steps=2"))
     assert not record.machine.kernels
     assert not caplog.records
-    with pytest.raises(Mistake, match=r"kernels is true, and none can be built here \(.*g\+\+.*\): mend"):
+    with pytest.raises(Mistake, match=r"kernels is true, and there are none here \(g\+\+ is not there\): mend"):
         train(config("seeds=[1]", "max_steps=2", "kernels=true"))
 
 
-def test_a_compiler_that_fails_is_told(unbuilt: Callable[[str], None], caplog: pytest.LogCaptureFixture) -> None:
-    unbuilt(FAILING)
+FAILING = {
+    "an error": (
+        "echo 'kernels.cpp:9:10: fatal error: ATen/Parallel.h: not here' >&2; exit 1",
+        "fatal error: ATen",
+    ),
+    "no words that can be read": (r"printf '\377 error: \377' >&2; exit 1", "error: "),
+    "nothing": ("exit 1", "returned non-zero exit status 1"),
+    "no library": ('for out; do :; done; echo >"$out"', "file too short"),
+}
+
+
+@pytest.mark.parametrize("case", FAILING)
+def test_a_compiler_that_fails_is_told(
+    unbuilt: Callable[[str], None], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    script, why = FAILING[case]
+    unbuilt(f"#!/bin/sh\n{script}\n")
+    monkeypatch.setattr(kernels, "_loaded", lambda: False)  # by another test
     with caplog.at_level(logging.WARNING):
         kernels.use(None)
+        kernels.use(None)  # which does not try again
     assert not kernels.used()
-    assert "since this program's can't be built (kernels.cpp:9:10: fatal error: ATen/Parallel.h" in caplog.text
-    with pytest.raises(Mistake, match=r"ATen/Parallel\.h: No such file"):
+    (_, told) = caplog.messages
+    assert "torch's own kernels are used, since this program's can't be built or loaded (" in told
+    assert why in told
+    with pytest.raises(Mistake, match=re.escape(why)):
         kernels.use(True)
 
 
 def test_they_are_built_once(unbuilt: Callable[[str], None], tmp_path: Path) -> None:
-    """By the first process; what a compiler would make is at hand here."""
+    """By one process, and again where the file is damaged; what a compiler would make is at hand here."""
     kernels.use(True)
-    (library, *_) = kernels.user_cache().glob("kernels-*.so")
-    unbuilt(f'#!/bin/sh\necho >>{tmp_path}/calls\nfor out; do :; done\ncp {library} "$out"\n')
+    options = [*kernels.INSTRUCTIONS[torch.backends.cpu.get_cpu_capability()], *kernels.OPTIONS]
+    library = kernels._library(options)
+    unbuilt(f'#!/bin/sh\necho >>{tmp_path}/calls\nfor out; do :; done\nhead -c -{kernels.END} {library} >"$out"\n')
     code = "from nobackprop.training import kernels; kernels.use(True); assert kernels.used()"
-    for _ in range(2):
-        ended = started("-c", code, cwd=tmp_path)
-        assert ended.returncode == 0, ended.stderr
+    processes = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) for _ in range(2)]
+    for process in processes:
+        _, told = process.communicate()
+        assert process.returncode == 0, told
     assert (tmp_path / "calls").read_text().count("\n") == 1
+    copy = tmp_path / "cache/nobackprop" / library.name
+    copy.write_bytes(copy.read_bytes()[:5000])
+    assert started("-c", code, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "calls").read_text().count("\n") == 2
+    assert copy.read_bytes() == library.read_bytes()
 
 
 def test_the_record_says_which_were_used(config: Config) -> None:

@@ -18,9 +18,10 @@ COMPILER_ERRORS = (RuntimeError, OSError, ImportError)
 
 def prepare(device: torch.device, own_kernels: bool | None = None) -> None:
     """Chooses how this process computes matrix products and keeps memory, once for all that it trains."""
+    kernels.use(False)  # while torch's are tested
     choose_matmul(device)
-    kernels.use(own_kernels if device.type == "cpu" else False)
     if device.type == "cpu":
+        kernels.use(own_kernels)
         keep_freed_memory()
 
 

@@ -1,38 +1,43 @@
-"""This program's own kernels for a CPU, `kernels.cpp`: products and tanh in float32, in the place of torch's.
+"""This program's own kernels for a CPU, `kernels.cpp`: products, tanh and Adam's step in float32, for torch's.
 
 They are built once for each kind of processor and version of torch, where there is GCC's compiler, and kept in the
 user's cache.
 """
 
 import logging
+import os
 import subprocess
 from functools import cache
-from hashlib import sha256
 from pathlib import Path
 from shutil import which
 from tempfile import TemporaryDirectory
 
 import torch
 
+from nobackprop.data.checksums import locked
 from nobackprop.mistakes import Mistake
-from nobackprop.records.files import user_cache, write_atomically
+from nobackprop.records.files import checksum, user_cache, write_atomically
 from nobackprop.records.machine import processor
 
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+OPTIONS = ["-std=c++20", "-O3", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared"]
+END = 16  # bytes of a checksum, behind what the linker reads
 INSTRUCTIONS = {"AVX2": ["-mavx2", "-mfma"], "AVX512": ["-mavx512f", "-mavx512dq", "-mfma"]}  # by torch's names
 
 
 def use(wanted: bool | None) -> None:
     """Has this process compute with these kernels, or with torch's where `wanted` is false.
 
-    With None they are used where they can be had. On Intel's processors MKL goes on to multiply, and tanh alone is
-    replaced. Raises Mistake where they are wanted and can't be had.
+    With None they are used where they can be had. On Intel's processors MKL goes on to multiply. Raises Mistake where
+    they are wanted and can't be had.
     """
-    own = wanted is not False and _had(needed=wanted is True)
+    missing = _load() if wanted is not False else "not wanted"
+    if wanted and missing:
+        raise Mistake(f"kernels is true, and there are none here ({missing}): mend that, or use kernels=false")
     if _loaded():
-        torch.ops.nobackprop.use(own and "Intel" not in processor(), own)
+        torch.ops.nobackprop.use(not missing and "Intel" not in processor(), not missing)
 
 
 def used() -> bool:
@@ -41,48 +46,54 @@ def used() -> bool:
 
 
 def _loaded() -> bool:
-    return _load.cache_info().currsize > 0
-
-
-def _had(needed: bool) -> bool:
-    """Whether they are loaded. Raises Mistake where they can't be and are needed."""
-    try:
-        _load()
-    except (OSError, RuntimeError, subprocess.SubprocessError) as e:
-        told = (getattr(e, "stderr", None) or str(e)).strip()
-        why = next((line for line in told.splitlines() if "error: " in line), told)
-        if needed:
-            raise Mistake(
-                f"kernels is true, and none can be built here ({why}): mend that, or use kernels=false"
-            ) from e
-        if not isinstance(e, FileNotFoundError):  # there is a compiler
-            logger.warning(f"torch's own kernels are used, since this program's can't be built ({why})")
-        return False
-    return True
+    return hasattr(torch.ops.nobackprop, "used")
 
 
 @cache
-def _load() -> None:
-    """Loads the library, which is built if it is not there. Raises OSError or SubprocessError."""
+def _load() -> str | None:
+    """Loads the library, which is built if it is not there or damaged. Gives why it can't be, or None."""
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in INSTRUCTIONS:
-        raise FileNotFoundError(f"for a processor with {capability} there are none")
-    key = sha256(f"{SOURCE.read_text()} {torch.__version__} {capability}".encode()).hexdigest()[:16]
-    library = user_cache() / f"kernels-{key}.so"
-    if not library.is_file():
-        write_atomically(library, _built(INSTRUCTIONS[capability]))
-    torch.ops.load_library(library)
-
-
-def _built(instructions: list[str]) -> bytes:
+        return f"torch names this processor's instructions {capability}, and they are for {', '.join(INSTRUCTIONS)}"
     if not which("g++"):
-        raise FileNotFoundError("g++ is not there")
+        return "g++ is not there"
+    options = [*INSTRUCTIONS[capability], *OPTIONS]
+    try:
+        library = _library(options)
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with locked(library.with_suffix(".lock"), "building kernels"):
+            if not _whole(library):
+                write_atomically(library, _built(options))
+        if not _loaded():
+            torch.ops.load_library(library)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as e:
+        told = getattr(e, "stderr", None) or str(e.__cause__ or e)
+        told = told.decode(errors="replace") if isinstance(told, bytes) else told
+        why = next((line for line in told.splitlines() if "error: " in line), told.strip())
+        logger.warning(f"torch's own kernels are used, since this program's can't be built or loaded ({why})")
+        return why
+    return None
+
+
+def _library(options: list[str]) -> Path:
+    made_of = f"{SOURCE.read_text()} {torch.__version__} {options}"
+    return user_cache() / f"kernels-{checksum(made_of.encode())}.so"
+
+
+def _whole(library: Path) -> bool:
+    """Whether the library is there and ends with the checksum of what comes before it."""
+    content = library.read_bytes() if library.is_file() else b""
+    return content[-END:] == checksum(content[:-END]).encode()
+
+
+def _built(options: list[str]) -> bytes:
     logger.warning("building kernels for this kind of processor, once: some seconds")
     home = Path(torch.__file__).parent
-    headers = (f"-isystem{home / folder}" for folder in ("include", "include/torch/csrc/api/include"))
+    headers = [f"-isystem{home / folder}" for folder in ("include", "include/torch/csrc/api/include")]
     with TemporaryDirectory() as folder:
         built = Path(folder, "kernels.so")
-        command = ["g++", "-std=c++20", "-O3", *instructions, "-fPIC", "-shared", *headers, SOURCE]
-        command += [f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10", "-o", built]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-        return built.read_bytes()
+        command = ["g++", *options, *headers, SOURCE, f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10", "-o", built]
+        english = os.environ | {"LC_ALL": "C"}
+        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=300, env=english)
+        content = built.read_bytes()
+    return content + checksum(content).encode()

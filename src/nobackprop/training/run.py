@@ -357,7 +357,8 @@ def _resumed(
                 f"{path} was trained with compile={was}, and this command says compile={now}, which rounds in another "
                 f"way: go on with compile={was}, or remove {folder} to start these seeds again"
             )
-        if content.get("kernels", False) != kernels.used() and run.settings.kernels is None:
+        other = run.device.type == "cpu" and content.get("kernels", False) != kernels.used()
+        if other and run.settings.kernels is None:
             was, now = (str(each).lower() for each in (not kernels.used(), kernels.used()))
             raise Mistake(
                 f"{path} was trained with kernels={was}, and here kernels={now} is the default, which rounds in "
