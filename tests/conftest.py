@@ -36,6 +36,7 @@ from nobackprop.data.batches import EvalBatches, Task, TrainBatches
 from nobackprop.data.pixels import Pixels
 from nobackprop.data.sources import Dataset, Images
 from nobackprop.records.record import Record
+from nobackprop.training import kernels
 
 if TYPE_CHECKING:
     from nobackprop.training.learner import Learner
@@ -199,6 +200,13 @@ def holders(path: Path) -> set[int]:
     inode = f":{path.stat().st_ino} "
     locks = [line.split() for line in Path("/proc/locks").read_text().splitlines() if inode in line]
     return {int(fields[4]) for fields in locks if fields[1] == "FLOCK"} - {os.getpid()}
+
+
+@pytest.fixture(autouse=True)
+def torchs_kernels() -> Iterator[None]:
+    """A test that trains does not change the kernels of those after it."""
+    yield
+    kernels.use(False)
 
 
 @pytest.fixture(autouse=True)

@@ -25,6 +25,7 @@ from nobackprop.places import CONF
 from nobackprop.records.gathering import collect, table
 from nobackprop.records.literal import plain
 from nobackprop.records.record import Record, tested
+from nobackprop.training import kernels
 
 if TYPE_CHECKING:  # they take a while to import
     import pandas as pd
@@ -257,7 +258,7 @@ def _as_command(overrides: Sequence[str]) -> Iterator[None]:
 @contextmanager
 def _as_found() -> Iterator[None]:
     """Restores torch's settings afterwards, since a run chooses its own."""
-    threads, products = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    threads, products, own = torch.get_num_threads(), torch.get_float32_matmul_precision(), kernels.used()
     tf32 = torch.backends.cudnn.allow_tf32
     try:
         yield
@@ -265,3 +266,4 @@ def _as_found() -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(products)
         torch.backends.cudnn.allow_tf32 = tf32
+        kernels.use(own)

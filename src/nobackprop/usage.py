@@ -14,9 +14,7 @@ from nobackprop.places import CONF
 
 WIDTH, COLUMN, INDENT = 100, 23, 6
 
-HEAD = """\
-nobackprop trains deep nets without backpropagation: nobackprop [group=choice] [key=value] [option]
-Groups, each with its choice if you say nothing:"""
+HEAD = "nobackprop [group=choice] [key=value] [option] trains a net. Groups, each with its default choice:"
 TAIL = """\
 Options: --dry-run, --multirun, --cfg job (the whole config), --version, --hydra-help (all others)
   nobackprop --multirun rule=bp,fa,dfa --dry-run; nobackprop rule=dtp --help   # the keys of dtp
@@ -38,7 +36,7 @@ def text(overrides: Sequence[str], folders: Sequence[Path] = (CONF,)) -> str:
     for group, (choice, comment) in groups.items():
         names = ", ".join(_short(options(group.lstrip("+"), folders)))
         lines += _row(f"{group}={choice}", f"{comment}: {names}")
-    lines.append("Keys:")
+    lines.append("Keys, each with its default:")
     for key, (value, comment) in keys.items():
         lines += _row(f"{key}={value}", comment)
     return "\n".join(lines) + "\n" + TAIL

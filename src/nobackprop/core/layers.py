@@ -22,7 +22,6 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_input
 
 from nobackprop.core.activations import Activation
 from nobackprop.core.maps import Map, Shape
@@ -173,29 +172,28 @@ class Conv(Layer):
         return like_type(z, W)
 
     def feedback(self, M: Tensor, e: Tensor, like: Tensor) -> Tensor:
-        passes = self.stride, self.padding, self.dilation, self.groups
-        return like_type(conv2d_input(like.shape, *_autocast(M, e), *passes), e)  # (N, C, H, W)
+        short_M, short_e = _autocast(M, e)
+        sent, _, _ = self._derivatives(short_e, like.to(short_e.dtype), short_M, [True, False, False])
+        return like_type(sent, e)  # (N, C, H, W)
 
     def hebbian(self, r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         short_r, short_d = _autocast(r, d)
-        W = short_d.new_empty(1).expand(self.weight_shape(tuple(r.shape[1:])))  # for its shape alone
-        stride, padding, dilation = ([n] * 2 for n in (self.stride, self.padding, self.dilation))
-        _, dW, db = torch.ops.aten.convolution_backward(
-            short_d,
-            short_r,
-            W,
-            [self.channels],
-            stride,
-            padding,
-            dilation,
-            False,
-            [0, 0],
-            self.groups,
-            [False, True, True],
-        )
+        W = short_d.new_empty(self.weight_shape(tuple(r.shape[1:])))  # for its shape alone
+        _, dW, db = self._derivatives(short_d, short_r, W, [False, True, True])
         if short_d is not d:
             db = d.sum((0, 2, 3))  # no product
         return like_type(dW, d) / len(d), db / len(d)
+
+    def _derivatives(self, d: Tensor, r: Tensor, W: Tensor, asked: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of the sum over d * z by the input r, by W and by b, of which `asked` are computed.
+
+        torch.nn.grad's functions have torch fill a tensor in the place of what is not read.
+        """
+        stride, padding, dilation = ([n] * 2 for n in (self.stride, self.padding, self.dilation))
+        of_b, transposed, more = [self.channels], False, [0, 0]
+        return torch.ops.aten.convolution_backward(
+            d, r, W, of_b, stride, padding, dilation, transposed, more, self.groups, asked
+        )
 
 
 LAYERS: Mapping[str, type[Layer]] = {kind.__name__: kind for kind in (Dense, Conv, Tokens)}

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from nobackprop.mistakes import Missing, Mistake
-from nobackprop.records.files import write_atomically
+from nobackprop.records.files import user_cache, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -120,12 +120,9 @@ class Sums:
     def _places(self) -> Iterator[Path]:
         name = self.name.replace("/", "_")
         yield self.where / f"{name}.sha256"
-        try:
-            cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        except RuntimeError:  # a user without a home
-            return
         key = sha256(os.fsencode(self.where.resolve())).hexdigest()[:12]
-        yield cache / "nobackprop" / f"{name}-{key}.sha256"
+        with suppress(RuntimeError):  # a user without a home
+            yield user_cache() / f"{name}-{key}.sha256"
 
 
 def some(names: Iterable[str]) -> str:

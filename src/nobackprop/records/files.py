@@ -13,6 +13,11 @@ from pathlib import Path
 from threading import get_native_id
 
 
+def user_cache() -> Path:
+    """Where this program keeps, for a user, what it can make again. Raises RuntimeError for a user without a home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nobackprop"
+
+
 def checksum(content: bytes) -> str:
     """Sixteen hexadecimal digits of a hash, which damage changes."""
     return sha256(content).hexdigest()[:16]

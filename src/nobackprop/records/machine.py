@@ -11,8 +11,8 @@ if TYPE_CHECKING:  # takes seconds to import, and reading records does not need 
 from nobackprop.records.record import Machine
 
 
-def machine(device: "torch.device", compiled: bool = False, devices: int = 1) -> Machine:
-    """This machine, as it trains on that device, which is one of `devices`."""
+def machine(device: "torch.device", compiled: bool = False, devices: int = 1, kernels: bool = False) -> Machine:
+    """This machine, as it trains on that device, which is one of `devices`, with this program's kernels or without."""
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -25,6 +25,7 @@ def machine(device: "torch.device", compiled: bool = False, devices: int = 1) ->
         matmul=torch.get_float32_matmul_precision(),
         compiled=compiled,
         devices=devices,
+        kernels=kernels,
     )
 
 

@@ -62,6 +62,7 @@ class Machine(_Strict):
     matmul: str  # torch's float32_matmul_precision
     compiled: bool
     devices: Count  # each device trained on its part of every mini-batch
+    kernels: bool = False  # this program's own, in the place of torch's
 
 
 class _Read(BaseModel):

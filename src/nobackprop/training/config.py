@@ -154,6 +154,7 @@ class Settings(_Strict):
     stack: bool | None
     threads: PositiveInt
     compile: Annotated[bool, BeforeValidator(lambda value: value or False)]  # null in configs kept by earlier versions
+    kernels: bool | None
     recompute: bool | None
     workers: PositiveInt | None
     checkpoint_minutes: NonNegativeFloat
@@ -196,13 +197,14 @@ class Settings(_Strict):
         return Path(self.paths.runs) / f"{self.name}-{self.signature}"
 
     def identity(self) -> dict[str, Any]:
-        """All settings that can change a seed's result. Seeds, loggers, paths, devices and the compiler are left out.
+        """All settings that can change a seed's result. Seeds, loggers, paths, devices and kernels are left out.
 
-        Devices, the compiler and threads change float32 rounding, and a record states them beside its config. A key of
-        a component is left out where it has the value that records without it mean. So these keep their signatures.
+        Devices, the compiler, kernels and threads change float32 rounding, and a record states them beside its config.
+        A key of a component is left out where it has the value that records without it mean. So these keep their
+        signatures.
         """
-        how = {"stack", "compile", "recompute", "threads", "workers", "launcher", "checkpoint_minutes", "dry_run"}
-        config = self.model_dump(exclude={"seeds", "logger", "diagnostics", "paths", *how})
+        how = {"stack", "compile", "kernels", "recompute", "threads", "workers", "launcher", "checkpoint_minutes"}
+        config = self.model_dump(exclude={"seeds", "logger", "diagnostics", "paths", "dry_run", *how})
         for key in ("root", "download", "cache", "verify"):
             config["dataset"]["source"].pop(key, None)
         config["trainer"] = {"precision": self.trainer.precision}

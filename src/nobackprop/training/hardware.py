@@ -8,6 +8,7 @@ import torch
 from nobackprop.core.random import stream
 from nobackprop.mistakes import Mistake
 from nobackprop.records.machine import processor
+from nobackprop.training import kernels
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
@@ -15,9 +16,10 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 COMPILER_ERRORS = (RuntimeError, OSError, ImportError)
 
 
-def prepare(device: torch.device) -> None:
+def prepare(device: torch.device, own_kernels: bool | None = None) -> None:
     """Chooses how this process computes matrix products and keeps memory, once for all that it trains."""
     choose_matmul(device)
+    kernels.use(own_kernels if device.type == "cpu" else False)
     if device.type == "cpu":
         keep_freed_memory()
 

@@ -22,6 +22,7 @@ from nobackprop.core.updates import UPDATES
 from nobackprop.data.batches import EvalBatches, TrainBatches
 from nobackprop.data.pixels import Pixels
 from nobackprop.mistakes import Mistake
+from nobackprop.training import kernels
 from nobackprop.training.ddp import mean_over_processes
 from nobackprop.training.hardware import first_line, too_little_memory
 from nobackprop.training.metrics import Scores
@@ -350,7 +351,7 @@ class Learner(LightningModule):
             checkpoint["state_dict"] |= self.train_scores.state_dict(prefix="train_scores.")
         checkpoint["steps"] = self.steps
         checkpoint["wall_s"] = self.wall_s
-        checkpoint["compiled"] = self.compiled
+        checkpoint |= {"compiled": self.compiled, "kernels": kernels.used()}
         checkpoint["progress"] = [vars(p) for p in self.progress]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from nobackprop.mistakes import Mistake
 from nobackprop.records import files, machine, provenance
 from nobackprop.records.literal import literal
 from nobackprop.records.record import Data, Record, code, mean_and_deviation, tested
-from nobackprop.training import checkpoints, hardware, kept, locks
+from nobackprop.training import checkpoints, hardware, kept, kernels, locks
 from nobackprop.training.build import Run, check, configure, trainer
 from nobackprop.training.checkpoints import About, ResumePoint
 from nobackprop.training.config import Settings
@@ -142,7 +142,7 @@ def _start_computing(run: Run) -> None:
     """What a process needs once before it trains."""
     provenance.source_state()  # of the code that was imported: a commit may come while it trains
     torch.set_num_threads(run.settings.threads)
-    hardware.prepare(run.device)
+    hardware.prepare(run.device, run.settings.kernels)
     connect(run.strategy)
 
 
@@ -302,7 +302,7 @@ def _fit(run: Run, dataset: Dataset, group: Group, screen: Screen) -> list[Recor
     loggers: list[SeedLog] = []
     with StopSignals() as signals:
         try:
-            learner, checkpoint, before = _resumed(make, folder, about) if run.rank == 0 else (make(), None, [])
+            learner, checkpoint, before = _resumed(run, make, folder, about) if run.rank == 0 else (make(), None, [])
             if checkpoint := run.strategy.broadcast(checkpoint):
                 screen.print(f"{title}: goes on from step {checkpoints.step(checkpoint)}{_by(before, about.commits)}")
                 both = before if before[-1:] == about.commits else before + about.commits
@@ -344,7 +344,9 @@ def _fit(run: Run, dataset: Dataset, group: Group, screen: Screen) -> list[Recor
     return finished
 
 
-def _resumed(make: Callable[[], Learner], folder: Path, about: About) -> tuple[Learner, Path | None, list[str]]:
+def _resumed(
+    run: Run, make: Callable[[], Learner], folder: Path, about: About
+) -> tuple[Learner, Path | None, list[str]]:
     """A new learner, the last checkpoint that it can go on from, if any, and the commits that have trained that."""
     files.remove_unfinished(folder, alone=True)
     for path, content in checkpoints.usable(folder, about):
@@ -354,6 +356,12 @@ def _resumed(make: Callable[[], Learner], folder: Path, about: About) -> tuple[L
             raise Mistake(
                 f"{path} was trained with compile={was}, and this command says compile={now}, which rounds in another "
                 f"way: go on with compile={was}, or remove {folder} to start these seeds again"
+            )
+        if content.get("kernels", False) != kernels.used() and run.settings.kernels is None:
+            was, now = (str(each).lower() for each in (not kernels.used(), kernels.used()))
+            raise Mistake(
+                f"{path} was trained with kernels={was}, and here kernels={now} is the default, which rounds in "
+                f"another way: say kernels={was} to go on exactly, or kernels={now} to go on all the same"
             )
         try:  # as Lightning will do again
             learner.on_load_checkpoint(content)
@@ -424,7 +432,7 @@ def _record(run: Run, dataset: Dataset, t: Task, learner: Learner, i: int, wall:
             validation=len(t.validation),
             test=len(t.test),
         ),
-        machine=machine.machine(learner.device, learner.compiled, learner.ranks),
+        machine=machine.machine(learner.device, learner.compiled, learner.ranks, kernels.used()),
         precision=run.settings.trainer.precision,
         stacked=len(learner.seeds),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
