@@ -202,9 +202,16 @@ def holders(path: Path) -> set[int]:
     return {int(fields[4]) for fields in locks if fields[1] == "FLOCK"} - {os.getpid()}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def built_kernels() -> None:
+    """Kernels are built before all tests, since that tells the user so."""
+    kernels.use(None)
+
+
 @pytest.fixture(autouse=True)
 def torchs_kernels() -> Iterator[None]:
-    """A test that trains does not change the kernels of those after it."""
+    """Torch's are used where a test does not train, or ask for others."""
+    kernels.use(False)
     yield
     kernels.use(False)
 

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from conftest import Config, interrupt, started, train
 from torch import Tensor
 
 import nobackprop
+from nobackprop.core import optimizers
 from nobackprop.mistakes import Mistake
 from nobackprop.training import kernels
 
@@ -131,8 +133,43 @@ def test_tanh_of_any_shape() -> None:
         assert torch.tanh(view(x)).stride() == torchs.stride()
         assert torch.equal(torch.tanh(view(x)), view(y))
         assert torch.equal(torch.tanh(view(x), out=torch.full_like(view(x), torch.nan)), view(y))
+        assert torch.equal(view(x).clone().tanh_(), view(y))
     assert torch.equal(torch.tanh(x, out=torch.empty(7, 5, 3).permute(2, 1, 0)), y)
     torch.testing.assert_close(torch.tanh(x.double()), x.double().tanh(), rtol=0, atol=0)
+
+
+# Adam
+
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "adam": (torch.optim.Adam, {"fused": True}),
+    "adam with weight decay": (torch.optim.Adam, {"fused": True, "weight_decay": 0.1, "betas": (0.8, 0.9)}),
+    "adamw": (torch.optim.AdamW, {"fused": True, "weight_decay": 0.1, "eps": 0.01}),
+    "amsgrad": (torch.optim.Adam, {"fused": True, "amsgrad": True}),  # torch's own
+    "maximize": (torch.optim.AdamW, {"fused": True, "maximize": True}),
+    "rmsprop": (optimizers.RMSprop, {}),
+}
+
+
+def stepped(name: str, dtype: torch.dtype) -> list[Tensor]:
+    """Weights of several shapes and layouts after ten steps."""
+    numbers = torch.Generator().manual_seed(0)
+    weights = [torch.randn(shape, generator=numbers) for shape in ((37,), (5, 7), (64, 48), (3, 2, 5, 5))]
+    weights[2] = weights[2].mT
+    weights = [w.to(dtype).requires_grad_() for w in weights]
+    make, options = OPTIMIZERS[name]
+    optimizer = make(weights, lr=0.01, **options)  # pyright: ignore[reportCallIssue]
+    for _ in range(10):
+        for w in weights:
+            w.grad = torch.empty_like(w).copy_(torch.randn(w.shape, generator=numbers))
+        optimizer.step()
+    return [w.detach().float() for w in weights]
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_steps_of_adam(name: str) -> None:
+    """Against torch's in float64."""
+    torch.testing.assert_close(stepped(name, torch.float32), stepped(name, torch.float64), rtol=2e-5, atol=2e-6)
 
 
 # Which are used

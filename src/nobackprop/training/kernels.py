@@ -1,4 +1,4 @@
-"""This program's own kernels for a CPU, `kernels.cpp`: products and tanh in float32, in the place of torch's.
+"""This program's own kernels for a CPU, `kernels.cpp`: products, tanh and Adam's step in float32, for torch's.
 
 They are built once for each kind of processor and version of torch, where there is GCC's compiler, and kept in the
 user's cache.
@@ -27,8 +27,8 @@ INSTRUCTIONS = {"AVX2": ["-mavx2", "-mfma"], "AVX512": ["-mavx512f", "-mavx512dq
 def use(wanted: bool | None) -> None:
     """Has this process compute with these kernels, or with torch's where `wanted` is false.
 
-    With None they are used where they can be had. On Intel's processors MKL goes on to multiply, and tanh alone is
-    replaced. Raises Mistake where they are wanted and can't be had.
+    With None they are used where they can be had. On Intel's processors MKL goes on to multiply.
+    Raises Mistake where they are wanted and can't be had.
     """
     own = wanted is not False and _had(needed=wanted is True)
     if _loaded():
@@ -82,7 +82,7 @@ def _built(instructions: list[str]) -> bytes:
     headers = (f"-isystem{home / folder}" for folder in ("include", "include/torch/csrc/api/include"))
     with TemporaryDirectory() as folder:
         built = Path(folder, "kernels.so")
-        command = ["g++", "-std=c++20", "-O3", *instructions, "-fPIC", "-shared", *headers, SOURCE]
+        command = ["g++", "-std=c++20", "-O3", "-fno-math-errno", *instructions, "-fPIC", "-shared", *headers, SOURCE]
         command += [f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10", "-o", built]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
         return built.read_bytes()
