@@ -17,7 +17,7 @@ COMPILER_ERRORS = (RuntimeError, OSError, ImportError)
 
 
 def prepare(device: torch.device, own_kernels: bool | None = None) -> None:
-    """Chooses how this process computes matrix products and keeps memory, once for all that it trains."""
+    """Chooses this process's kernels and how it keeps memory, once for all that it trains."""
     kernels.use(False)  # while torch's are tested
     choose_matmul(device)
     if device.type == "cpu":

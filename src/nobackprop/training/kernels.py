@@ -60,10 +60,11 @@ def _load() -> str | None:
     options = [*INSTRUCTIONS[capability], *OPTIONS]
     try:
         library = _library(options)
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with locked(library.with_suffix(".lock"), "building kernels"):
-            if not _whole(library):
-                write_atomically(library, _built(options))
+        if not _whole(library):
+            library.parent.mkdir(parents=True, exist_ok=True)
+            with locked(library.with_suffix(".lock"), "building kernels"):
+                if not _whole(library):  # another process may have built it meanwhile
+                    write_atomically(library, _built(options))
         if not _loaded():
             torch.ops.load_library(library)
     except (OSError, RuntimeError, subprocess.SubprocessError) as e:
