@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from math import ceil
 from pathlib import Path
-from shutil import copyfile
+from shutil import copytree, ignore_patterns
 from typing import Any, Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
@@ -215,10 +215,7 @@ def snapshot(folder: Path) -> Path:
 
     The copy's records name the commit of the original and whether it was changed.
     """
-    for path in PACKAGE.rglob("*.py"):
-        target = folder / PACKAGE.name / path.relative_to(PACKAGE)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        copyfile(path, target)
+    copytree(PACKAGE, folder / PACKAGE.name, ignore=ignore_patterns("__pycache__"))
     commit, dirty = source_state()
     write_atomically(folder / PACKAGE.name / "source.json", json.dumps({"commit": commit, "dirty": dirty}).encode())
     return folder
