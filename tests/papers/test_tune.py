@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from conftest import CONF, PAPERS
 from omegaconf import OmegaConf
@@ -218,9 +219,17 @@ def test_what_is_found_is_written_and_used_and_nothing_runs_twice(
         cell.config()
     runs = tmp_path / "runs"
     command = ["lra_e", "--only", *only, "--trials", "3", "--epochs", "1", "--jobs", "1", "--set", *QUICK]
-    monkeypatch.setattr(sys, "argv", ["tune.py", *command, "--runs", str(runs)])
+    table = tmp_path / "table.csv"
+    table.write_text("rungs,rule\n")
+    monkeypatch.setattr(sys, "argv", ["tune.py", *command, "--runs", str(runs), "--table", str(table)])
+    with pytest.raises(SystemExit, match=r"table\.csv: it has no column dataset and hidden_layers and setting, so"):
+        tune.main()
+    assert not runs.exists()
+    table.write_text("setting,dataset,hidden_layers,rule,rungs,runs\ntuned,mnist,3,fa,,7\ntuned,mnist,3,bp,,8\n")
     with pytest.raises(SystemExit, match="0"):
         tune.main()
+    lines = pd.read_csv(table)
+    assert lines[["rule", "runs"]].to_numpy().tolist() == [["fa", 7], ["bp", 3]]
     trials = {path: Record.read(path) for path in runs.glob("*/seed1000/record.json")}
     assert len(trials) == 3
     times = {path: path.stat().st_mtime_ns for path in trials}

@@ -357,6 +357,18 @@ def rows(search: Search, found: Sequence[Searched]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def lines_of(path: Path, cell: Cell) -> pd.DataFrame:
+    """The lines that a file of `--table` has already. Raises Mistake where they are not of such cells."""
+    if not path.exists():
+        return pd.DataFrame()
+    lines = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if missing := {*cell.labels, "rungs"} - {*lines.columns}:
+        raise Mistake(
+            f"--table {path}: it has no column {' and '.join(sorted(missing))}, so it is not a table of this search"
+        )
+    return lines
+
+
 def table(found: Sequence[Searched], frame: pd.DataFrame) -> Table:
     """The lines of `rows` for the screen."""
     shown = ["validation", "settings", "near an end", "rank correlations", "runs", "diverged", "seconds"]
@@ -378,7 +390,9 @@ def main() -> None:
     parser.add_argument(
         "--keep", type=int, help="one of so many trials goes on, to look at; 1: all do (no settings are written)"
     )
-    parser.add_argument("--table", type=Path, metavar="FILE.csv", help="where to write the table, too")
+    parser.add_argument(
+        "--table", type=Path, metavar="FILE.csv", help="where to write the table, too; lines of other cells stay"
+    )
     parser.add_argument("--jobs", type=int, choices=range(1, cores + 1), default=cores, help="trials at a time")
     parser.add_argument("--runs", help="the folder of the trials (default: runs/tune/SEARCH)")
     parser.add_argument(
@@ -395,13 +409,16 @@ def main() -> None:
             check_replaces(cell, options.search, search, options.set)
         further = [home(text) for text in (*options.set, f"paths.runs={options.runs or f'runs/tune/{options.search}'}")]
         check(further)
+        lines = lines_of(options.table, chosen[0]) if options.table else None
         found = []
         for each in tune(search, chosen, further, options.jobs, console):
             found.append(each)
             console.print(f"{each.cell}: {each.best.validation:.2%} {each.best.point}", highlight=False, soft_wrap=True)
             if each.best.validation and each.cell.tuned is not None and options.keep is None:
                 write(each, options.search, search, options.set, each.cell.tuned)
-            if options.table:
-                files.write_atomically(options.table, rows(search, found).to_csv(index=False).encode())
+            if lines is not None:
+                both = pd.concat([lines, rows(search, found).astype(str)])
+                both = both.drop_duplicates([*each.cell.labels, "rungs"], keep="last")
+                files.write_atomically(options.table, both.to_csv(index=False).encode())
     console.print(table(found, rows(search, found)))
     parser.exit(0 if all(each.best.validation for each in found) else 1)
