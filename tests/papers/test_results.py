@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import pairwise
@@ -21,7 +22,7 @@ from nobackprop import composing
 from nobackprop.papers import colours, figures, grid, results as module, tables
 from nobackprop.papers.claims import Score
 from nobackprop.papers.grid import Cell, cells
-from nobackprop.papers.results import Composer, Findings, Row, Table, findings
+from nobackprop.papers.results import Composer, Figure, Findings, Found, Row, Table, findings, published
 from nobackprop.papers.take_home import take_home
 from nobackprop.records.gathering import collect
 from nobackprop.records.identity import before
@@ -632,6 +633,39 @@ def test_what_is_generated_is_up_to_date(every_paper: list[Findings]) -> None:
     assert [str(path) for path, content in files.items() if not path.exists() or path.read_bytes() != content] == []
     made = {path for folder in ("tables", "figures") for path in (ROOT / "results" / folder).rglob("*.*")}
     assert made <= set(files)
+
+
+def test_a_published_figure_that_ours_is_not_near_has_a_reason(every_paper: list[Findings]) -> None:
+    """And so has one without ours."""
+    table, *told = tables.beside_published(every_paper).split("\n\n")
+    lines = [[text.strip() for text in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    apart = {line[0] for line in lines if line[-1] == "no"}
+    known = published()
+    assert apart
+    assert {paper for paper in apart if not known[paper].differs} == set()
+    assert [text for text in told if text.startswith("-")] == told[1::2]
+    papers = {line.partition(":")[0].removeprefix("- ") for line in told[-1].splitlines()}
+    assert {paper for paper in papers if not known[paper].note} == set()
+    compared = Counter(line[0] for line in lines)
+    assert papers == {paper for paper, every in known.items() if compared[paper] < len(every.figures)}
+
+
+@pytest.mark.parametrize(
+    ("ours", "spread", "expected"),
+    [
+        ([0.97, 0.98], None, True),
+        ([0.97, 0.971], None, False),
+        ([0.97], 0.6, True),
+        ([0.97], 0.4, False),
+        ([0.97], None, False),
+    ],
+)
+def test_a_figure_is_near_ours_within_two_standard_deviations(
+    ours: list[float], spread: float | None, expected: bool
+) -> None:
+    figure = Figure(table="t", row="r", column="c", value=98, unit="accuracy, %", spread=spread, source="here", cell={})
+    records = [lra(seed, accuracy) for seed, accuracy in enumerate(ours)]
+    assert tables.near(Found({}, "lra_e", (), records), figure) == expected
 
 
 def test_every_sentence_to_take_home_holds(every_paper: list[Findings]) -> None:
