@@ -535,6 +535,20 @@ def test_a_table_by_rule_has_a_line_a_rule_with_its_angle_and_cost(results: Path
     assert set(re.findall(r'class="rule-(\w+)"', drawn)) == {"bp", "dfa", "drtp"}
 
 
+def test_a_ranking_has_the_best_rule_first_and_mini_batches_where_they_differ(results: Path) -> None:
+    """The order is that of the first row in which all rules have run."""
+    runs = [record("compare", {"net": "mlp", "rule": "bp"}, 0, 0.9)]
+    for rule, accuracy, steps in (("bp", 0.5, 7), ("dfa", 0.6, 9)):
+        compute = record("compare", {"net": "mnist_mlp", "budget": "compute", "rule": rule}, 0, accuracy)
+        constant = {"net": "mnist_mlp", "budget": "epochs", "schedule": "constant", "rule": rule}
+        runs += [compute.model_copy(update={"steps": steps}), record("compare", constant, 0, accuracy + 0.1)]
+    found = findings("compare", runs, results)
+    (table,) = (table for table in found.layout.tables if table.name == "mnist")
+    head, _, *lines = tables.ranking(found, table).splitlines()
+    assert head == "| rule | mlp | mnist mlp, epochs, constant | mnist mlp, compute | mini-batches |"
+    assert lines == ["| dfa | - | 70.00 | 60.00 | 9 |", "| bp | 90.00 | 60.00 | 50.00 | 7 |"]
+
+
 def test_a_file_of_costs_that_is_none_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "benchmark.csv"
     assert module.costs(path) == {}

@@ -23,7 +23,19 @@ import pandas as pd
 from nobackprop.mistakes import Mistake, answering
 from nobackprop.papers.claims import MOST, Claims, Result, place_of
 from nobackprop.papers.figures import figures
-from nobackprop.papers.results import Cost, Figure, Findings, Found, Row, Table, described, findings, papers, published
+from nobackprop.papers.results import (
+    Cost,
+    Figure,
+    Findings,
+    Found,
+    Row,
+    Table,
+    described,
+    findings,
+    papers,
+    published,
+    rules_run,
+)
 from nobackprop.papers.take_home import take_home
 from nobackprop.places import RESULTS
 from nobackprop.records.files import write_atomically
@@ -244,6 +256,27 @@ def accuracy_table(found: Findings, table: Table) -> str:
     lines = ([text(cell, shown.signs) for cell in line] for line in shown.lines)
     body = markdown(shown.head, lines, shown.left)
     return f"### {heading(found, table)}\n\n{caption(shown)}\n\n{body}\n\n{listed}".rstrip()
+
+
+def ranking(found: Findings, table: Table) -> str:
+    """The accuracies of each rule, a line for each, in Markdown. The best in the first row with all rules come first.
+
+    A row whose runs differ in length has their mini-batches beside it.
+    """
+    rows = [row for row in found.tables[table.name] if row.run]
+    rules = rules_run(rows)
+    first = max(rows, key=lambda row: sum(rule in row.shown for rule in rules), default=None)
+    columns: dict[str, dict[str, str]] = {}
+    for row in rows:
+        cells = {rule: cell for rule, cell in row.cells.items() if cell.records}
+        columns[described(row.labels)] = {rule: spread(cell) for rule, cell in cells.items()}
+        steps = {rule: str(max(r.steps for r in cell.records)) for rule, cell in cells.items()}
+        if len({*steps.values()}) > 1:
+            columns["mini-batches"] = steps
+    if first:
+        rules.sort(key=lambda rule: first.cells[rule].mean or 0, reverse=True)
+    lines = [[rule, *(column.get(rule, "-") for column in columns.values())] for rule in rules]
+    return markdown(["rule", *columns], lines)
 
 
 def place(result: Result) -> str:
@@ -582,6 +615,7 @@ def generated(every: Sequence[Findings], results: Path) -> dict[Path, bytes]:
     sections = {f"verdicts: {found.paper}": verdict_summary(found) for found in every if found.claims}
     sections |= {"sentences: take_home": sentences(every), "list: next": what_is_next(every)}
     sections |= {"list: published": beside_published(every)}
+    sections |= {f"ranking: {f.paper}/{t.name}": ranking(f, t) for f in every for t in f.layout.tables}
     for readme in [*sorted((results.parent / "papers").glob("*/README.md")), *results.glob("README.md")]:
         files[readme] = with_sections(readme.read_text(), sections).encode()
     return files
