@@ -259,7 +259,7 @@ def accuracy_table(found: Findings, table: Table) -> str:
 
 
 def ranking(found: Findings, table: Table) -> str:
-    """The accuracies of each rule, a line for each, in Markdown. The best in the first row with all rules come first.
+    """The accuracies of a table by rule, a line for each, in Markdown. The best in the first row with all come first.
 
     A row whose runs differ in length has their mini-batches beside it.
     """
@@ -273,8 +273,8 @@ def ranking(found: Findings, table: Table) -> str:
         steps = {rule: str(max(r.steps for r in cell.records)) for rule, cell in cells.items()}
         if len({*steps.values()}) > 1:
             columns["mini-batches"] = steps
-    if first:
-        rules.sort(key=lambda rule: first.cells[rule].mean or 0, reverse=True)
+    best = {rule: cell.mean or 0 for rule, cell in first.cells.items()} if first else {}
+    rules.sort(key=lambda rule: best.get(rule, 0), reverse=True)
     lines = [[rule, *(column.get(rule, "-") for column in columns.values())] for rule in rules]
     return markdown(["rule", *columns], lines)
 
@@ -615,7 +615,7 @@ def generated(every: Sequence[Findings], results: Path) -> dict[Path, bytes]:
     sections = {f"verdicts: {found.paper}": verdict_summary(found) for found in every if found.claims}
     sections |= {"sentences: take_home": sentences(every), "list: next": what_is_next(every)}
     sections |= {"list: published": beside_published(every)}
-    sections |= {f"ranking: {f.paper}/{t.name}": ranking(f, t) for f in every for t in f.layout.tables}
+    sections |= {f"ranking: {f.paper}/{t.name}": ranking(f, t) for f in every for t in f.layout.tables if t.by_rule}
     for readme in [*sorted((results.parent / "papers").glob("*/README.md")), *results.glob("README.md")]:
         files[readme] = with_sections(readme.read_text(), sections).encode()
     return files
