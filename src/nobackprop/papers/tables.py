@@ -266,17 +266,17 @@ def ranking(found: Findings, table: Table) -> str:
     rows = [row for row in found.tables[table.name] if row.run]
     rules = rules_run(rows)
     first = max(rows, key=lambda row: sum(rule in row.shown for rule in rules), default=None)
-    columns: dict[str, dict[str, str]] = {}
+    columns: list[tuple[str, dict[str, str]]] = []
     for row in rows:
         cells = {rule: cell for rule, cell in row.cells.items() if cell.records}
-        columns[described(row.labels)] = {rule: spread(cell) for rule, cell in cells.items()}
+        columns.append((described(row.labels), {rule: spread(cell) for rule, cell in cells.items()}))
         steps = {rule: str(max(r.steps for r in cell.records)) for rule, cell in cells.items()}
         if len({*steps.values()}) > 1:
-            columns["mini-batches"] = steps
+            columns.append(("mini-batches", steps))
     best = {rule: cell.mean or 0 for rule, cell in first.cells.items()} if first else {}
     rules.sort(key=lambda rule: best.get(rule, 0), reverse=True)
-    lines = [[rule, *(column.get(rule, "-") for column in columns.values())] for rule in rules]
-    return markdown(["rule", *columns], lines)
+    lines = [[rule, *(column.get(rule, "-") for _, column in columns)] for rule in rules]
+    return markdown(["rule", *(name for name, _ in columns)], lines)
 
 
 def place(result: Result) -> str:
@@ -431,21 +431,25 @@ def beside_published(every: Sequence[Findings]) -> str:
             planned = f" of {cell.planned_epochs}" if cell.epochs != cell.planned_epochs else ""
             told = [paper, ", ".join(figure.place), quoted(figure), spread(cell)]
             told += [str(len(cell.tested)), f"{cell.epochs}{planned}", difference(cell, figure) or "other images"]
-            lines.append([*told, "yes" if near(cell, figure) else "no"])
-            if not near(cell, figure):
+            lines.append([*told, near(cell, figure)])
+            if lines[-1][-1] != "yes":
                 reasons[paper] = f"- {paper}: {known.differs}"
         if left := len(known.figures) - len(ours):
             others.append(f"- {paper}: {left} of {len(known.figures)}. {known.note}".rstrip())
     table = markdown(["results", "figure", "published", "ours", "seeds", "epochs", "difference", "near"], lines, 2)
-    why = ["Why the others differ:", "\n".join(reasons.values())] if reasons else []
+    why = ["Why some are not near:", "\n".join(reasons.values())] if reasons else []
     return "\n\n".join([table, *why, *(["Figures without ours:", "\n".join(others)] if others else [])])
 
 
-def near(cell: Found, figure: Figure) -> bool:
-    """Whether ours is within two standard deviations of a published figure: those of our seeds and of its own."""
-    if not (apart := difference(cell, figure)):
-        return False
-    return abs(float(apart)) <= 2 * hypot(100 * (cell.deviation or 0), figure.spread or 0)
+def near(cell: Found, figure: Figure) -> str:
+    """Whether ours is within two deviations of a published figure, those of our seeds and of its own: yes or no.
+
+    A dash where there is no deviation, or ours is of other images.
+    """
+    apart, deviation = difference(cell, figure), hypot(100 * (cell.deviation or 0), figure.spread or 0)
+    if not apart or not deviation:
+        return "-"
+    return "yes" if abs(float(apart)) <= 2 * deviation else "no"
 
 
 def what_is_next(every: Sequence[Findings]) -> str:

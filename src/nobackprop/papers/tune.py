@@ -53,6 +53,7 @@ from nobackprop.training.work import passes
 
 Setting = bool | int | float | str
 Point = dict[str, Setting]
+BUDGET = ["rungs", "trials", "runs"]  # columns of the table; other budgets of a cell have lines of their own
 EDGE = 0.05  # of a range, on its logarithmic scale: a winner that near to an end may have a better one beyond it
 
 
@@ -361,12 +362,18 @@ def lines_of(path: Path, cell: Cell) -> pd.DataFrame:
     """The lines that a file of `--table` has already. Raises Mistake where they are not of such cells."""
     if not path.exists():
         return pd.DataFrame()
-    lines = pd.read_csv(path, dtype=str, keep_default_na=False)
-    if missing := {*cell.labels, "rungs"} - {*lines.columns}:
-        raise Mistake(
-            f"--table {path}: it has no column {' and '.join(sorted(missing))}, so it is not a table of this search"
-        )
+    try:
+        lines = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+    except ValueError as e:
+        raise Mistake(f"--table {path}: it is no table ({e}); give a new file") from None
+    if missing := {*cell.labels, *BUDGET} - {*lines.columns}:
+        raise Mistake(f"--table {path}: it has no column {' and '.join(sorted(missing))}; give a table of this search")
     return lines
+
+
+def joined(lines: pd.DataFrame, new: pd.DataFrame, cell: Cell) -> pd.DataFrame:
+    """Both tables; a line of the new one replaces that of the same cell and budget."""
+    return pd.concat([lines, new.astype(str)]).drop_duplicates([*cell.labels, *BUDGET], keep="last")
 
 
 def table(found: Sequence[Searched], frame: pd.DataFrame) -> Table:
@@ -409,16 +416,16 @@ def main() -> None:
             check_replaces(cell, options.search, search, options.set)
         further = [home(text) for text in (*options.set, f"paths.runs={options.runs or f'runs/tune/{options.search}'}")]
         check(further)
-        lines = lines_of(options.table, chosen[0]) if options.table else None
+        if options.table:
+            lines_of(options.table, chosen[0])
         found = []
         for each in tune(search, chosen, further, options.jobs, console):
             found.append(each)
             console.print(f"{each.cell}: {each.best.validation:.2%} {each.best.point}", highlight=False, soft_wrap=True)
             if each.best.validation and each.cell.tuned is not None and options.keep is None:
                 write(each, options.search, search, options.set, each.cell.tuned)
-            if lines is not None:
-                both = pd.concat([lines, rows(search, found).astype(str)])
-                both = both.drop_duplicates([*each.cell.labels, "rungs"], keep="last")
-                files.write_atomically(options.table, both.to_csv(index=False).encode())
+            if options.table:  # which another search may have written to since
+                lines = joined(lines_of(options.table, each.cell), rows(search, found), each.cell)
+                files.write_atomically(options.table, lines.to_csv(index=False).encode())
     console.print(table(found, rows(search, found)))
     parser.exit(0 if all(each.best.validation for each in found) else 1)
