@@ -166,6 +166,53 @@ def test_tanh_of_any_shape() -> None:
     torch.testing.assert_close(torch.tanh(x.double()), x.double().tanh(), rtol=0, atol=0)
 
 
+# Max pooling
+
+
+# The arguments of torch's: size, stride, padding, dilation, and whether windows may be partly outside.
+WINDOWS: list[tuple[Any, ...]] = [([2, 2], []), ([3, 3], [1, 1]), ([2, 2], [3, 3])]
+TORCHS: list[tuple[Any, ...]] = [
+    ([2, 1], [2, 2]),
+    ([2, 2], [2, 1]),
+    ([2, 2], [2, 2], [1, 1]),
+    ([2, 2], [2, 2], [0, 0], [2, 2]),
+    ([2, 2], [2, 2], [0, 0], [1, 1], True),
+]
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize("shape", [(3, 2, 28, 28), (130, 16, 10, 10), (2, 1, 40, 33), (5, 7, 9), (1, 1, 3, 3)])
+@pytest.mark.parametrize("windows", WINDOWS + TORCHS)
+def test_max_pooling(shape: tuple[int, ...], windows: tuple[Any, ...]) -> None:
+    """Values and places are torch's to the bit, also of numbers that are equal, infinite or not a number."""
+    x = torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(0)).float()
+    x[x == -2] = -torch.inf
+    x.view(-1)[::17] = torch.nan
+    pool = torch.ops.aten.max_pool2d_with_indices
+    for images in (x, x.mT.contiguous().mT, x.double()):
+        kernels.use(False)
+        torchs = pool(images, *windows)
+        kernels.use(True)
+        outs = [torch.full_like(t, 7) for t in torchs]
+        pool.out(images, *windows, out=outs[0], indices=outs[1])
+        for expected, given, into in zip(torchs, pool(images, *windows), outs, strict=True):
+            torch.testing.assert_close(given, expected, rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(into, expected, rtol=0, atol=0, equal_nan=True)
+            assert given.stride() == expected.stride()
+
+
+@pytest.mark.usefixtures("own")
+def test_errors_of_max_pooling_are_torchs() -> None:
+    x = torch.randn(2, 3, 4, 4)
+    for window in ([5, 5], [0, 0], []):
+        with pytest.raises(RuntimeError):
+            torch.ops.aten.max_pool2d_with_indices(x, window)
+    with pytest.raises(RuntimeError, match="Expected out tensor to have dtype float"):
+        torch.ops.aten.max_pool2d_with_indices.out(
+            x, [2, 2], out=torch.empty(0, dtype=torch.double), indices=torch.empty(0, dtype=torch.long)
+        )
+
+
 # Adam
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {

@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import Config, Problem, interrupt, same_results, train
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import nobackprop.training.run
-from nobackprop.core.architectures import row
+from nobackprop.core.architectures import lenet, row
 from nobackprop.core.initializers import Normal, initial_weights
 from nobackprop.core.losses import SoftmaxCrossEntropy
 from nobackprop.core.network import Network, allconv, mlp
@@ -295,6 +296,40 @@ def test_views_constants_and_changes_in_place() -> None:
         assert all(torch.equal(named[name], t) for name, t in expected.items())
         assert torch.equal(total, expected_total)
     assert replay.replays
+
+
+def test_what_is_computed_twice_is_replayed_once() -> None:
+    """But not where it is changed in between, or given to the caller."""
+
+    def function(x: Tensor, y: Tensor, noise: Any) -> Any:
+        changed, same, again = x.exp(), x.sin(), x.sin()
+        changed += 1
+        return {"W1": (changed + x.exp()) * same, "W2": again.cos() + same.cos(), "W3": x.sin(), "W4": x.sin()}, []
+
+    replay = Replay(function)
+    for seed in range(5):
+        x = torch.randn(3, generator=torch.Generator().manual_seed(seed))
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            named, _ = replay(x, torch.zeros(1), {})
+        expected, _ = function(x, torch.zeros(1), {})
+        assert all(torch.equal(named[name], t) for name, t in expected.items())
+    assert replay.replays
+    calls = {each.key: each.count for each in profiled.key_averages()}  # of the last step
+    assert {name: calls[f"aten::{name}"] for name in ("exp", "sin", "cos")} == {"exp": 2, "sin": 3, "cos": 1}
+    assert named["W3"].data_ptr() != named["W4"].data_ptr()
+
+
+def test_a_net_is_pooled_once_at_each_step() -> None:
+    """A rule reads a pooled output three times: going up, going down, and for the weights' gradients."""
+    net = lenet((1, 28, 28), 3, activation="tanh")
+    w = initial_weights(net, BP(), Normal(0.1), Normal(0.1), 0)
+    replay = Replay(lambda x, y, noise: (BP().grads(net, w, Batch(x, y, LOSS))[0], []))
+    for _ in range(3):
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            replay(torch.rand(5, 1, 28, 28), torch.rand(5, 3), {})
+    assert replay.replays
+    pools = [each.count for each in profiled.key_averages() if each.key == "aten::max_pool2d_with_indices"]
+    assert pools == [2]
 
 
 def test_weights_are_read_where_they_are() -> None:

@@ -1,4 +1,4 @@
-// Products of matrices, tanh, and the step of Adam, in float32 on a CPU, in the place of torch's own.
+// Products of matrices, tanh, max pooling, and the step of Adam, in float32 on a CPU, in the place of torch's own.
 //
 // torch multiplies by MKL, which takes twice as long on AMD's processors, or by oneDNN, of which each call costs ten
 // microseconds. Its tanh takes nine cycles a number, and its Adam divides twice where once will do. On small nets these
@@ -14,6 +14,7 @@
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/max_pool2d_with_indices_cpu_dispatch.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
 #include <ATen/ops/tanh_cpu_dispatch.h>
 #include <torch/library.h>
@@ -28,6 +29,7 @@
 
 namespace {
 
+using at::IntArrayRef;
 using at::Scalar;
 using at::Tensor;
 using at::TensorList;
@@ -254,6 +256,98 @@ Tensor tanh_new(const Tensor& x) {
   return tanh_out(x, y);
 }
 
+// Windows of `size` x `size` pixels, `step` apart, without a border.
+struct Pooling {
+  int64_t size, step;
+
+  int64_t outputs(int64_t pixels) const { return (pixels - size) / step + 1; }
+};
+
+// Takes, for each of n windows, the pixel that is `further` behind its first one, where it is larger than what was taken
+// before, and the pixel's number in its image. A NaN counts as larger, as for torch.
+void take_larger(
+    const float* from, const int32_t* first, const int32_t* number, int32_t further, float* taken, int32_t* at,
+    int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; i++) {
+    float x = from[first[i] + further];
+    bool larger = (x > taken[i]) | (x != x);
+    taken[i] = larger ? x : taken[i];
+    at[i] = larger ? number[i] + further : at[i];
+  }
+}
+
+// The largest of each window, and where it is. Small images are taken several at a time, so that inner loops are long.
+void max_pool(const Tensor& x, Pooling pooling, const Tensor& y, const Tensor& where) {
+  int64_t width = x.size(-1), pixels = x.size(-2) * width, images = x.numel() / pixels;
+  int64_t columns = y.size(-1), windows = y.size(-2) * columns, most = 1 + 512 / windows;
+  std::vector<int32_t> first(most * windows), number(most * windows);
+  for (int64_t i = 0; i < most * windows; i++) {
+    number[i] = (i % windows / columns * width + i % columns) * pooling.step;
+    first[i] = i / windows * pixels + number[i];
+  }
+  const float* from = x.const_data_ptr<float>();
+  float* taken = y.mutable_data_ptr<float>();
+  int64_t* places = where.mutable_data_ptr<int64_t>();
+  std::fill_n(taken, y.numel(), -INFINITY);
+  at::parallel_for(0, (images + most - 1) / most, 1 + (1 << 15) / (most * pixels), [&](int64_t turn, int64_t end) {
+    std::vector<int32_t> at;
+    for (; turn < end; turn++) {
+      int64_t image = turn * most, n = std::min(most, images - image) * windows;
+      at = number;
+      for (int64_t row = 0; row < pooling.size; row++)
+        for (int64_t column = 0; column < pooling.size; column++)
+          take_larger(
+              from + image * pixels, first.data(), number.data(), row * width + column, taken + image * windows,
+              at.data(), n);
+      std::copy_n(at.data(), n, places + image * windows);
+    }
+  });
+}
+
+// The windows that torch's arguments stand for, where `max_pool` knows them.
+std::optional<Pooling> pooling(
+    const Tensor& x, IntArrayRef size, IntArrayRef step, IntArrayRef padding, IntArrayRef apart, bool partly) {
+  bool images = x.scalar_type() == at::kFloat && (x.dim() == 3 || x.dim() == 4) && x.is_contiguous() && x.numel();
+  if (!own_others || !images || partly || size.empty() || x.size(-2) * x.size(-1) > 1 << 20) return {};
+  if (step.empty()) step = size;
+  auto all = [](IntArrayRef numbers, int64_t n) {
+    return std::all_of(numbers.begin(), numbers.end(), [n](int64_t number) { return number == n; });
+  };
+  if (!all(size, size[0]) || !all(step, step[0]) || !all(padding, 0) || !all(apart, 1)) return {};
+  if (size[0] < 1 || step[0] < 1 || std::min(x.size(-2), x.size(-1)) < size[0]) return {};
+  return Pooling{size[0], step[0]};
+}
+
+std::vector<int64_t> pooled_shape(const Tensor& x, Pooling pooling) {
+  std::vector<int64_t> shape = x.sizes().vec();
+  for (int64_t axis = x.dim() - 2; axis < x.dim(); axis++) shape[axis] = pooling.outputs(shape[axis]);
+  return shape;
+}
+
+std::tuple<Tensor&, Tensor&> max_pool_out(
+    const Tensor& x, IntArrayRef size, IntArrayRef step, IntArrayRef padding, IntArrayRef apart, bool partly,
+    Tensor& y, Tensor& where) {
+  auto known = pooling(x, size, step, padding, apart, partly);
+  auto takes = [&](const Tensor& t, at::ScalarType type) {
+    return t.scalar_type() == type && t.is_contiguous() && !t.is_alias_of(x) && t.sizes() == pooled_shape(x, *known);
+  };
+  if (!known || !takes(y, at::kFloat) || !takes(where, at::kLong))
+    return at::cpu::max_pool2d_with_indices_out(y, where, x, size, step, padding, apart, partly);
+  max_pool(x, *known, y, where);
+  return {y, where};
+}
+
+std::tuple<Tensor, Tensor> max_pool_new(
+    const Tensor& x, IntArrayRef size, IntArrayRef step, IntArrayRef padding, IntArrayRef apart, bool partly) {
+  auto known = pooling(x, size, step, padding, apart, partly);
+  if (!known) return at::cpu::max_pool2d_with_indices(x, size, step, padding, apart, partly);
+  std::vector<int64_t> shape = pooled_shape(x, *known);
+  Tensor y = at::empty(shape, x.options()), where = at::empty(shape, x.options().dtype(at::kLong));
+  max_pool(x, *known, y, where);
+  return {y, where};
+}
+
 Floats square_root(Floats x) {
   for (int64_t i = 0; i < LANES; i++) x[i] = std::sqrt(x[i]);
   return x;
@@ -343,6 +437,8 @@ TORCH_LIBRARY_IMPL(aten, CPU, library) {
   library.impl("tanh", tanh_new);
   library.impl("tanh.out", tanh_out);
   library.impl("tanh_", [](Tensor& x) -> Tensor& { return tanh_out(x, x); });
+  library.impl("max_pool2d_with_indices", max_pool_new);
+  library.impl("max_pool2d_with_indices.out", max_pool_out);
   library.impl("_fused_adam_", adam<false, at::cpu::_fused_adam_>);
   library.impl("_fused_adamw_", adam<true, at::cpu::_fused_adamw_>);
 }

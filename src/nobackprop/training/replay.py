@@ -2,12 +2,12 @@
 
 On small nets a CPU spends much of a step between the kernels: in the rule's and torch's Python, on views, on new
 tensors. `Replay` notes which kernels a function of tensors calls, and where in memory each reads and writes. Then
-it calls those alone, each into its place in a few kept buffers. They are the same kernels on the same numbers, so
-the result is the same to the bit, whatever the rule. Kernels that can't write into given memory make new tensors,
-as before.
+it calls those alone, each into its place in a few kept buffers. A rule that computes a number at several places, such
+as the pooled output of a layer, has it computed once. They are the same kernels on the same numbers, so the result is
+the same to the bit, whatever the rule. Kernels that can't write into given memory make new tensors, as before.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -184,12 +184,14 @@ def _name(func: Any) -> str:
 def _planned(notes: _Notes, result: Outputs) -> tuple[Callable[[], None], Outputs, int]:
     """The calls as one function, written out as Python and run once; what holds its outputs; and bytes of buffers."""
     outputs = tree_map_only(Tensor, notes.place, result)
-    last = {storage: i for i, call in enumerate(notes.calls) for storage in call.storages}
-    last |= dict.fromkeys((place.storage for place in tree_leaves(outputs)), len(notes.calls))
+    given = {place.storage for place in tree_leaves(outputs)}
     changed = {storage for call in notes.calls if call.changes for storage in call.storages}
+    calls = _without_repeats(notes.calls, given | changed)
+    last = {storage: i for i, call in enumerate(calls) for storage in call.storages}
+    last |= dict.fromkeys(given, len(calls))
     constant: set[int] = set()  # storages that hold the same numbers at each run
     script = _Script({storage: t.untyped_storage() for storage, t in notes.there.items()}, notes.bytes)
-    for i, call in enumerate(notes.calls):
+    for i, call in enumerate(calls):
         reads = call.storages - {*call.new}
         once = (reads <= constant or _name(call.kernel) in FRESH) and not call.storages & changed
         script.add(call, once)
@@ -200,6 +202,33 @@ def _planned(notes: _Notes, result: Outputs) -> tuple[Callable[[], None], Output
                 script.release(storage)
     kept = tree_map_only(_Place, script.keep, outputs)
     return script.function(), kept, script.bytes
+
+
+def _without_repeats(calls: Sequence[_Call], own: set[int]) -> list[_Call]:
+    """The calls without those that only give what one before them gave, and with its places where theirs stood.
+
+    The storages `own` stay apart from all others: they are changed, or given to the caller, who may change them.
+    """
+    kept: list[_Call] = []
+    first: dict[str, _Call] = {}
+    moved: dict[int, int] = {}  # storages of calls that are left out, and those that stand for them
+
+    def now(place: _Place) -> _Place:
+        return replace(place, storage=moved.get(place.storage, place.storage))
+
+    for call in calls:
+        args, kwargs, result = tree_map_only(_Place, now, (call.args, call.kwargs, call.result))
+        call = replace(call, args=args, kwargs=kwargs, result=result)
+        earlier = first.get(key := repr((call.kernel, args, kwargs)))
+        if call.changes or own & call.storages:
+            earlier = None
+        elif not earlier:
+            first[key] = call
+        if earlier:
+            moved |= dict(zip(call.new, earlier.new, strict=True))
+        else:
+            kept.append(call)
+    return kept
 
 
 class _Script:
