@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import pairwise
@@ -21,7 +22,7 @@ from nobackprop import composing
 from nobackprop.papers import colours, figures, grid, results as module, tables
 from nobackprop.papers.claims import Score
 from nobackprop.papers.grid import Cell, cells
-from nobackprop.papers.results import Composer, Findings, Row, Table, findings
+from nobackprop.papers.results import Composer, Figure, Findings, Found, Row, Table, findings, published
 from nobackprop.papers.take_home import take_home
 from nobackprop.records.gathering import collect
 from nobackprop.records.identity import before
@@ -534,6 +535,20 @@ def test_a_table_by_rule_has_a_line_a_rule_with_its_angle_and_cost(results: Path
     assert set(re.findall(r'class="rule-(\w+)"', drawn)) == {"bp", "dfa", "drtp"}
 
 
+def test_a_ranking_has_the_best_rule_first_and_mini_batches_where_they_differ(results: Path) -> None:
+    """The order is that of the first row in which all rules have run."""
+    runs = [record("compare", {"net": "mlp", "rule": "bp"}, 0, 0.9)]
+    for rule, accuracy, steps in (("bp", 0.5, 7), ("dfa", 0.6, 9)):
+        compute = record("compare", {"net": "mnist_mlp", "budget": "compute", "rule": rule}, 0, accuracy)
+        constant = {"net": "mnist_mlp", "budget": "epochs", "schedule": "constant", "rule": rule}
+        runs += [compute.model_copy(update={"steps": steps}), record("compare", constant, 0, accuracy + 0.1)]
+    found = findings("compare", runs, results)
+    (table,) = (table for table in found.layout.tables if table.name == "mnist")
+    head, _, *lines = tables.ranking(found, table).splitlines()
+    assert head == "| rule | mlp | mnist mlp, epochs, constant | mnist mlp, compute | mini-batches |"
+    assert lines == ["| dfa | - | 70.00 | 60.00 | 9 |", "| bp | 90.00 | 60.00 | 50.00 | 7 |"]
+
+
 def test_a_file_of_costs_that_is_none_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "benchmark.csv"
     assert module.costs(path) == {}
@@ -632,6 +647,39 @@ def test_what_is_generated_is_up_to_date(every_paper: list[Findings]) -> None:
     assert [str(path) for path, content in files.items() if not path.exists() or path.read_bytes() != content] == []
     made = {path for folder in ("tables", "figures") for path in (ROOT / "results" / folder).rglob("*.*")}
     assert made <= set(files)
+
+
+def test_a_published_figure_that_ours_is_not_near_has_a_reason(every_paper: list[Findings]) -> None:
+    """And so has one without ours."""
+    table, *told = tables.beside_published(every_paper).split("\n\n")
+    lines = [[text.strip() for text in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    apart = {line[0] for line in lines if line[-1] != "yes"}
+    known = published()
+    assert apart
+    assert {paper for paper in apart if not known[paper].differs} == set()
+    assert [text for text in told if text.startswith("-")] == told[1::2]
+    papers = {line.partition(":")[0].removeprefix("- ") for line in told[-1].splitlines()}
+    assert {paper for paper in papers if not known[paper].note} == set()
+    compared = Counter(line[0] for line in lines)
+    assert papers == {paper for paper, every in known.items() if compared[paper] < len(every.figures)}
+
+
+@pytest.mark.parametrize(
+    ("ours", "spread", "expected"),
+    [
+        ([0.97, 0.98], None, "yes"),
+        ([0.97, 0.971], None, "no"),
+        ([0.97], 0.6, "yes"),
+        ([0.97], 0.4, "no"),
+        ([0.97], None, "-"),
+    ],
+)
+def test_a_figure_is_near_ours_within_two_standard_deviations(
+    ours: list[float], spread: float | None, expected: str
+) -> None:
+    figure = Figure(table="t", row="r", column="c", value=98, unit="accuracy, %", spread=spread, source="here", cell={})
+    records = [lra(seed, accuracy) for seed, accuracy in enumerate(ours)]
+    assert tables.near(Found({}, "lra_e", (), records), figure) == expected
 
 
 def test_every_sentence_to_take_home_holds(every_paper: list[Findings]) -> None:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from conftest import CONF, PAPERS
 from omegaconf import OmegaConf
@@ -218,9 +219,32 @@ def test_what_is_found_is_written_and_used_and_nothing_runs_twice(
         cell.config()
     runs = tmp_path / "runs"
     command = ["lra_e", "--only", *only, "--trials", "3", "--epochs", "1", "--jobs", "1", "--set", *QUICK]
-    monkeypatch.setattr(sys, "argv", ["tune.py", *command, "--runs", str(runs)])
+    table = tmp_path / "table.csv"
+    monkeypatch.setattr(sys, "argv", ["tune.py", *command, "--runs", str(runs), "--table", str(table)])
+    for content, message in (
+        ("", "it is no table"),
+        ("rungs,trials,runs,rule,dataset\n", "no column hidden_layers and"),
+    ):
+        table.write_text(content)
+        with pytest.raises(SystemExit, match=rf"table\.csv: .*{message}"):
+            tune.main()
+    assert not runs.exists()
+    lines = ["fa,,3,3,7", "bp,,20,20,8", "bp,,3,3,9"]
+    table.write_text(
+        "\n".join(
+            [
+                "setting,dataset,hidden_layers,rule,rungs,trials,runs,seconds",
+                *(f"tuned,mnist,3,{line}" for line in lines),
+            ]
+        )
+    )
     with pytest.raises(SystemExit, match="0"):
         tune.main()
+    written = pd.read_csv(table)
+    assert written[["rule", "trials"]].to_numpy().tolist() == [["fa", 3], ["bp", 20], ["bp", 3]]
+    fa, other, new = written["seconds"]
+    assert (fa, other) == (7, 8)
+    assert new != 9
     trials = {path: Record.read(path) for path in runs.glob("*/seed1000/record.json")}
     assert len(trials) == 3
     times = {path: path.stat().st_mtime_ns for path in trials}

@@ -204,9 +204,11 @@ def test_max_pooling(shape: tuple[int, ...], windows: tuple[Any, ...]) -> None:
 @pytest.mark.usefixtures("own")
 def test_errors_of_max_pooling_are_torchs() -> None:
     x = torch.randn(2, 3, 4, 4)
-    for window in ([5, 5], [0, 0], []):
+    wrong = ([5, 5],), ([0, 0],), ([],), ([2, 2, 2],), ([2, 2], [2, 2, 2]), ([2, 2], [2**40, 2**40])
+    wrong += ([2, 2], [2, 2], []), ([2, 2], [2, 2], [0, 0], [1, 1, 1])
+    for windows in wrong:
         with pytest.raises(RuntimeError):
-            torch.ops.aten.max_pool2d_with_indices(x, window)
+            torch.ops.aten.max_pool2d_with_indices(x, *windows)
     with pytest.raises(RuntimeError, match="Expected out tensor to have dtype float"):
         torch.ops.aten.max_pool2d_with_indices.out(
             x, [2, 2], out=torch.empty(0, dtype=torch.double), indices=torch.empty(0, dtype=torch.long)

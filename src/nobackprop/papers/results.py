@@ -68,6 +68,11 @@ class Figure(Strict):
     cell: Labels = Field({})
 
     @property
+    def place(self) -> tuple[str, str, str]:
+        """Where it is in the source."""
+        return self.table, self.row, self.column
+
+    @property
     def accuracy(self) -> float:
         """In percent."""
         return self.value if self.unit == "accuracy, %" else 100 - self.value
@@ -79,12 +84,13 @@ class Published(Strict):
     paper: str
     link: str | None
     seeds: PositiveInt | None
-    note: str = ""  # how its figures came about, where that matters for a comparison
+    note: str = ""  # how its figures came about, where that matters for a comparison, or why there is none
+    differs: str = ""  # why ours are other ones, where they are more than two standard deviations away
     figures: list[Figure]
 
     @model_validator(mode="after")
     def _each_once(self) -> "Published":
-        places = [(f.table, f.row, f.column) for f in self.figures]
+        places = [f.place for f in self.figures]
         if twice := [place for place in places if places.count(place) > 1]:
             raise Mistake(f"table {twice[0][0]!r}, row {twice[0][1]!r}, column {twice[0][2]!r} is there twice")
         return self
@@ -302,6 +308,11 @@ class Findings:
     claims: Claims | None
     costs: Mapping[str, Mapping[str, Cost]]  # by experiment and rule
     cells: Mapping[Place, Found]  # every cell of the grid
+
+    @property
+    def cells_shown(self) -> list[Found]:
+        """The cells of all tables, as these show them."""
+        return [cell for rows in self.tables.values() for row in rows for cell in row.cells.values()]
 
     def accuracies(self, labels: Labels) -> Accuracies | str:
         """Those of a cell, for tests, or why there are none."""

@@ -13,6 +13,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import hypot
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,7 +23,19 @@ import pandas as pd
 from nobackprop.mistakes import Mistake, answering
 from nobackprop.papers.claims import MOST, Claims, Result, place_of
 from nobackprop.papers.figures import figures
-from nobackprop.papers.results import Cost, Figure, Findings, Found, Row, Table, described, findings, papers
+from nobackprop.papers.results import (
+    Cost,
+    Figure,
+    Findings,
+    Found,
+    Row,
+    Table,
+    described,
+    findings,
+    papers,
+    published,
+    rules_run,
+)
 from nobackprop.papers.take_home import take_home
 from nobackprop.places import RESULTS
 from nobackprop.records.files import write_atomically
@@ -68,9 +81,14 @@ def difference(cell: Found, figure: Figure) -> str:
 
 def comparison(cell: Found, figure: Figure) -> str:
     """A published figure, as an accuracy in percent, and the difference of ours."""
-    told = f"published {figure.accuracy:.2f}" + (f" ± {figure.spread:.2f}" if figure.spread is not None else "")
-    told += f", n = {figure.seeds}" if figure.seeds else ""
+    told = f"published {quoted(figure)}"
     return f"{told} ({apart})" if (apart := difference(cell, figure)) else told
+
+
+def quoted(figure: Figure) -> str:
+    """A published figure, as an accuracy in percent, with its spread and its number of seeds."""
+    told = f"{figure.accuracy:.2f}" + (f" ± {figure.spread:.2f}" if figure.spread is not None else "")
+    return told + (f", n = {figure.seeds}" if figure.seeds else "")
 
 
 def text(cell: Found | str | None, signs: Mapping[str, str]) -> str:
@@ -240,6 +258,27 @@ def accuracy_table(found: Findings, table: Table) -> str:
     return f"### {heading(found, table)}\n\n{caption(shown)}\n\n{body}\n\n{listed}".rstrip()
 
 
+def ranking(found: Findings, table: Table) -> str:
+    """The accuracies of a table by rule, a line for each, in Markdown. The best in the first row with all come first.
+
+    A row whose runs differ in length has their mini-batches beside it.
+    """
+    rows = [row for row in found.tables[table.name] if row.run]
+    rules = rules_run(rows)
+    first = max(rows, key=lambda row: sum(rule in row.shown for rule in rules), default=None)
+    columns: list[tuple[str, dict[str, str]]] = []
+    for row in rows:
+        cells = {rule: cell for rule, cell in row.cells.items() if cell.records}
+        columns.append((described(row.labels), {rule: spread(cell) for rule, cell in cells.items()}))
+        steps = {rule: str(max(r.steps for r in cell.records)) for rule, cell in cells.items()}
+        if len({*steps.values()}) > 1:
+            columns.append(("mini-batches", steps))
+    best = {rule: cell.mean or 0 for rule, cell in first.cells.items()} if first else {}
+    rules.sort(key=lambda rule: best.get(rule, 0), reverse=True)
+    lines = [[rule, *(column.get(rule, "-") for _, column in columns)] for rule in rules]
+    return markdown(["rule", *(name for name, _ in columns)], lines)
+
+
 def place(result: Result) -> str:
     return described(result.trial.at)
 
@@ -276,13 +315,11 @@ def p_value(p: float | None) -> str:
 def about(found: Findings) -> list[str]:
     """Sentences on what to know before one reads a paper's tables."""
     told = []
-    if found.published and not any(c.figures for rows in found.tables.values() for r in rows for c in r.cells.values()):
+    if found.published and not any(cell.figures for cell in found.cells_shown):
         told.append(
             "No figure of the paper itself is at hand, so no cell is checked against one: only its claims are tested."
         )
-    records = [
-        r for rows in found.tables.values() for row in rows for cell in row.cells.values() for r in cell.all_seeds
-    ]
+    records = [r for cell in found.cells_shown for r in cell.all_seeds]
     if each := {(r.signature, r.seed): r.seconds * r.machine.threads for r in records}:
         runs, hours = f"{len(each)} run{'s' * (len(each) > 1)}", sum(each.values()) / 3600
         days = [r.finished[:10] for r in records]
@@ -379,6 +416,40 @@ def sentences(every: Sequence[Findings]) -> str:
     drawn = [f"{d.shows}\n\n![{d.shows}](figures/{d.paper}/{d.figure}.svg)" for d in content.figures]
     header = ["about", "what we find", "runs", POINTS, "seeds", "p", "verdict"]
     return "\n\n".join([markdown(header, lines, 3), told, *drawn])
+
+
+def beside_published(every: Sequence[Findings]) -> str:
+    """Each published figure that has ours beside it, in Markdown; why some differ; and what is said of the others."""
+    lines, reasons, others = [], {}, []
+    findings_of = {found.paper: found for found in every}
+    for paper, known in published().items():
+        cells = findings_of[paper].cells_shown if paper in findings_of else []
+        ours = {figure.place: cell for cell in cells for figure in cell.figures if cell.mean is not None}
+        for figure in known.figures:
+            if not (cell := ours.get(figure.place)):
+                continue
+            planned = f" of {cell.planned_epochs}" if cell.epochs != cell.planned_epochs else ""
+            told = [paper, ", ".join(figure.place), quoted(figure), spread(cell)]
+            told += [str(len(cell.tested)), f"{cell.epochs}{planned}", difference(cell, figure) or "other images"]
+            lines.append([*told, near(cell, figure)])
+            if lines[-1][-1] != "yes":
+                reasons[paper] = f"- {paper}: {known.differs}"
+        if left := len(known.figures) - len(ours):
+            others.append(f"- {paper}: {left} of {len(known.figures)}. {known.note}".rstrip())
+    table = markdown(["results", "figure", "published", "ours", "seeds", "epochs", "difference", "near"], lines, 2)
+    why = ["Why some are not near:", "\n".join(reasons.values())] if reasons else []
+    return "\n\n".join([table, *why, *(["Figures without ours:", "\n".join(others)] if others else [])])
+
+
+def near(cell: Found, figure: Figure) -> str:
+    """Whether ours is within two deviations of a published figure, those of our seeds and of its own: yes or no.
+
+    A dash where there is no deviation, or ours is of other images.
+    """
+    apart, deviation = difference(cell, figure), hypot(100 * (cell.deviation or 0), figure.spread or 0)
+    if not apart or not deviation:
+        return "-"
+    return "yes" if abs(float(apart)) <= 2 * deviation else "no"
 
 
 def what_is_next(every: Sequence[Findings]) -> str:
@@ -547,6 +618,8 @@ def generated(every: Sequence[Findings], results: Path) -> dict[Path, bytes]:
             files[results / "figures" / found.paper / f"{name}.svg"] = svg
     sections = {f"verdicts: {found.paper}": verdict_summary(found) for found in every if found.claims}
     sections |= {"sentences: take_home": sentences(every), "list: next": what_is_next(every)}
+    sections |= {"list: published": beside_published(every)}
+    sections |= {f"ranking: {f.paper}/{t.name}": ranking(f, t) for f in every for t in f.layout.tables if t.by_rule}
     for readme in [*sorted((results.parent / "papers").glob("*/README.md")), *results.glob("README.md")]:
         files[readme] = with_sections(readme.read_text(), sections).encode()
     return files

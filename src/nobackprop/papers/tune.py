@@ -53,6 +53,7 @@ from nobackprop.training.work import passes
 
 Setting = bool | int | float | str
 Point = dict[str, Setting]
+BUDGET = ["rungs", "trials", "runs"]  # columns of the table; other budgets of a cell have lines of their own
 EDGE = 0.05  # of a range, on its logarithmic scale: a winner that near to an end may have a better one beyond it
 
 
@@ -357,6 +358,24 @@ def rows(search: Search, found: Sequence[Searched]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def lines_of(path: Path, cell: Cell) -> pd.DataFrame:
+    """The lines that a file of `--table` has already. Raises Mistake where they are not of such cells."""
+    if not path.exists():
+        return pd.DataFrame()
+    try:
+        lines = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+    except ValueError as e:
+        raise Mistake(f"--table {path}: it is no table ({e}); give a new file") from None
+    if missing := {*cell.labels, *BUDGET} - {*lines.columns}:
+        raise Mistake(f"--table {path}: it has no column {' and '.join(sorted(missing))}; give a table of this search")
+    return lines
+
+
+def joined(lines: pd.DataFrame, new: pd.DataFrame, cell: Cell) -> pd.DataFrame:
+    """Both tables; a line of the new one replaces that of the same cell and budget."""
+    return pd.concat([lines, new.astype(str)]).drop_duplicates([*cell.labels, *BUDGET], keep="last")
+
+
 def table(found: Sequence[Searched], frame: pd.DataFrame) -> Table:
     """The lines of `rows` for the screen."""
     shown = ["validation", "settings", "near an end", "rank correlations", "runs", "diverged", "seconds"]
@@ -378,7 +397,9 @@ def main() -> None:
     parser.add_argument(
         "--keep", type=int, help="one of so many trials goes on, to look at; 1: all do (no settings are written)"
     )
-    parser.add_argument("--table", type=Path, metavar="FILE.csv", help="where to write the table, too")
+    parser.add_argument(
+        "--table", type=Path, metavar="FILE.csv", help="where to write the table, too; lines of other cells stay"
+    )
     parser.add_argument("--jobs", type=int, choices=range(1, cores + 1), default=cores, help="trials at a time")
     parser.add_argument("--runs", help="the folder of the trials (default: runs/tune/SEARCH)")
     parser.add_argument(
@@ -395,13 +416,16 @@ def main() -> None:
             check_replaces(cell, options.search, search, options.set)
         further = [home(text) for text in (*options.set, f"paths.runs={options.runs or f'runs/tune/{options.search}'}")]
         check(further)
+        if options.table:
+            lines_of(options.table, chosen[0])
         found = []
         for each in tune(search, chosen, further, options.jobs, console):
             found.append(each)
             console.print(f"{each.cell}: {each.best.validation:.2%} {each.best.point}", highlight=False, soft_wrap=True)
             if each.best.validation and each.cell.tuned is not None and options.keep is None:
                 write(each, options.search, search, options.set, each.cell.tuned)
-            if options.table:
-                files.write_atomically(options.table, rows(search, found).to_csv(index=False).encode())
+            if options.table:  # which another search may have written to since
+                lines = joined(lines_of(options.table, each.cell), rows(search, found), each.cell)
+                files.write_atomically(options.table, lines.to_csv(index=False).encode())
     console.print(table(found, rows(search, found)))
     parser.exit(0 if all(each.best.validation for each in found) else 1)

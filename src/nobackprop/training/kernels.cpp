@@ -309,13 +309,12 @@ void max_pool(const Tensor& x, Pooling pooling, const Tensor& y, const Tensor& w
 std::optional<Pooling> pooling(
     const Tensor& x, IntArrayRef size, IntArrayRef step, IntArrayRef padding, IntArrayRef apart, bool partly) {
   bool images = x.scalar_type() == at::kFloat && (x.dim() == 3 || x.dim() == 4) && x.is_contiguous() && x.numel();
-  if (!own_others || !images || partly || size.empty() || x.size(-2) * x.size(-1) > 1 << 20) return {};
+  if (!own_others || !images || partly || x.size(-2) * x.size(-1) > 1 << 20) return {};
   if (step.empty()) step = size;
-  auto all = [](IntArrayRef numbers, int64_t n) {
-    return std::all_of(numbers.begin(), numbers.end(), [n](int64_t number) { return number == n; });
-  };
-  if (!all(size, size[0]) || !all(step, step[0]) || !all(padding, 0) || !all(apart, 1)) return {};
-  if (size[0] < 1 || step[0] < 1 || std::min(x.size(-2), x.size(-1)) < size[0]) return {};
+  for (IntArrayRef given : {size, step, padding, apart})
+    if (given.size() < 1 || given.size() > 2 || given.front() != given.back() || given[0] > 1 << 20) return {};
+  if (size[0] < 1 || step[0] < 1 || padding[0] != 0 || apart[0] != 1) return {};
+  if (std::min(x.size(-2), x.size(-1)) < size[0]) return {};
   return Pooling{size[0], step[0]};
 }
 
@@ -332,7 +331,7 @@ std::tuple<Tensor&, Tensor&> max_pool_out(
   auto takes = [&](const Tensor& t, at::ScalarType type) {
     return t.scalar_type() == type && t.is_contiguous() && !t.is_alias_of(x) && t.sizes() == pooled_shape(x, *known);
   };
-  if (!known || !takes(y, at::kFloat) || !takes(where, at::kLong))
+  if (!known || !takes(y, at::kFloat) || !takes(where, at::kLong) || y.is_alias_of(where))
     return at::cpu::max_pool2d_with_indices_out(y, where, x, size, step, padding, apart, partly);
   max_pool(x, *known, y, where);
   return {y, where};
