@@ -1,9 +1,10 @@
 // Products of matrices, tanh, max pooling, and the step of Adam, in float32 on a CPU, in the place of torch's own.
 //
 // torch multiplies by MKL, which takes twice as long on AMD's processors, or by oneDNN, of which each call costs ten
-// microseconds. Its tanh takes nine cycles a number, and its Adam divides twice where once will do. On small nets these
-// are a third of a training step. What the functions here do not know, such as other types and factors, they leave to
-// torch's, and so all errors.
+// microseconds. Its tanh takes nine cycles a number, its max pooling takes longer than a convolution where channels are
+// not last in memory, and its Adam divides twice where once will do. On small nets these are a third of a training step
+// and more. What the functions here do not know, such as other types and factors, they leave to torch's, and so all
+// errors.
 //
 // `Floats` is one register. GCC makes the instructions of the processor for which it is told to compile.
 

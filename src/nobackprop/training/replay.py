@@ -219,15 +219,13 @@ def _without_repeats(calls: Sequence[_Call], own: set[int]) -> list[_Call]:
     for call in calls:
         args, kwargs, result = tree_map_only(_Place, now, (call.args, call.kwargs, call.result))
         call = replace(call, args=args, kwargs=kwargs, result=result)
-        earlier = first.get(key := repr((call.kernel, args, kwargs)))
-        if call.changes or own & call.storages:
-            earlier = None
-        elif not earlier:
+        key, apart = repr((call.kernel, args, kwargs)), own & call.storages
+        if not apart and key in first:
+            moved |= dict(zip(call.new, first[key].new, strict=True))
+            continue
+        kept.append(call)
+        if not apart:
             first[key] = call
-        if earlier:
-            moved |= dict(zip(call.new, earlier.new, strict=True))
-        else:
-            kept.append(call)
     return kept
 
 
