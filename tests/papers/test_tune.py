@@ -286,3 +286,10 @@ def test_what_is_found_is_written_and_used_and_nothing_runs_twice(
         tune.main()
     assert (conf / "tuned" / "lra_e" / "mnist_3_bp.yaml").read_text() == text
     assert {path: path.stat().st_mtime_ns for path in runs.glob("*/seed1000/record.json")} == times
+
+    monkeypatch.setattr(sys, "argv", ["tune.py", *command, "--runs", str(runs), "--seeds", "2"])  # only a look
+    (conf / "tuned" / "lra_e" / "mnist_3_bp.yaml").unlink()
+    with pytest.raises(SystemExit, match="0"):
+        tune.main()
+    assert len([*runs.glob("*/seed1001/record.json")]) == 3
+    assert not (conf / "tuned" / "lra_e" / "mnist_3_bp.yaml").exists()

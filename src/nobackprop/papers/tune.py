@@ -405,9 +405,10 @@ def main() -> None:
     )
     parser.add_argument("--trials", type=int, help="of each cell, instead of the search's")
     parser.add_argument("--epochs", type=int, help="of each trial, instead of the search's")
-    parser.add_argument(
-        "--keep", type=int, help="one of so many trials goes on, to look at; 1: all do (no settings are written)"
-    )
+    look = parser.add_argument_group("to look at how trials go on; no settings are written")
+    look.add_argument("--keep", type=int, help="one of so many trials goes on; 1: all do")
+    look.add_argument("--rungs", type=int, nargs="+", help="the mini-batches of each rung, instead of the search's")
+    look.add_argument("--seeds", type=int, help="of the trials of the last rung, instead of the search's")
     parser.add_argument(
         "--table", type=Path, metavar="FILE.csv", help="where to write the table, too; lines of other cells stay"
     )
@@ -420,10 +421,12 @@ def main() -> None:
     console = Console()
     with answering(parser.prog):
         search = Search.read(options.search)
-        lengths = {key: getattr(options, key) for key in ("trials", "epochs", "keep")}
-        search = Search.of(search.model_dump() | {k: v for k, v in lengths.items() if v is not None}, "the command")
+        keys = ("trials", "epochs", "keep", "rungs", "seeds")
+        given = {key: value for key in keys if (value := getattr(options, key)) is not None}
+        writes = given.keys() <= {"trials", "epochs"}
+        search = Search.of(search.model_dump() | given, "the command")
         chosen = select(search.cells(options.search), options.only)
-        for cell in chosen if options.keep is None else ():
+        for cell in chosen if writes else ():
             check_replaces(cell, options.search, search, options.set)
         further = [home(text) for text in (*options.set, f"paths.runs={options.runs or f'runs/tune/{options.search}'}")]
         check(further)
@@ -433,7 +436,7 @@ def main() -> None:
         for each in tune(search, chosen, further, options.jobs, console):
             found.append(each)
             console.print(f"{each.cell}: {each.best.validation:.2%} {each.best.point}", highlight=False, soft_wrap=True)
-            if each.best.validation and each.cell.tuned is not None and options.keep is None:
+            if each.best.validation and each.cell.tuned is not None and writes:
                 write(each, options.search, search, options.set, each.cell.tuned)
             if options.table:  # which another search may have written to since
                 lines = joined(lines_of(options.table, each.cell), rows(search, found), each.cell)
