@@ -81,16 +81,28 @@ def test_points_are_the_same_each_time_for_every_rule_and_go_on() -> None:
     assert min(per_decade) >= 4
 
 
+def test_of_several_ranges_of_a_key_a_cell_searches_the_last_that_fits_it() -> None:
+    ranges = [{"low": 0.01, "high": 0.1}, {"low": 0.01, "high": 1.0, "when": {"rule": ["lra_e"]}}]
+    search = tune.Search.of(SEARCH | {"space": {"optimizer.lr": ranges}, "trials": 20}, "test")
+    highest = {
+        rule: max(float(point["optimizer.lr"]) for point in search.points(grid.Cell({"rule": rule}, [])))
+        for rule in ("bp", "lra_e")
+    }
+    assert 0.05 < highest["bp"] <= 0.1
+    assert 0.5 < highest["lra_e"] <= 1
+
+
 def test_each_rule_has_points_of_its_own_and_its_rate_fixes_no_other_parameter() -> None:
     search = tune.Search.read("compare")
-    of = {cell.labels["rule"]: search.points(cell) for cell in search.cells("compare")}
+    found = [cell for cell in search.cells("compare") if cell.labels["net"] == "mnist_mlp"]
+    of = {cell.labels["rule"]: search.points(cell) for cell in found}
     rates = {rule: [float(point["optimizer.lr"]) for point in points] for rule, points in of.items()}
     assert all(set(rates["bp"]).isdisjoint(rates[rule]) for rule in ("fa", "lra_e", "pepita"))
     for rule, key in (("lra_e", "rule.beta"), ("pepita", "rule.scale"), ("dtp", "rule.eta"), ("dtp", "rule.sigma")):
         own = [float(point[key]) for point in of[rule]]
         correlation: Any = spearmanr(rates[rule], own)
         assert abs(correlation.statistic) < 0.35
-    assert [search.points(cell) for cell in search.cells("compare")][-1] == of["evolution"]  # the same each time
+    assert search.points(found[-1]) == of["evolution"]  # the same each time
 
 
 def test_a_bracket_trains_the_best_of_a_rung_longer_and_the_finalists_with_more_seeds(
@@ -159,8 +171,9 @@ def test_a_choice_takes_every_value() -> None:
         ({"space": {"optimizer.lr": {"low": 0.1, "high": 0.01}}}, "test: optimizer.lr goes from 0.1 to 0.01: low must"),
         (
             {"space": {"optimizer.lr": {"low": 0.0, "high": 0.01}}},
-            r"optimizer\.lr\.Range\.low: Input should be greater",
+            r"optimizer\.lr\.0\.Range\.low: Input should be greater",
         ),
+        ({"space": {"optimizer.lr": []}}, r"test: space\.optimizer\.lr: List should have at least 1 item"),
         ({"space": {"update": {"values": ["mean"]}}}, r"values: List should have at least 2 items.*two or more\)"),
     ],
 )
@@ -273,3 +286,10 @@ def test_what_is_found_is_written_and_used_and_nothing_runs_twice(
         tune.main()
     assert (conf / "tuned" / "lra_e" / "mnist_3_bp.yaml").read_text() == text
     assert {path: path.stat().st_mtime_ns for path in runs.glob("*/seed1000/record.json")} == times
+
+    monkeypatch.setattr(sys, "argv", ["tune.py", *command, "--runs", str(runs), "--seeds", "2"])  # only a look
+    (conf / "tuned" / "lra_e" / "mnist_3_bp.yaml").unlink()
+    with pytest.raises(SystemExit, match="0"):
+        tune.main()
+    assert len([*runs.glob("*/seed1001/record.json")]) == 3
+    assert not (conf / "tuned" / "lra_e" / "mnist_3_bp.yaml").exists()

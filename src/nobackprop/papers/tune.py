@@ -28,6 +28,7 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeInt,
@@ -92,6 +93,13 @@ class Choice(_Dimension):
         return " or ".join(map(str, self.values))
 
 
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+Dimensions = Annotated[list[Range | Choice], Field(min_length=1), BeforeValidator(_listed)]
+
+
 class Search(BaseModel):
     """papers/<grid>/search.yaml. A trial has either so many `epochs`, or the mini-batches of the rung that it is in."""
 
@@ -105,7 +113,7 @@ class Search(BaseModel):
     draw: Literal["alike", "for each rule"]  # whether all cells try the same values of a key that they share
     compute: PositiveInt | None = None  # of a run at equal compute, in forward passes of a mini-batch
     where: dict[str, list[str]] = {}  # the part of the grid that is searched; cells that share settings are one
-    space: Annotated[dict[str, Range | Choice], Field(min_length=1)]
+    space: Annotated[dict[str, Dimensions], Field(min_length=1)]  # of several, a cell searches the last that fits it
 
     @model_validator(mode="after")
     def _fits(self) -> "Search":
@@ -134,7 +142,8 @@ class Search(BaseModel):
         path = PAPERS / name / "search.yaml"
         search = cls.of(load(path), str(path))
         known = {choice for cell in cells(name) for choice in cell.labels.items()}
-        for key, where in [("where", search.where), *((key, each.when) for key, each in search.space.items())]:
+        whens = [(key, each.when) for key, dimensions in search.space.items() for each in dimensions]
+        for key, where in [("where", search.where), *whens]:
             for axis, choices in where.items():
                 if unknown := [choice for choice in choices if (axis, choice) not in known]:
                     raise Mistake(f"{path}: {key}: no cell of the grid has {axis}={','.join(unknown)}")
@@ -151,9 +160,10 @@ class Search(BaseModel):
             ]
             told = "; ".join(f"{where}: {text}" if where else text for where, text in each)
             raise Mistake(f"{source}: {told} (write low and high, both above 0, or values, two or more)") from None
-        for key, dimension in search.space.items():
-            if isinstance(dimension, Range) and dimension.low >= dimension.high:
-                raise Mistake(f"{source}: {key} goes from {dimension.low:g} to {dimension.high:g}: low must be less")
+        for key, dimensions in search.space.items():
+            for each in dimensions:
+                if isinstance(each, Range) and each.low >= each.high:
+                    raise Mistake(f"{source}: {key} goes from {each.low:g} to {each.high:g}: low must be less")
         return search
 
     def cells(self, name: str) -> list[Cell]:
@@ -162,7 +172,8 @@ class Search(BaseModel):
 
     def within(self, cell: Cell) -> dict[str, Range | Choice]:
         """The part of the space that a cell searches."""
-        return {key: dimension for key, dimension in self.space.items() if _fits(cell, dimension.when)}
+        fitting = {key: [each for each in self.space[key] if _fits(cell, each.when)] for key in self.space}
+        return {key: dimensions[-1] for key, dimensions in fitting.items() if dimensions}
 
     def points(self, cell: Cell) -> list[Point]:
         """The settings of each trial of a cell.
@@ -394,9 +405,10 @@ def main() -> None:
     )
     parser.add_argument("--trials", type=int, help="of each cell, instead of the search's")
     parser.add_argument("--epochs", type=int, help="of each trial, instead of the search's")
-    parser.add_argument(
-        "--keep", type=int, help="one of so many trials goes on, to look at; 1: all do (no settings are written)"
-    )
+    look = parser.add_argument_group("to look at how trials go on; no settings are written")
+    look.add_argument("--keep", type=int, help="one of so many trials goes on; 1: all do")
+    look.add_argument("--rungs", type=int, nargs="+", help="the mini-batches of each rung, instead of the search's")
+    look.add_argument("--seeds", type=int, help="of the trials of the last rung, instead of the search's")
     parser.add_argument(
         "--table", type=Path, metavar="FILE.csv", help="where to write the table, too; lines of other cells stay"
     )
@@ -409,10 +421,12 @@ def main() -> None:
     console = Console()
     with answering(parser.prog):
         search = Search.read(options.search)
-        lengths = {key: getattr(options, key) for key in ("trials", "epochs", "keep")}
-        search = Search.of(search.model_dump() | {k: v for k, v in lengths.items() if v is not None}, "the command")
+        keys = ("trials", "epochs", "keep", "rungs", "seeds")
+        given = {key: value for key in keys if (value := getattr(options, key)) is not None}
+        writes = given.keys() <= {"trials", "epochs"}
+        search = Search.of(search.model_dump() | given, "the command")
         chosen = select(search.cells(options.search), options.only)
-        for cell in chosen if options.keep is None else ():
+        for cell in chosen if writes else ():
             check_replaces(cell, options.search, search, options.set)
         further = [home(text) for text in (*options.set, f"paths.runs={options.runs or f'runs/tune/{options.search}'}")]
         check(further)
@@ -422,7 +436,7 @@ def main() -> None:
         for each in tune(search, chosen, further, options.jobs, console):
             found.append(each)
             console.print(f"{each.cell}: {each.best.validation:.2%} {each.best.point}", highlight=False, soft_wrap=True)
-            if each.best.validation and each.cell.tuned is not None and options.keep is None:
+            if each.best.validation and each.cell.tuned is not None and writes:
                 write(each, options.search, search, options.set, each.cell.tuned)
             if options.table:  # which another search may have written to since
                 lines = joined(lines_of(options.table, each.cell), rows(search, found), each.cell)
