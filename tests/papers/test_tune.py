@@ -261,7 +261,9 @@ def test_what_is_found_is_written_and_used_and_nothing_runs_twice(
     trials = {path: Record.read(path) for path in runs.glob("*/seed1000/record.json")}
     assert len(trials) == 3
     times = {path: path.stat().st_mtime_ns for path in trials}
-    best = max(trials.values(), key=lambda trial: trial.validation)
+    folders = [path.parent.parent for path in trials]
+    chosen = max(folders, key=lambda path: trials[path / "seed1000" / "record.json"].validation)
+    best = trials[chosen / "seed1000" / "record.json"]
     shown = capsys.readouterr().out
     assert f"{best.validation:.2%}" in shown
     text = (conf / "tuned" / "lra_e" / "mnist_3_bp.yaml").read_text()
@@ -287,9 +289,13 @@ def test_what_is_found_is_written_and_used_and_nothing_runs_twice(
     assert (conf / "tuned" / "lra_e" / "mnist_3_bp.yaml").read_text() == text
     assert {path: path.stat().st_mtime_ns for path in runs.glob("*/seed1000/record.json")} == times
 
-    monkeypatch.setattr(sys, "argv", ["tune.py", *command, "--runs", str(runs), "--seeds", "2"])  # only a look
-    (conf / "tuned" / "lra_e" / "mnist_3_bp.yaml").unlink()
+    look = [*command, "--seeds", "2", "--table", str(tmp_path / "look.csv")]
+    monkeypatch.setattr(sys, "argv", ["tune.py", *look, "--runs", str(runs)])
     with pytest.raises(SystemExit, match="0"):
         tune.main()
-    assert len([*runs.glob("*/seed1001/record.json")]) == 3
-    assert not (conf / "tuned" / "lra_e" / "mnist_3_bp.yaml").exists()
+    assert (conf / "tuned" / "lra_e" / "mnist_3_bp.yaml").read_text() == text
+    both = {path: [Record.read(path / f"seed{n}" / "record.json").validation for n in (1000, 1001)] for path in folders}
+    means = sorted((sum(accuracies) / 2 for accuracies in both.values()), reverse=True)
+    in_use = sum(both[chosen]) / 2
+    (line,) = pd.read_csv(tmp_path / "look.csv")["in use"]
+    assert line == f"{means.index(in_use) + 1} of 3, {in_use:.2%}"

@@ -10,7 +10,9 @@ of the first rung, the best of them train anew for those of the second, and so o
 seeds. `keep: 3` lets the best third of a rung go on. Each trial is an ordinary run, and recorded trials are not run
 again. The best validation accuracy decides, never a test figure. A trial that diverges counts as 0. The command ends
 with a table. It says where a winner lies near an end of its range, and how the order of trials after one rung agrees
-with that after the next one. The exit status is 1 if all trials of a cell diverged or the command has a mistake.
+with that after the next one. With other rungs, seeds or another `keep` the command only looks: it writes no settings,
+and the table says how those in use do among the trials of the last rung. The exit status is 1 if all trials of a cell
+diverged or the command has a mistake.
 """
 
 import argparse
@@ -345,7 +347,22 @@ def _job(search: Search, cell: Cell, point: Point, rung: int, first: DictConfig)
     return Job(" ".join([str(cell), *(f"{key}={value}" for key, value in point.items())]), config)
 
 
-def rows(search: Search, found: Sequence[Searched]) -> pd.DataFrame:
+def in_use(found: Searched) -> str:
+    """The place of the cell's settings among the trials of the last rung, and their accuracy there.
+
+    It is empty where they are not among them.
+    """
+    if found.cell.tuned is None or not found.cell.tuned.exists():
+        return ""
+    settings = OmegaConf.load(found.cell.tuned)
+    in_order = sorted(found.rungs[-1], key=lambda trial: -trial.validation)
+    for place, trial in enumerate(in_order, 1):
+        if all(OmegaConf.select(settings, key) == value for key, value in trial.point.items()):
+            return f"{place} of {len(in_order)}, {trial.validation:.2%}"
+    return ""
+
+
+def rows(search: Search, found: Sequence[Searched], look: bool = False) -> pd.DataFrame:
     """A line for each cell: its best validation accuracy, the settings that gave it, and how the trials went."""
     lines = []
     for each in found:
@@ -358,6 +375,7 @@ def rows(search: Search, found: Sequence[Searched]) -> pd.DataFrame:
                 "settings": " ".join(f"{key}={value}" for key, value in each.best.point.items()),
                 "near an end": " ".join(f"{key}:{end}" for key, end in edges.items()),
                 "rank correlations": " ".join(f"{rho:.2f} (n={n})" for rho, n in each.correlations()),
+                **({"in use": in_use(each)} if look else {}),
                 "rungs": " ".join(map(str, search.rungs or [])),
                 "trials": len(each.rungs[0]),
                 "runs": len(every),
@@ -389,7 +407,8 @@ def joined(lines: pd.DataFrame, new: pd.DataFrame, cell: Cell) -> pd.DataFrame:
 
 def table(found: Sequence[Searched], frame: pd.DataFrame) -> Table:
     """The lines of `rows` for the screen."""
-    shown = ["validation", "settings", "near an end", "rank correlations", "runs", "diverged", "seconds"]
+    left_out = {*found[0].cell.labels, "rungs", "trials", "mini-batches"}
+    shown = [column for column in frame if column not in left_out]
     result = Table("cell", *shown)
     for each, line in zip(found, frame[shown].itertuples(index=False), strict=True):
         result.add_row(str(each.cell), *map(str, line))
@@ -405,10 +424,10 @@ def main() -> None:
     )
     parser.add_argument("--trials", type=int, help="of each cell, instead of the search's")
     parser.add_argument("--epochs", type=int, help="of each trial, instead of the search's")
-    look = parser.add_argument_group("to look at how trials go on; no settings are written")
-    look.add_argument("--keep", type=int, help="one of so many trials goes on; 1: all do")
-    look.add_argument("--rungs", type=int, nargs="+", help="the mini-batches of each rung, instead of the search's")
-    look.add_argument("--seeds", type=int, help="of the trials of the last rung, instead of the search's")
+    looking = parser.add_argument_group("to look at how trials go on")
+    looking.add_argument("--keep", type=int, help="one of so many trials goes on; 1: all do")
+    looking.add_argument("--rungs", type=int, nargs="+", help="the mini-batches of each rung, instead of the search's")
+    looking.add_argument("--seeds", type=int, help="of the trials of the last rung, instead of the search's")
     parser.add_argument(
         "--table", type=Path, metavar="FILE.csv", help="where to write the table, too; lines of other cells stay"
     )
@@ -423,10 +442,10 @@ def main() -> None:
         search = Search.read(options.search)
         keys = ("trials", "epochs", "keep", "rungs", "seeds")
         given = {key: value for key in keys if (value := getattr(options, key)) is not None}
-        writes = given.keys() <= {"trials", "epochs"}
+        look = not given.keys() <= {"trials", "epochs"}
         search = Search.of(search.model_dump() | given, "the command")
         chosen = select(search.cells(options.search), options.only)
-        for cell in chosen if writes else ():
+        for cell in () if look else chosen:
             check_replaces(cell, options.search, search, options.set)
         further = [home(text) for text in (*options.set, f"paths.runs={options.runs or f'runs/tune/{options.search}'}")]
         check(further)
@@ -436,10 +455,10 @@ def main() -> None:
         for each in tune(search, chosen, further, options.jobs, console):
             found.append(each)
             console.print(f"{each.cell}: {each.best.validation:.2%} {each.best.point}", highlight=False, soft_wrap=True)
-            if each.best.validation and each.cell.tuned is not None and writes:
+            if each.best.validation and each.cell.tuned is not None and not look:
                 write(each, options.search, search, options.set, each.cell.tuned)
             if options.table:  # which another search may have written to since
-                lines = joined(lines_of(options.table, each.cell), rows(search, found), each.cell)
+                lines = joined(lines_of(options.table, each.cell), rows(search, found, look), each.cell)
                 files.write_atomically(options.table, lines.to_csv(index=False).encode())
-    console.print(table(found, rows(search, found)))
+    console.print(table(found, rows(search, found, look)))
     parser.exit(0 if all(each.best.validation for each in found) else 1)
