@@ -349,6 +349,7 @@ def _connect_and_end(folder: Path) -> None:
     atexit.register(lambda: end.write_text(f"connected: {torch.distributed.is_initialized()}"))  # called last
     connect(prepare(config(folder, *DDP)).strategy)
     assert torch.distributed.is_initialized()
+    torch.distributed.barrier()  # else one may leave before the other has connected
     end.write_text("killed before its end")
 
 
