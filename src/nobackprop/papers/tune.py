@@ -173,9 +173,8 @@ class Search(BaseModel):
         return [cell for cell in cells(name) if cell.tuned is not None and _fits(cell, self.where)]
 
     def within(self, cell: Cell) -> dict[str, Range | Choice]:
-        """The part of the space that a cell searches."""
-        fitting = {key: [each for each in self.space[key] if _fits(cell, each.when)] for key in self.space}
-        return {key: dimensions[-1] for key, dimensions in fitting.items() if dimensions}
+        """The part of the space that a cell searches: of each key the last dimension that fits."""
+        return {key: each for key, dimensions in self.space.items() for each in dimensions if _fits(cell, each.when)}
 
     def points(self, cell: Cell) -> list[Point]:
         """The settings of each trial of a cell.
@@ -458,7 +457,7 @@ def main() -> None:
             if each.best.validation and each.cell.tuned is not None and not look:
                 write(each, options.search, search, options.set, each.cell.tuned)
             if options.table:  # which another search may have written to since
-                lines = joined(lines_of(options.table, each.cell), rows(search, found, look), each.cell)
+                lines = joined(lines_of(options.table, each.cell), rows(search, [each], look), each.cell)
                 files.write_atomically(options.table, lines.to_csv(index=False).encode())
     console.print(table(found, rows(search, found, look)))
     parser.exit(0 if all(each.best.validation for each in found) else 1)
