@@ -171,7 +171,11 @@ def test_a_choice_takes_every_value() -> None:
         ({"space": {"optimizer.lr": {"low": 0.1, "high": 0.01}}}, "test: optimizer.lr goes from 0.1 to 0.01: low must"),
         (
             {"space": {"optimizer.lr": {"low": 0.0, "high": 0.01}}},
-            r"optimizer\.lr\.0\.Range\.low: Input should be greater",
+            r"test: space\.optimizer\.lr\.low: Input should be greater than 0 \(write",
+        ),
+        (
+            {"space": {"optimizer.lr": [{"low": 0.1, "high": 1}, {"low": 0.1}]}},
+            r"test: space\.optimizer\.lr\.1\.high: Field required \(write",
         ),
         ({"space": {"optimizer.lr": []}}, r"test: space\.optimizer\.lr: List should have at least 1 item"),
         ({"space": {"update": {"values": ["mean"]}}}, r"values: List should have at least 2 items.*two or more\)"),

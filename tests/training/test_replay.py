@@ -1,5 +1,7 @@
 """Steps that are replayed against steps that are computed as written: to the bit, whatever the rule and net."""
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -215,6 +217,30 @@ def test_a_state_that_lies_in_memory_as_weights_once_did_is_taken_over() -> None
         older.on_train_start()
         older.given = {}  # as after loading
         assert_equal_training(pair, NET)
+
+
+@pytest.mark.parametrize("rule", ["bp", "weight_mirror"])
+def test_a_run_that_is_over_keeps_none_of_its_buffers(
+    config: Config, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many runs follow each other in the process of a sweep, faster than Python looks for cycles."""
+    kept: list[weakref.ref[Any]] = []
+    replay = Replay._replay
+
+    def noted(self: Replay, *args: Any) -> Any:
+        named, others = replay(self, *args)
+        kept.extend(weakref.ref(each) for each in (self, self.x, *named.values()))
+        return named, others
+
+    monkeypatch.setattr(Replay, "_replay", noted)
+    gc.disable()
+    try:
+        train(config(f"rule={rule}"))
+        left = [each() for each in kept if each() is not None]
+    finally:
+        gc.enable()
+    assert kept
+    assert not left
 
 
 @pytest.mark.parametrize(

@@ -32,10 +32,12 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -99,7 +101,12 @@ def _listed(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
-Dimensions = Annotated[list[Range | Choice], Field(min_length=1), BeforeValidator(_listed)]
+def _kind(value: Any) -> str:
+    return "choice" if isinstance(value, Choice) or (isinstance(value, dict) and "values" in value) else "range"
+
+
+Dimension = Annotated[Annotated[Range, Tag("range")] | Annotated[Choice, Tag("choice")], Discriminator(_kind)]
+Dimensions = Annotated[list[Dimension], Field(min_length=1), BeforeValidator(_listed)]
 
 
 class Search(BaseModel):
@@ -157,11 +164,14 @@ class Search(BaseModel):
         try:
             search = cls.model_validate(content)
         except ValidationError as e:
-            each = [
-                (".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, ")) for error in e.errors()
-            ]
-            told = "; ".join(f"{where}: {text}" if where else text for where, text in each)
-            raise Mistake(f"{source}: {told} (write low and high, both above 0, or values, two or more)") from None
+            told = []
+            for error in e.errors():
+                # the file has no kinds of dimensions, and often no list of them
+                where = ".".join(str(part) for part in error["loc"] if part not in (0, "range", "choice"))
+                text = error["msg"].removeprefix("Value error, ")
+                told.append(f"{where}: {text}" if where else text)
+            advice = "(write low and high, both above 0, or values, two or more)"
+            raise Mistake(f"{source}: {'; '.join(told)} {advice}") from None
         for key, dimensions in search.space.items():
             for each in dimensions:
                 if isinstance(each, Range) and each.low >= each.high:

@@ -94,6 +94,11 @@ class Learner(LightningModule):
     def setup(self, stage: str) -> None:
         self.rank, self.ranks = self.trainer.global_rank, self.trainer.world_size
 
+    def teardown(self, stage: str) -> None:
+        if stage == "fit":  # Lightning's trainer holds this for longer, and what steps keep is large
+            self.optimizer.zero_grad()
+            self.gradients, self.given, self.kept_input, self.move_weights = [], {}, None, self.optimizer.step
+
     def configure_optimizers(self) -> Any:
         # Called when the weights are on their device. Lightning's wrapper of an optimizer would cost time at each step.
         self.optimizer = self.make_optimizer(list(self.w.values()))

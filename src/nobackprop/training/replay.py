@@ -41,15 +41,19 @@ class Replay:
     """
 
     def __init__(self, function: Callable[[Tensor, Tensor, Mapping[str, Tensor]], Outputs]) -> None:
-        self.function, self.call = function, self._first
+        # No method of this object: the object would hold itself, and the kept buffers would outlive a run.
+        self.function, self.call = function, Replay._first
 
     def __call__(self, x: Tensor, y: Tensor, noise: Mapping[str, Tensor]) -> Outputs:
-        return self.call(x, y, noise)
+        return self.call(self, x, y, noise)
 
     @property
     def replays(self) -> bool:
         """Whether the next call is a replay."""
-        return self.call == self._replay
+        return self.call is Replay._replay
+
+    def _as_written(self, x: Tensor, y: Tensor, noise: Mapping[str, Tensor]) -> Outputs:
+        return self.function(x, y, noise)
 
     def _first(self, x: Tensor, y: Tensor, noise: Mapping[str, Tensor]) -> Outputs:
         self.x, self.y, self.noise = x.clone(), y.clone(), {name: t.clone() for name, t in noise.items()}
@@ -57,15 +61,15 @@ class Replay:
             with _Notes() as notes:
                 result = self.function(self.x, self.y, self.noise)
         except _Unfit:
-            self.call = self.function
+            self.call = Replay._as_written
             return self.function(x, y, noise)
         self.run, self.outputs, self.bytes = _planned(notes, result)
-        self.call = self._second
+        self.call = Replay._second
         return result
 
     def _second(self, x: Tensor, y: Tensor, noise: Mapping[str, Tensor]) -> Outputs:
         expected = self.function(x, y, noise)
-        self.call = self._replay if _same(expected, self._replay(x, y, noise)) else self.function
+        self.call = Replay._replay if _same(expected, self._replay(x, y, noise)) else Replay._as_written
         return expected
 
     def _replay(self, x: Tensor, y: Tensor, noise: Mapping[str, Tensor]) -> Outputs:
@@ -343,7 +347,7 @@ class _Script:
 
     def function(self) -> Callable[[], None]:
         exec("def run():\n" + "\n".join(f"    {line}" for line in [*self.lines, "pass"]), self.names)
-        return self.names["run"]
+        return self.names.pop("run")  # which has the names; with these it would hold itself
 
 
 def _as_product(call: _Call) -> _Call:
