@@ -78,12 +78,10 @@ def code_of(config: Mapping[str, Any]) -> str:
     It is this program's commit, and a checksum of the files of those modules from elsewhere that the config's targets
     are in.
     """
-    modules = {_module(target) for target in _targets(config)} - {""}
-    files = {name: str(getattr(sys.modules[name], "__file__", None)) for name in modules}
-    own = sorted(
-        f"{name} {sha256(Path(file).read_bytes()).hexdigest()}" for name, file in files.items() if Path(file).is_file()
-    )
-    return code(*source_state()) + (f"{OWN}{sha256(''.join(own).encode()).hexdigest()[:8]}" if own else "")
+    modules = sorted({_module(target) for target in _targets(config)} - {""})
+    files = [Path(str(getattr(sys.modules[name], "__file__", None))) for name in modules]
+    own = [file.read_bytes() for file in files if file.is_file()]
+    return code(*source_state()) + (OWN + sha256(b"".join(own)).hexdigest()[:8] if own else "")
 
 
 def _targets(tree: Any) -> Iterator[str]:
