@@ -4,12 +4,15 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class Mistake(ValueError):
@@ -36,6 +39,16 @@ def close(name: str, names: Iterable[str]) -> str:
 
 def _plain(name: str) -> str:
     return re.sub(r"[-_.\s]", "", name).lower()
+
+
+def faults(e: "ValidationError", unnamed: Container[object] = ()) -> list[str]:
+    """What pydantic found wrong, each after its place; parts of a place that are `unnamed` are left out."""
+    found = []
+    for error in e.errors():
+        where = ".".join(str(part) for part in error["loc"] if part not in unnamed)
+        text = error["msg"].removeprefix("Value error, ")
+        found.append(f"{where}: {text}" if where else text)
+    return found
 
 
 @contextmanager

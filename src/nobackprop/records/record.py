@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic_core import from_json, to_json
 
-from nobackprop.mistakes import Mistake
+from nobackprop.mistakes import Mistake, faults
 from nobackprop.records.files import checksum, write_atomically
 from nobackprop.records.identity import EXACT, digest, run_name
 from nobackprop.records.literal import plain
@@ -98,10 +98,7 @@ def _complete(config: dict[str, Any]) -> dict[str, Any]:
 
 def _first(e: ValidationError) -> str:
     """The first error, after the place where it is."""
-    error = e.errors()[0]
-    where = ".".join(str(part) for part in error["loc"])
-    told = error["msg"].removeprefix("Value error, ")
-    return plain(f"{where}: {told}" if where else told)
+    return plain(faults(e)[0])
 
 
 class _Range(_Strict):
