@@ -9,10 +9,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from pydantic import ValidationError
+from typing import Any
 
 
 class Mistake(ValueError):
@@ -41,10 +38,10 @@ def _plain(name: str) -> str:
     return re.sub(r"[-_.\s]", "", name).lower()
 
 
-def faults(e: "ValidationError", unnamed: Container[object] = ()) -> list[str]:
-    """What pydantic found wrong, each after its place; parts of a place that are `unnamed` are left out."""
+def faults(validation: Any, unnamed: Container[object] = ()) -> list[str]:
+    """What a ValidationError of pydantic's says, each fault after its place, whose `unnamed` parts are left out."""
     found = []
-    for error in e.errors():
+    for error in validation.errors():
         where = ".".join(str(part) for part in error["loc"] if part not in unnamed)
         text = error["msg"].removeprefix("Value error, ")
         found.append(f"{where}: {text}" if where else text)
