@@ -202,7 +202,7 @@ def test_a_net_of_ones_own_images_is_loaded_and_takes_floats() -> None:
     trained = nobackprop.load(runs.folder(runs[1]))
     images = nobackprop.Images(test[0].view(50, 1, 1, 10), test[1])
     assert trained.evaluate(images) == pytest.approx(runs[1].test)
-    with pytest.raises(Mistake, match=r"this net takes torch.float32 of shape \(N, 1, 1, 10\)"):
+    with pytest.raises(Mistake, match=r"this net takes floats of shape \(N, 1, 1, 10\)"):
         trained.predict(images.pixels.byte())
 
 

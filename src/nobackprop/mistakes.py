@@ -4,7 +4,7 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -36,6 +36,16 @@ def close(name: str, names: Iterable[str]) -> str:
 
 def _plain(name: str) -> str:
     return re.sub(r"[-_.\s]", "", name).lower()
+
+
+def faults(validation: Any, unnamed: Container[object] = ()) -> list[str]:
+    """What a ValidationError of pydantic's says, each fault after its place, whose `unnamed` parts are left out."""
+    found = []
+    for error in validation.errors():
+        where = ".".join(str(part) for part in error["loc"] if part not in unnamed)
+        text = error["msg"].removeprefix("Value error, ")
+        found.append(f"{where}: {text}" if where else text)
+    return found
 
 
 @contextmanager

@@ -114,7 +114,7 @@ NAN[3, 0, 0, 0] = torch.nan
         (3, (X, Y), r"data is of type int: give a pair \(x, y\) of tensors or arrays, or a torch Dataset"),
         ((X, Y), (X, Y.float()), r"test: y has the shape \(40,\) and type torch.float32 for 40 samples; allowed: a cl"),
         ((X, Y[:5]), (X, Y), r"data: y has the shape \(5,\) and type torch.int64 for 40 samples"),
-        ((X, Y - 1), (X, Y), "data: y has .* allowed: a class number from 0"),
+        ((X, Y - 1), (X, Y), "data: y has the class number -1; allowed: whole numbers from 0"),
         ((X, Y[:, None]), (X, Y), r"data: y has the shape \(40, 1\)"),
         (
             (X.long(), Y),

@@ -562,7 +562,7 @@ def test_a_file_of_costs_that_is_none_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("figures", "message"),
     [
-        ([PUBLISHED, PUBLISHED], "published.yaml: the file: table 'T', row 'r', column 'c' is there twice"),
+        ([PUBLISHED, PUBLISHED], "published.yaml: table 'T', row 'r', column 'c' is there twice"),
         ([PUBLISHED | {"value": None}], "published.yaml: figures.0.value: Input should be a valid number"),
         ([PUBLISHED | {"unit": "%"}], "published.yaml: figures.0.unit: Input should be 'accuracy, %' or 'error, %'"),
         ([PUBLISHED | {"note": 1}], "published.yaml: figures.0.note: Extra inputs are not permitted"),

@@ -16,7 +16,7 @@ from torch import Tensor
 from nobackprop.core.initializers import Initializer
 from nobackprop.core.layers import Shape
 from nobackprop.core.network import Network, Weights
-from nobackprop.core.rule import Batch, Grads
+from nobackprop.core.rule import Batch, Grads, Rule
 from nobackprop.mistakes import Mistake
 from nobackprop.rules.bp import BP
 from nobackprop.training import build, hardware
@@ -100,6 +100,43 @@ class Strange(BP):
         return g | {self.name: g["W1"].T}, logits
 
 
+GIVEN: dict[str, Callable[..., Any]] = {
+    "nothing": lambda g, logits: None,
+    "gradients alone": lambda g, logits: g,
+    "no tensors": lambda g, logits: ({"W1": [1.0]}, logits),
+    "other logits": lambda g, logits: (g, logits[:, :3]),
+}
+
+
+@dataclass(frozen=True)
+class Gives(BP):
+    """BP that gives something else than a rule should."""
+
+    kind: str = "nothing"
+
+    def grads(self, net: Network, w: Weights, batch: Batch) -> Any:
+        return GIVEN[self.kind](*super().grads(net, w, batch))
+
+
+@dataclass(frozen=True)
+class Feeds(BP):
+    """BP with feedback weights that are a list, or called as the net's are."""
+
+    name: str | None = None
+
+    def feedback(self, net: Network, draw: Any) -> Any:
+        return [draw("B1", (2, 2))] if self.name is None else {self.name: draw(self.name, (2, 2))}
+
+
+class Unfinished(Rule):
+    def gradz(self, net: Network, w: Weights, batch: Batch) -> Grads:
+        return {}, None
+
+
+def no_net(in_shape: Shape) -> None:
+    """A function of too few arguments."""
+
+
 class Rates:
     """No torch.optim.Optimizer."""
 
@@ -123,7 +160,10 @@ COSINE = ["schedule=cosine", "~schedule.T_max"]
             f"rule: _target_ '{PIXELS}' makes an object of type Pixels, and a nobackprop.core.rule.Rule",
         ),
         (chosen("loss", "builtins.float"), "loss: .* of type float, and a nobackprop.core.losses.Loss is needed"),
-        (chosen("arch", f"{__name__}.two"), "arch: .* of type tuple, and a nobackprop.core.network.Network is needed"),
+        (
+            chosen("arch", f"{__name__}.two"),
+            "arch: .* of type tuple, and a .*Network or a torch.nn.Sequential is needed",
+        ),
         (
             [f"init.forward={{_target_:{PIXELS}}}"],
             "init.forward: .* a nobackprop.core.initializers.Initializer is needed",
@@ -149,6 +189,19 @@ COSINE = ["schedule=cosine", "~schedule.T_max"]
             r"Strange gives gradients of \['V1'\], which are no weights",
         ),
         (chosen("rule", f"{__name__}.Strange"), r"gives W1, of shape \(12, 64\), a gradient of shape \(64, 12\)"),
+        *(
+            (chosen("rule", f"{__name__}.Gives", f"kind={kind!r}"), f"Gives gives {what}")
+            for kind, what in {
+                "nothing": "an object of type NoneType for a step; a pair is needed",
+                "gradients alone": "an object of type dict",
+                "no tensors": r"\(dict, Tensor\)",
+                "other logits": r"logits of shape \(2, 3\); a pair.* \(2, 10\)",
+            }.items()
+        ),
+        (chosen("rule", f"{__name__}.Feeds"), "Feeds: feedback gives a list; a dict of tensors by name is needed"),
+        (chosen("rule", f"{__name__}.Feeds", "name=W2"), "Feeds: feedback gives W2, as weights of the net are called"),
+        (chosen("rule", f"{__name__}.Unfinished"), "rule: .*Unfinished lacks grads: write what is missing, or check"),
+        (chosen("arch", f"{__name__}.no_net"), r"arch: .*no_net\(in_shape.*can't take \(\(1, 8, 8\), 10\): too many"),
         (["trainer.devices=[0]", "trainer.accelerator=cpu"], r"trainer.devices is \[0\], a list of GPUs, and this run"),
         (["trainer=ddp", "trainer.devices=[0,1]", "trainer.accelerator=cpu"], r"is \[0, 1\], a list of GPUs, and this"),
     ],

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -248,6 +249,28 @@ def test_the_same_code_is_named_once(
     (record,) = train(cfg, console)
     assert record.commits == commits
     assert ("goes on from step 261, trained so far by" in shown(console)) == told
+
+
+def test_another_form_of_a_rule_of_ones_own_is_told(
+    config: Config, console: Console, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(provenance, "source_state", lambda: ("c", False))
+    monkeypatch.syspath_prepend(tmp_path)
+    source = "from nobackprop.rules.bp import BP\n\nclass Mine(BP):\n    pass\n"
+    path = tmp_path / "rule_of_mine.py"
+    path.write_text(source)
+    cfg = config("rule=bp", "rule._target_=rule_of_mine.Mine")
+    interrupt(cfg)
+    (record,) = train(cfg, console)
+    (code,) = record.commits
+    assert re.fullmatch(r"c\+own\w{8}", code)
+    assert "trained so far by" not in shown(console)
+    train(cfg, console)
+    assert "trained by" not in shown(console)
+    path.write_text(source + "    # edited\n")
+    train(cfg, console)
+    assert "1 of 1 seeds are recorded already" in shown(console)
+    assert "trained by commit c and your own code as it was then" in shown(console)
 
 
 # A full disk

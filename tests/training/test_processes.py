@@ -62,6 +62,14 @@ def test_there_are_as_many_processes_as_asked_for_and_they_share_the_jobs(screen
     assert max(at_once) == 2
 
 
+def test_a_job_is_said_to_start_after_the_one_before_it_has_ended(screen: Screen) -> None:
+    told: list[str] = []
+    pool = Pool(lambda job, screen: job, multiprocessing.get_context("fork"), lambda job, status: -1, screen)
+    for number, _ in pool.run(range(4), 1, lambda number: told.append(f"{number} starts")):
+        told.append(f"{number} ended")
+    assert told == [f"{number} {what}" for number in range(4) for what in ("starts", "ended")]
+
+
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [

@@ -13,6 +13,7 @@ from nobackprop.core.losses import SoftmaxCrossEntropy, SquaredError
 from nobackprop.core.network import Network, Weights, mlp
 from nobackprop.data.pixels import Pixels
 from nobackprop.data.sources import Digits
+from nobackprop.mistakes import Mistake
 from nobackprop.rules.bp import BP
 from nobackprop.training.build import prepare
 from nobackprop.training.saved import save
@@ -118,6 +119,33 @@ def test_a_net_refuses_other_images(config: Config) -> None:
         trained.predict(torch.zeros(2, 1, 28, 28, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"got images of type torch\.float32"):
         trained.predict(torch.zeros(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize("shape", [(64,), (8, 8), (1, 8, 8)], ids=str)
+@pytest.mark.parametrize("kind", ["uint8", "float64"])
+def test_a_net_takes_images_in_the_form_in_which_they_were_given(
+    shape: tuple[int, ...], kind: str, tmp_path: Path
+) -> None:
+    digits = Digits().load()
+    data, test = (
+        (part.pixels.view(-1, *shape).numpy().astype(kind), part.labels.numpy()) for part in (digits.train, digits.test)
+    )
+    options = ("rule=bp", "max_epochs=1", "logger=none", f"paths.runs={tmp_path}")
+    runs = nobackprop.train(*options, data=data, test=test)
+    trained = nobackprop.load(runs.folder(runs[0]))
+    assert trained.evaluate(test) == pytest.approx(runs[0].test)
+    assert trained.evaluate(test)["accuracy"] == pytest.approx((trained.predict(test[0]).numpy() == test[1]).mean())
+
+
+def test_what_can_not_be_evaluated_is_told(config: Config) -> None:
+    cfg = config("max_epochs=1")
+    train(cfg)
+    trained = nobackprop.load(folder(cfg))
+    for given in (Digits(), Digits().load()):
+        with pytest.raises(Mistake, match=r"write \.test or \.train, as in Digits\(\)\.load\(\)\.test"):
+            trained.evaluate(given)
+    with pytest.raises(Mistake, match="images is of type int: give a pair"):
+        trained.evaluate(3)
 
 
 def test_loading_says_what_is_wrong(config: Config, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ class Activation:
         if self.derivative is None:
             raise Mistake(
                 f"activation {self.name!r} has no derivative and this rule needs one: choose a rule that does without "
-                "(lra_e, pepita, equilibrium_propagation), or one of the activations "
+                "(such as lra_e, pepita, equilibrium_propagation, evolution), or one of the activations "
                 f"{', '.join(a for a in ACTIVATIONS if ACTIVATIONS[a].derivative)}"
             )
         return self.derivative(z, h)

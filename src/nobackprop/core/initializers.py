@@ -9,7 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import inf, prod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -183,7 +183,8 @@ def initial_weights(
     """All weights that a run of this seed starts from, by name.
 
     W is drawn by `forward`, the rule's own weights by `backward`, and b is zero. Raises Mistake where the rule needs
-    non-negative weights and an initializer's draw may not be replaced by its absolute value.
+    non-negative weights and an initializer's draw may not be replaced by its absolute value, and where its `feedback`
+    gives anything but tensors by names of their own.
     """
     absolute = rule.nonnegative(net)
 
@@ -202,4 +203,13 @@ def initial_weights(
 
     shapes = net.weight_shapes
     w = {name: draw(forward, name, s) if name[0] == "W" else torch.zeros(s) for name, s in shapes.items()}
-    return w | rule.feedback(net, lambda name, shape: draw(backward, name, shape))
+    own: Any = rule.feedback(net, lambda name, shape: draw(backward, name, shape))
+    if wrong := [t for t in own.values() if not isinstance(t, Tensor)] if isinstance(own, dict) else [own]:
+        kind = type(wrong[0]).__name__
+        raise Mistake(f"rule {type(rule).__name__}: feedback gives a {kind}; a dict of tensors by name is needed")
+    if taken := own.keys() & w.keys():
+        raise Mistake(
+            f"rule {type(rule).__name__}: feedback gives {', '.join(sorted(taken))}, as weights of the net are called: "
+            "choose another name, such as B1"
+        )
+    return w | own

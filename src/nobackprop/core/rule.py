@@ -108,17 +108,35 @@ class Rule(ABC):
     def all_grads(self, net: Network, w: Weights, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """The gradients of all phases at the same weights, and the logits. A later gradient replaces an earlier one.
 
-        It is for looking at a step without taking it. Training goes through `phases`. Raises Mistake where the last
-        phase gives what no weight's name has.
+        It is for looking at a step without taking it. Training goes through `phases`. Raises Mistake where a phase
+        gives anything but gradients and logits of the right shapes, or the last one what no weight's name has.
         """
         every, logits, given = {}, None, {}
         for phase in self.phases():
-            given, logits = phase(net, w, batch)
+            given, logits = self._pair(phase(net, w, batch), batch)
             grads, batch = batch.after(given, w)
             every |= grads
+        name = type(self).__name__
         if unknown := given.keys() - w.keys():
-            raise Mistake(f"rule {type(self).__name__} gives gradients of {sorted(unknown)}, which are no weights")
+            raise Mistake(f"rule {name} gives gradients of {sorted(unknown)}, which are no weights")
+        for of, g in every.items():
+            if g.shape != w[of].shape:
+                shapes = tuple(w[of].shape), tuple(g.shape)
+                raise Mistake(f"rule {name} gives {of}, of shape {shapes[0]}, a gradient of shape {shapes[1]}")
         return every, self.logits(net, w, batch.x) if logits is None else logits
+
+    def _pair(self, made: Any, batch: Batch) -> Grads:
+        """What a phase gave. Raises Mistake where it is no pair of tensors by name and logits."""
+        needed = f"a pair is needed: tensors by name in a dict, and logits of shape {tuple(batch.y.shape)} or None"
+        match made:
+            case Mapping() as given, Tensor() | None as logits if all(isinstance(t, Tensor) for t in given.values()):
+                if logits is not None and logits.shape != batch.y.shape:
+                    raise Mistake(f"rule {type(self).__name__} gives logits of shape {tuple(logits.shape)}; {needed}")
+                return dict(given), logits
+            case tuple():
+                kinds = ", ".join(type(part).__name__ for part in made)
+                raise Mistake(f"rule {type(self).__name__} gives ({kinds}) for a step; {needed}")
+        raise Mistake(f"rule {type(self).__name__} gives an object of type {type(made).__name__} for a step; {needed}")
 
     def noise(self, net: Network, samples: int) -> dict[str, Shape]:
         """Shapes of the standard normal numbers that a step on so many samples needs, by name: `batch.noise[name]`.

@@ -25,7 +25,7 @@ def held(data: Any, test: Any) -> Iterator[str]:
     """
     if data is None or test is None:
         raise Mistake("data and test belong together: write data=(x, y), test=(x2, y2)")
-    train, tested = _images(data, "data"), _images(test, "test")
+    train, tested = images_of(data, "data"), images_of(test, "test")
     kinds = [f"images of shape {tuple(i.pixels.shape[1:])} and type {i.pixels.dtype}" for i in (train, tested)]
     if kinds[0] != kinds[1]:
         raise Mistake(f"data has {kinds[0]}, test {kinds[1]}: both must be alike")
@@ -41,8 +41,8 @@ def held(data: Any, test: Any) -> Iterator[str]:
         _held.pop(fingerprint, None)
 
 
-def _images(given: Any, name: str) -> Images:
-    """The images that were given. Raises Mistake, which says what was found and what is allowed."""
+def images_of(given: Any, name: str) -> Images:
+    """The images that were given, as `name`. Raises Mistake, which says what was found and what is allowed."""
     if isinstance(given, tuple | list) and len(given) == 2:
         x, y = given
     elif hasattr(given, "__getitem__") and hasattr(given, "__len__"):
@@ -52,12 +52,14 @@ def _images(given: Any, name: str) -> Images:
             f"{name} is of type {type(given).__name__}: give a pair (x, y) of tensors or arrays, or a torch Dataset "
             "with a length"
         )
-    x, y = _tensor(x, f"{name}: x"), _tensor(y, f"{name}: y")
-    if y.ndim != 1 or len(y) != len(x) or y.is_floating_point() or y.is_complex() or (len(y) and int(y.min()) < 0):
+    x, y = tensor_of(x, f"{name}: x"), tensor_of(y, f"{name}: y")
+    if y.ndim != 1 or len(y) != len(x) or y.is_floating_point() or y.is_complex():
         raise Mistake(
             f"{name}: y has the shape {tuple(y.shape)} and type {y.dtype} for {len(x) if x.ndim else 0} samples; "
             "allowed: a class number from 0 for each"
         )
+    if len(y) and int(y.min()) < 0:
+        raise Mistake(f"{name}: y has the class number {int(y.min())}; allowed: whole numbers from 0")
     if not 2 <= x.ndim <= 4 or not x.numel() or not (x.dtype == torch.uint8 or x.is_floating_point()):
         raise Mistake(
             f"{name}: x has the shape {tuple(x.shape)} and type {x.dtype}; allowed: uint8 or floats, of shape (N, D), "
@@ -65,14 +67,19 @@ def _images(given: Any, name: str) -> Images:
         )
     if x.is_floating_point() and not bool(x.float().isfinite().all()):
         raise Mistake(f"{name}: x has NaN or infinite numbers (as float32); allowed: finite ones")
-    x = x.reshape(len(x), *(1,) * (4 - x.ndim), *x.shape[1:])
+    x = as_images(x)
     return Images((x if x.dtype == torch.uint8 else x.float()).contiguous(), y.long().contiguous())
+
+
+def as_images(x: Tensor) -> Tensor:
+    """Samples (N, D), (N, H, W) or (N, C, H, W), as (N, C, H, W)."""
+    return x.reshape(len(x), *(1,) * (4 - x.ndim), *x.shape[1:])
 
 
 def _columns(dataset: Any, name: str) -> tuple[Tensor, Tensor]:
     """The samples of a torch Dataset, and their labels."""
     try:
-        pairs = [(_tensor(x, name), _tensor(y, name)) for x, y in (dataset[i] for i in range(len(dataset)))]
+        pairs = [(tensor_of(x, name), tensor_of(y, name)) for x, y in (dataset[i] for i in range(len(dataset)))]
         return torch.stack([x for x, _ in pairs]), torch.stack([y for _, y in pairs])
     except (TypeError, ValueError, RuntimeError) as e:
         raise Mistake(
@@ -81,7 +88,7 @@ def _columns(dataset: Any, name: str) -> tuple[Tensor, Tensor]:
         ) from e
 
 
-def _tensor(part: Any, name: str) -> Tensor:
+def tensor_of(part: Any, name: str) -> Tensor:
     """The tensor or array on the CPU, without its graph."""
     try:
         return torch.as_tensor(part).detach().cpu()

@@ -28,7 +28,7 @@ from pydantic import (
 )
 
 from nobackprop.composing import load
-from nobackprop.mistakes import Mistake
+from nobackprop.mistakes import Mistake, faults
 from nobackprop.papers.claims import (
     Accuracies,
     Claims,
@@ -131,9 +131,7 @@ def read(model: Any, path: Path) -> Any:
     try:
         return TypeAdapter(model).validate_python(load(path))
     except ValidationError as e:
-        error = e.errors()[0]
-        where = ".".join(str(part) for part in error["loc"]) or "the file"
-        raise Mistake(f"{path}: {where}: {error['msg'].removeprefix('Value error, ')}") from None
+        raise Mistake(f"{path}: {faults(e)[0]}") from None
 
 
 def published() -> dict[str, Published]:

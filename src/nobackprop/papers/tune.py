@@ -46,7 +46,7 @@ from rich.table import Table
 from scipy.stats import qmc, spearmanr
 
 from nobackprop.composing import check, home, load
-from nobackprop.mistakes import Mistake, answering, close
+from nobackprop.mistakes import Mistake, answering, close, faults
 from nobackprop.papers.grid import TUNED, Cell, cells, composed, select
 from nobackprop.places import PAPERS
 from nobackprop.records import files, machine
@@ -164,14 +164,9 @@ class Search(BaseModel):
         try:
             search = cls.model_validate(content)
         except ValidationError as e:
-            told = []
-            for error in e.errors():
-                # the file has no kinds of dimensions, and often no list of them
-                where = ".".join(str(part) for part in error["loc"] if part not in (0, "range", "choice"))
-                text = error["msg"].removeprefix("Value error, ")
-                told.append(f"{where}: {text}" if where else text)
-            advice = "(write low and high, both above 0, or values, two or more)"
-            raise Mistake(f"{source}: {'; '.join(told)} {advice}") from None
+            told = "; ".join(faults(e, unnamed=(0, "range", "choice")))  # of one dimension the file has neither
+            advice = " (write low and high, both above 0, or values, two or more)" * ("space." in told)
+            raise Mistake(f"{source}: {told}{advice}") from None
         for key, dimensions in search.space.items():
             for each in dimensions:
                 if isinstance(each, Range) and each.low >= each.high:

@@ -6,13 +6,16 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from nobackprop.places import PACKAGE
-from nobackprop.records.record import EDITS, Record, code
+from nobackprop.records.identity import current_name
+from nobackprop.records.record import EDITS, OWN, Record, code
 
 # Options whose value, in the same argument or the next, names a place on this machine.
 LOCAL_OPTIONS = ("--runs", "--config-dir", "--config-path", "-cd", "-cp")
@@ -69,19 +72,47 @@ def source_state() -> tuple[str | None, bool | None]:
         return None, None
 
 
+def code_of(config: Mapping[str, Any]) -> str:
+    """The code that trains a config now, as an entry of `Record.commits`.
+
+    It is this program's commit, and a checksum of the files of those modules from elsewhere that the config's targets
+    are in.
+    """
+    modules = sorted({_module(target) for target in _targets(config)} - {""})
+    files = [Path(str(getattr(sys.modules[name], "__file__", None))) for name in modules]
+    own = [file.read_bytes() for file in files if file.is_file()]
+    return code(*source_state()) + (OWN + sha256(b"".join(own)).hexdigest()[:8] if own else "")
+
+
+def _targets(tree: Any) -> Iterator[str]:
+    """All that a config names by `_target_`."""
+    for key, node in tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list) else ():
+        if key == "_target_":
+            yield current_name(node)
+        yield from _targets(node)
+
+
+def _module(target: str) -> str:
+    """The module that a target is in; empty for those of this package and of the libraries in `versions`."""
+    while target and target not in sys.modules:
+        target = target.rpartition(".")[0]
+    return "" if target.partition(".")[0] in {"nobackprop", "torch", "pytorch_lightning"} else target
+
+
 def other_code(records: Iterable[Record]) -> str:
-    """The other commits that made records, such as `commit 1a2b3c4 with edits`; empty if this code made all of them.
+    """The other code that made records, such as `commit 1a2b3c4 with edits`; empty if this code made all of them.
 
     A record's key is its config and seed, and says nothing of the code. Edits can't be compared, so they always count.
     """
-    now = code(*source_state())
-    others = {code for r in records for code in r.code if code != now or code.endswith(EDITS)}
-    return ", ".join(sorted(map(_told, others)))
+    pairs = ((code, code_of(r.config)) for r in records for code in r.code)
+    return ", ".join(sorted({_told(then, now) for then, now in pairs if then != now or EDITS in then}))
 
 
-def _told(code: str) -> str:
-    commit = code.removesuffix(EDITS)
-    return "no commit" if code == "unknown" else f"commit {commit[:7]}{' with edits' if code != commit else ''}"
+def _told(then: str, now: str) -> str:
+    program, _, own = then.partition(OWN)
+    commit = program.removesuffix(EDITS)
+    told = "no commit" if program == "unknown" else f"commit {commit[:7]}{' with edits' if program != commit else ''}"
+    return told if own == now.partition(OWN)[2] else f"{told} and your own code as it was then"
 
 
 @cache

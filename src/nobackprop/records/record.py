@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic_core import from_json, to_json
 
-from nobackprop.mistakes import Mistake
+from nobackprop.mistakes import Mistake, faults
 from nobackprop.records.files import checksum, write_atomically
 from nobackprop.records.identity import EXACT, digest, run_name
 from nobackprop.records.literal import plain
@@ -31,6 +31,7 @@ from nobackprop.records.literal import plain
 SEALED = re.compile(rb'\{"format":2,"checksum":"([0-9a-f]{16})",')
 PLAIN = re.compile(rb'\{\s*"format"\s*:\s*1\s*,')
 EDITS = "+edits"  # after a commit whose source was edited
+OWN = "+own"  # and, after both, before the checksum of code of the user's own that a config names
 Word = Annotated[str, Field(pattern=r"^\w+$")]
 Count = Annotated[int, Field(gt=0, lt=EXACT)]
 Number = Annotated[int, Field(gt=-EXACT, lt=EXACT)] | float | None  # None: not finite
@@ -98,10 +99,7 @@ def _complete(config: dict[str, Any]) -> dict[str, Any]:
 
 def _first(e: ValidationError) -> str:
     """The first error, after the place where it is."""
-    error = e.errors()[0]
-    where = ".".join(str(part) for part in error["loc"])
-    told = error["msg"].removeprefix("Value error, ")
-    return plain(f"{where}: {told}" if where else told)
+    return plain(faults(e)[0])
 
 
 class _Range(_Strict):
@@ -178,9 +176,9 @@ class Record(_Strict):
     command: str
     commit: Word | None  # of the process that finished
     dirty: bool | None
-    # The commits that trained it, in order, with +edits where the source was edited, or `unknown`. It is empty in
-    # records from before this field.
-    commits: list[Annotated[str, Field(pattern=r"^\w+(\+edits)?$")]] = []
+    # The commits that trained it, in order, with +edits where the source was edited, or `unknown`; each with +own and a
+    # checksum where the config names code of the user's own. It is empty in records from before this field.
+    commits: list[Annotated[str, Field(pattern=r"^\w+(\+edits)?(\+own\w+)?$")]] = []
     versions: dict[str, str]
     data: Data
     machine: Machine

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from inspect import formatannotation, signature
+from inspect import formatannotation, isabstract, signature
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -274,9 +274,14 @@ def build(node: Component, key: str, *args: Any, **kwargs: Any) -> Any:
         try:
             takes.bind(*args, **given, **kwargs)
         except TypeError as e:
-            missing = re.match(r"missing a required .*argument: '(\w+)'", str(e))
-            told = f"{key}.{missing[1]} must be given: add {key}.{missing[1]}=..." if missing else f"{key}: {e}"
+            if missing := re.match(r"missing a required .*argument: '(\w+)'", str(e)):
+                told = f"{key}.{missing[1]} must be given: add {key}.{missing[1]}=..."
+            else:
+                told = f"{key}: {node['_target_']}{takes} can't take {args}: {e}"
             raise Mistake(told) from None
+    if isabstract(target):
+        lacks = ", ".join(sorted(target.__abstractmethods__))
+        raise Mistake(f"{key}: {node['_target_']} lacks {lacks}: write what is missing, or check how it is spelt there")
     try:
         return instantiate(node, *args, **kwargs, _convert_="all")
     except InstantiationException as e:

@@ -22,7 +22,7 @@ from nobackprop.data.sources import Dataset
 from nobackprop.mistakes import Mistake
 from nobackprop.records import files, machine, provenance
 from nobackprop.records.literal import literal
-from nobackprop.records.record import Data, Record, code, mean_and_deviation, tested
+from nobackprop.records.record import EDITS, Data, Record, mean_and_deviation, tested
 from nobackprop.training import checkpoints, hardware, kept, kernels, locks
 from nobackprop.training.build import Run, check, configure, trainer
 from nobackprop.training.checkpoints import About, ResumePoint
@@ -296,7 +296,7 @@ def _fit(run: Run, dataset: Dataset, group: Group, screen: Screen) -> list[Recor
     per_epoch = batches_per_epoch(tasks[0], s.batch_size)
     steps = min(s.max_epochs * per_epoch, s.max_steps or s.max_epochs * per_epoch)
     make = partial(_learner, run, dataset, tasks, steps)
-    now = code(*provenance.source_state())
+    now = provenance.code_of(s.identity())
     about = About(run=run.folder.name, seeds=seeds, fingerprint=dataset.fingerprint, commits=[now])
     folder = about.folder(run.folder)
     loggers: list[SeedLog] = []
@@ -379,7 +379,7 @@ def _resumed(
 
 def _by(before: Sequence[str], now: Sequence[str]) -> str:
     """Which code has trained so far, where it was not certainly the same."""
-    if [*before] == [*now] and not now[0].endswith("+edits"):
+    if [*before] == [*now] and EDITS not in now[0]:
         return ""
     return f", trained so far by commit {', '.join(before)}, from here by {now[0]}"
 

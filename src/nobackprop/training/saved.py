@@ -14,8 +14,9 @@ from nobackprop import rules
 from nobackprop.core.losses import Loss
 from nobackprop.core.network import Network
 from nobackprop.core.rule import Rule
+from nobackprop.data.given import as_images, images_of, tensor_of
 from nobackprop.data.pixels import Pixels
-from nobackprop.data.sources import Images
+from nobackprop.data.sources import Dataset, Images, Source
 from nobackprop.mistakes import Missing, Mistake
 from nobackprop.records.identity import before, recorded_name
 from nobackprop.training import sealed
@@ -30,7 +31,8 @@ class Unknown(Mistake):
 class Trained:
     """A net with its best weights, as `nobackprop.load` gives it. Labels are the data set's own class numbers.
 
-    Images are (N, C, H, W) of what it was trained on: uint8, or with `pixels.floats` float32.
+    Images are like those it was trained on, uint8 or, with `pixels.floats`, floats: tensors or arrays of shape
+    (N, C, H, W), or what `nobackprop.train(data=...)` takes as such, (N, D) and (N, H, W).
     """
 
     net: Network
@@ -41,7 +43,7 @@ class Trained:
     classes: tuple[int, ...]
 
     @torch.no_grad()
-    def logits(self, images: Tensor) -> Tensor:
+    def logits(self, images: Any) -> Tensor:
         """The rule's prediction for images: logits (N, outputs).
 
         Raises Mistake for images of another type or shape.
@@ -49,19 +51,25 @@ class Trained:
         return self.rule.logits(self.net, self.weights, self._inputs(images))
 
     @torch.no_grad()
-    def activations(self, images: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    def activations(self, images: Any) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """All pre-activations z[0..L] and activations h[0..L-1], as `Network.forward` gives them."""
         return self.net.forward(self.weights, self._inputs(images))
 
-    def predict(self, images: Tensor) -> Tensor:
+    def predict(self, images: Any) -> Tensor:
         """The most likely class of each image, (N,), among the classes it was trained on."""
         return torch.tensor(self.classes)[self.loss.predict(self.logits(images))]
 
-    def evaluate(self, images: Images) -> dict[str, float]:
+    def evaluate(self, images: Any) -> dict[str, float]:
         """Loss, accuracy and (with more than five classes) top-5 accuracy on the images of its classes.
 
-        Raises Mistake where the shape differs, or none of the images is of a class it knows.
+        They are the `train` or `test` of a loaded data set, a pair (x, y) of tensors or arrays, or a torch Dataset of
+        such pairs. Raises Mistake for anything else, where the shape differs, and where none of the images is of a
+        class it knows.
         """
+        if isinstance(images, Dataset | Source):
+            raise Mistake("evaluate takes the images of one part: write .test or .train, as in Digits().load().test")
+        if not isinstance(images, Images):
+            images = images_of(images, "images")
         labels = torch.full_like(images.labels, -1)
         for label, number in enumerate(self.classes):
             labels[images.labels == number] = label
@@ -73,14 +81,17 @@ class Trained:
             scores.update(self.logits(images.pixels[part]).unsqueeze(0), labels[part].unsqueeze(0))
         return {name: value.item() for name, value in scores.compute().items()}
 
-    def _inputs(self, images: Tensor) -> Tensor:
-        dtype = torch.float32 if self.pixels.floats else torch.uint8
-        if images.dtype != dtype or tuple(images.shape[1:]) != self.net.in_shape:
+    def _inputs(self, images: Any) -> Tensor:
+        given = images if isinstance(images, Tensor) else tensor_of(images, "images")
+        x = as_images(given) if given.ndim in (2, 3) else given
+        fits = x.is_floating_point() if self.pixels.floats else x.dtype == torch.uint8
+        if not fits or tuple(x.shape[1:]) != self.net.in_shape:
+            kind = "floats" if self.pixels.floats else torch.uint8
             raise Mistake(
-                f"got images of type {images.dtype} and shape {tuple(images.shape)}: "
-                f"this net takes {dtype} of shape (N, {', '.join(map(str, self.net.in_shape))})"
+                f"got images of type {given.dtype} and shape {tuple(given.shape)}: this net takes {kind} of shape "
+                f"(N, {', '.join(map(str, self.net.in_shape))})"
             )
-        return self.pixels(images, self.weights["W1"].dtype)
+        return self.pixels(x, self.weights["W1"].dtype)
 
 
 def save(
