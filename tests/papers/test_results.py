@@ -658,6 +658,12 @@ def test_a_published_figure_that_ours_is_not_near_has_a_reason(every_paper: list
     assert apart
     assert {paper for paper in apart if not known[paper].differs} == set()
     assert [text for text in told if text.startswith("-")] == told[1::2]
+    longest: dict[tuple[str, str], int] = {}
+    for found in every_paper:
+        for cell in (cell for cell in found.cells_shown if cell.mean is not None):
+            for place in ((found.paper, ", ".join(figure.place)) for figure in cell.figures):
+                longest[place] = max(longest.get(place, 0), cell.epochs or 0)
+    assert {(line[0], line[1]): int(line[5].split()[0]) for line in lines} == longest
     papers = {line.partition(":")[0].removeprefix("- ") for line in told[-1].splitlines()}
     assert {paper for paper in papers if not known[paper].note} == set()
     compared = Counter(line[0] for line in lines)

@@ -423,8 +423,9 @@ def beside_published(every: Sequence[Findings]) -> str:
     lines, reasons, others = [], {}, []
     findings_of = {found.paper: found for found in every}
     for paper, known in published().items():
-        cells = findings_of[paper].cells_shown if paper in findings_of else []
-        ours = {figure.place: cell for cell in cells for figure in cell.figures if cell.mean is not None}
+        cells = [c for c in (findings_of[paper].cells_shown if paper in findings_of else []) if c.mean is not None]
+        cells.sort(key=lambda cell: cell.epochs or 0)  # so that of several the longest training counts
+        ours = {figure.place: cell for cell in cells for figure in cell.figures}
         for figure in known.figures:
             if not (cell := ours.get(figure.place)):
                 continue
