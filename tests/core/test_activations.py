@@ -130,7 +130,7 @@ def test_a_difference_is_the_same_stacked_and_compiled(name: str, backend: str) 
 
 def test_an_activation_without_derivative_says_what_to_do() -> None:
     z = torch.zeros(1)
-    message = r"'sign' has no derivative and this rule needs one: .*\(such as lra_e, pepita, .*\).*tanh, relu, leaky_relu.*identity$"
+    message = r"'sign' has no derivative and this rule needs one: .*such as lra_e, .*tanh, relu, leaky_relu.*identity$"
     with pytest.raises(ValueError, match=message):
         activation("sign").df(z, z)
 
