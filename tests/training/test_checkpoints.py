@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -268,6 +269,9 @@ def test_another_form_of_a_rule_of_ones_own_is_told(
     train(cfg, console)
     assert "trained by" not in shown(console)
     path.write_text(source + "    # edited\n")
+    train(cfg, console)  # with what was imported before
+    assert "trained by" not in shown(console)
+    del sys.modules["rule_of_mine"]  # as in another process
     train(cfg, console)
     assert "1 of 1 seeds are recorded already" in shown(console)
     assert "trained by commit c and your own code as it was then" in shown(console)

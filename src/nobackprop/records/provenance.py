@@ -13,8 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from hydra.utils import get_object
+
 from nobackprop.places import PACKAGE
-from nobackprop.records.identity import current_name
 from nobackprop.records.record import EDITS, OWN, Record, code
 
 # Options whose value, in the same argument or the next, names a place on this machine.
@@ -28,6 +29,9 @@ HIDDEN = re.compile(
     r"(^|[=,:[({\s'\"])~?/|://|\b(root|cache):|(api_?key|token|secret|passw\w*|credential)\w*[=:]|\b[0-9a-f]{40}\b",
     re.IGNORECASE,
 )
+
+# Packages of which a record says the version or the commit.
+OURS = ("nobackprop", "torch", "pytorch_lightning")
 
 # The folders, besides this package, that can change a result.
 SOURCE = (":/src/hydra_plugins", ":/conf", ":/requirements.lock", ":/pyproject.toml")
@@ -75,28 +79,28 @@ def source_state() -> tuple[str | None, bool | None]:
 def code_of(config: Mapping[str, Any]) -> str:
     """The code that trains a config now, as an entry of `Record.commits`.
 
-    It is this program's commit, and a checksum of the files of those modules from elsewhere that the config's targets
-    are in.
+    It is this program's commit, and a checksum of the files from elsewhere that the config's targets are in.
     """
-    modules = sorted({_module(target) for target in _targets(config)} - {""})
-    files = [Path(str(getattr(sys.modules[name], "__file__", None))) for name in modules]
-    own = [file.read_bytes() for file in files if file.is_file()]
-    return code(*source_state()) + (OWN + sha256(b"".join(own)).hexdigest()[:8] if own else "")
+    own = sorted({_source(get_object(target)) for target in _targets(config)} - {""})
+    return code(*source_state()) + (OWN + sha256("".join(own).encode()).hexdigest()[:8] if own else "")
 
 
 def _targets(tree: Any) -> Iterator[str]:
-    """All that a config names by `_target_`."""
+    """All that a config names by `_target_`, but for what OURS hold."""
     for key, node in tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list) else ():
-        if key == "_target_":
-            yield current_name(node)
+        if key == "_target_" and node.partition(".")[0] not in OURS:
+            yield node
         yield from _targets(node)
 
 
-def _module(target: str) -> str:
-    """The module that a target is in; empty for those of this package and of the libraries in `versions`."""
-    while target and target not in sys.modules:
-        target = target.rpartition(".")[0]
-    return "" if target.partition(".")[0] in {"nobackprop", "torch", "pytorch_lightning"} else target
+@cache
+def _source(target: Any) -> str:
+    """A checksum of the file that a target is in, when this was first asked: it was imported, and may be edited since.
+
+    It is empty for what is in no file.
+    """
+    file = Path(str(getattr(sys.modules.get(target.__module__), "__file__", None)))
+    return sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
 def other_code(records: Iterable[Record]) -> str:

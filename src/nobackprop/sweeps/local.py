@@ -53,7 +53,8 @@ class Processes:
         numbers, given = [*jobs], [beside_others(job) for job in jobs.values()]
         if all(map(_can_fork, given)):  # which shares all that is imported and read here
             context = get_context("fork")
-            provenance.source_state()  # of the code that was imported here, whatever is checked out later
+            for job in given:  # of the code that was imported here, whatever is checked out or edited later
+                provenance.code_of(job.settings.identity())
             _read_images(jobs.values())
         else:
             context = get_context("forkserver")  # so that torch and Lightning are imported once

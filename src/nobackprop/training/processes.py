@@ -98,24 +98,23 @@ class Pool(Generic[Job, Result]):
         waiting = deque(range(len(jobs)))
         working: dict[Connection, int] = {}
 
-        def give(connection: Connection) -> int | None:
-            """Sends a process its next job, and gives its number, or the word that there is none left."""
+        def give(connection: Connection) -> None:
+            """Sends a process its next job, or the word that there is none left."""
             number = waiting.popleft() if waiting else None
             try:
                 connection.send(None if number is None else number if self.forks else jobs[number])
             except BrokenPipeError:  # it was killed, as will be noticed, and another process does the job
                 waiting.extendleft([] if number is None else [number])
-                return None
+                return
             if number is not None:
                 working[connection] = number
-            return number
+                starting(number)
 
         with StopSignals() as signals:
             try:
                 while waiting or self.running:
                     while waiting and len(self.running) < count:
-                        if (next_one := give(self._start(jobs, signals))) is not None:
-                            starting(next_one)
+                        give(self._start(jobs, signals))
                     for connection, kind, content in self._messages():
                         if kind == "end":
                             status = self.running.pop(connection).exitcode or 0
@@ -127,10 +126,8 @@ class Pool(Generic[Job, Result]):
                         elif kind == "error":
                             raise content
                         else:
-                            number, next_one = working.pop(connection), give(connection)
-                            yield number, content
-                            if next_one is not None:  # told after the end of the one before
-                                starting(next_one)
+                            yield working.pop(connection), content
+                            give(connection)  # after what is told of the job before
                     signals.check()
             finally:
                 self._end()

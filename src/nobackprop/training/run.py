@@ -140,7 +140,7 @@ def train(run: Run, console: Console | None = None, wait_for_others: bool = True
 
 def _start_computing(run: Run) -> None:
     """What a process needs once before it trains."""
-    provenance.source_state()  # of the code that was imported: a commit may come while it trains
+    provenance.code_of(run.settings.identity())  # as it was imported: a commit or an edit may come while it trains
     torch.set_num_threads(run.settings.threads)
     hardware.prepare(run.device, run.settings.kernels)
     connect(run.strategy)
