@@ -46,10 +46,12 @@ def test_every_trial_of_a_search_is_a_valid_config(name: str) -> None:
         points = search.points(cell)
         assert len({str(point) for point in points}) == search.trials
         assert all("optimizer.lr" in point for point in points)
-        trial = Settings.of(grid.composed(search.overrides(cell, points[0], [])))
+        config = grid.composed(search.overrides(cell, points[0], []))
+        trial = Settings.of(config)
         assert trial.optimizer["lr"] == points[0]["optimizer.lr"]
         assert trial.seeds == search.seeds_of(0)
-        assert search.epochs in (None, trial.max_epochs)
+        if search.epochs:
+            assert search.length(cell, 0, config) == {"max_epochs": search.epochs}
 
 
 @pytest.mark.parametrize("name", SEARCHES)
@@ -134,6 +136,40 @@ def test_a_bracket_trains_the_best_of_a_rung_longer_and_the_finalists_with_more_
     assert second != second  # one trial has no order
 
 
+def test_trials_and_the_run_of_a_search_at_equal_compute_cost_the_same_whatever_a_step_costs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A step of evolution costs more with a greater population."""
+    change = {
+        "epochs": None,
+        "rungs": [40, 120],
+        "compute": 900,
+        "equal_compute": {"step": 2.5, "where": {"rule": ["evolution"]}},
+        "space": {"rule.population": {"values": [1, 3]}},
+    }
+    search = tune.Search.of(SEARCH | change, "test")
+    cell = grid.Cell({"rule": "evolution"}, ["rule=evolution", *QUICK])
+    trained = set()
+
+    class Launcher:
+        def run(self, jobs: Any, say: Any, console: Any, wait_for_others: bool) -> Any:
+            for k, job in jobs.items():
+                n = job.settings.rule["population"]
+                trained.add((n, job.settings.max_steps))
+                yield k, Outcome("finished", records=[record(0.5 + n / 10) for _ in job.settings.seeds])
+
+    monkeypatch.setattr(tune, "Basic", Launcher)
+    (found,) = tune.tune(search, [cell], [], 1, Console(quiet=True))
+    cost = {n: tune._cost(grid.composed([*cell.overrides, f"rule.population={n}"])) for n in (1, 3)}
+    assert cost[3] > 2 * cost[1]
+    assert trained == {(1, round(100 / cost[1])), (3, round(100 / cost[3])), (3, round(300 / cost[3]))}
+    tune.write(found, "compare", search, [], tmp_path / "x.yaml")
+    assert OmegaConf.load(tmp_path / "x.yaml") == {"rule": {"population": 3}, "max_steps": round(900 / cost[3])}
+    assert " 100, 300 forward passes" in " ".join((tmp_path / "x.yaml").read_text().replace("#", "").split())
+    assert not (tmp_path / "compute").exists()
+    assert list(tune.rows(search, [found])["rungs"]) == ["100 300"]
+
+
 def test_a_search_with_a_budget_of_compute_writes_the_length_of_such_a_run(tmp_path: Path) -> None:
     change = {"epochs": None, "rungs": [10, 30], "compute": 500}
     search = tune.Search.of(SEARCH | change, "test")
@@ -165,6 +201,9 @@ def test_a_choice_takes_every_value() -> None:
     [
         ({"rungs": [10]}, "test: give epochs or rungs"),
         ({"epochs": None, "rungs": [30, 10]}, "rungs: each has more mini-batches than the one before"),
+        ({"equal_compute": {"step": 2, "where": {}}, "compute": 9}, "test: equal_compute: give rungs and compute, too"),
+        ({"equal_compute": {"step": 2}}, r"test: equal_compute\.where: Field required"),
+        ({"where": {"rule": "bp"}}, r"test: where\.rule: Input should be a valid list"),
         ({"trials": 0}, "test: trials: Input should be greater than 0"),
         ({"budget": 3}, "test: budget: Extra inputs are not permitted"),
         ({"space": {}}, "test: space: Dictionary should have at least 1 item"),

@@ -7,12 +7,13 @@ The cells are those of papers/<grid>/grid.yaml that take a file of tuned setting
 makes that file once a cell has all its trials. The trials of a cell are the points of a scrambled Halton sequence. More
 trials go on where fewer ended. With `rungs` the search is a successive halving: all trials train for the mini-batches
 of the first rung, the best of them train anew for those of the second, and so on, and the finalists do it with several
-seeds. `keep: 3` lets the best third of a rung go on. Each trial is an ordinary run, and recorded trials are not run
-again. The best validation accuracy decides, never a test figure. A trial that diverges counts as 0. The command ends
-with a table. It says where a winner lies near an end of its range, and how the order of trials after one rung agrees
-with that after the next one. With other rungs, seeds or another `keep` the command only looks: it writes no settings,
-and the table says how those in use do among the trials of the last rung. The exit status is 1 if all trials of a cell
-diverged or the command has a mistake.
+seeds. `keep: 3` lets the best third of a rung go on. In cells that are searched at equal compute, a trial has as many
+forward passes as every other one of its rung, and so fewer mini-batches where a step costs more. Each trial is an
+ordinary run, and recorded trials are not run again. The best validation accuracy decides, never a test figure. A trial
+that diverges counts as 0. The command ends with a table. It says where a winner lies near an end of its range, and how
+the order of trials after one rung agrees with that after the next one. With other rungs, seeds or another `keep` the
+command only looks: it writes no settings, and the table says how those in use do among the trials of the last rung. The
+exit status is 1 if all trials of a cell diverged or the command has a mistake.
 """
 
 import argparse
@@ -106,7 +107,16 @@ def _kind(value: Any) -> str:
 
 
 Dimension = Annotated[Annotated[Range, Tag("range")] | Annotated[Choice, Tag("choice")], Discriminator(_kind)]
+Parts = Annotated[list[dict[str, list[str]]], Field(min_length=1), BeforeValidator(_listed)]
 Dimensions = Annotated[list[Dimension], Field(min_length=1), BeforeValidator(_listed)]
+
+
+class EqualCompute(BaseModel):
+    """The cells whose trials cost the same in a rung: `step` forward passes for each mini-batch that the rung names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    step: PositiveFloat
+    where: dict[str, list[str]]
 
 
 class Search(BaseModel):
@@ -121,7 +131,8 @@ class Search(BaseModel):
     seeds: PositiveInt = 1  # of the last rung's trials: so many from `seed` on
     draw: Literal["alike", "for each rule"]  # whether all cells try the same values of a key that they share
     compute: PositiveInt | None = None  # of a run at equal compute, in forward passes of a mini-batch
-    where: dict[str, list[str]] = {}  # the part of the grid that is searched; cells that share settings are one
+    equal_compute: EqualCompute | None = None
+    where: Parts = [{}]  # the parts of the grid that are searched; cells that share settings are one
     space: Annotated[dict[str, Dimensions], Field(min_length=1)]  # of several, a cell searches the last that fits it
 
     @model_validator(mode="after")
@@ -130,17 +141,25 @@ class Search(BaseModel):
             raise Mistake("give epochs or rungs")
         if self.rungs and self.rungs != sorted(set(self.rungs)):
             raise Mistake("rungs: each has more mini-batches than the one before")
+        if self.equal_compute and not (self.rungs and self.compute):
+            raise Mistake("equal_compute: give rungs and compute, too")
         return self
 
-    @property
-    def lengths(self) -> list[list[str]]:
-        """For each rung, the overrides that make a trial's length."""
+    def forward_passes(self, cell: Cell) -> float | None:
+        """What a mini-batch of a rung stands for in this cell, in forward passes; None where it stands for itself."""
+        equal = self.equal_compute
+        return equal.step if equal and _fits(cell, equal.where) else None
+
+    def length(self, cell: Cell, rung: int, config: DictConfig) -> dict[str, int | None]:
+        """The settings that make a trial's length. `config` has its other ones, on which the cost of a step depends."""
         if self.rungs is None:
-            return [[f"max_epochs={self.epochs}"]]
-        return [["max_epochs=1000", f"max_steps={steps}"] for steps in self.rungs]
+            return {"max_epochs": self.epochs}
+        steps, each = self.rungs[rung], self.forward_passes(cell)
+        return {"max_epochs": 1000, "max_steps": steps if each is None else _steps(steps * each, _cost(config))}
 
     def seeds_of(self, rung: int) -> list[int]:
-        return list(range(self.seed, self.seed + (self.seeds if rung == len(self.lengths) - 1 else 1)))
+        last = rung == len(self.rungs or [self.epochs]) - 1
+        return list(range(self.seed, self.seed + (self.seeds if last else 1)))
 
     @classmethod
     def read(cls, name: str) -> "Search":
@@ -151,8 +170,10 @@ class Search(BaseModel):
         path = PAPERS / name / "search.yaml"
         search = cls.of(load(path), str(path))
         known = {choice for cell in cells(name) for choice in cell.labels.items()}
-        whens = [(key, each.when) for key, dimensions in search.space.items() for each in dimensions]
-        for key, where in [("where", search.where), *whens]:
+        wheres = [("where", part) for part in search.where]
+        wheres += [("equal_compute", search.equal_compute.where)] if search.equal_compute else []
+        wheres += [(key, each.when) for key, dimensions in search.space.items() for each in dimensions]
+        for key, where in wheres:
             for axis, choices in where.items():
                 if unknown := [choice for choice in choices if (axis, choice) not in known]:
                     raise Mistake(f"{path}: {key}: no cell of the grid has {axis}={','.join(unknown)}")
@@ -175,7 +196,8 @@ class Search(BaseModel):
 
     def cells(self, name: str) -> list[Cell]:
         """The cells of a grid that this searches, one for each file of tuned settings."""
-        return [cell for cell in cells(name) if cell.tuned is not None and _fits(cell, self.where)]
+        tuned = [cell for cell in cells(name) if cell.tuned is not None]
+        return [cell for cell in tuned if any(_fits(cell, part) for part in self.where)]
 
     def within(self, cell: Cell) -> dict[str, Range | Choice]:
         """The part of the space that a cell searches: of each key the last dimension that fits."""
@@ -201,14 +223,25 @@ class Search(BaseModel):
         return [*own, *further, "logger=none", "diagnostics=none", "workers=1"]
 
     def overrides(self, cell: Cell, point: Point, further: Sequence[str], rung: int = 0) -> list[str]:
-        """The overrides of a cell's trial at a point."""
+        """The overrides of a cell's trial at a point, except its length."""
         seeds = ",".join(map(str, self.seeds_of(rung)))
         settings = (f"{key}={value}" for key, value in point.items())
-        return [*self.fixed(cell, further), f"seeds=[{seeds}]", *self.lengths[rung], *settings]
+        return [*self.fixed(cell, further), f"seeds=[{seeds}]", *settings]
 
 
 def _fits(cell: Cell, where: Mapping[str, Sequence[str]]) -> bool:
     return all(cell.labels.get(axis) in choices for axis, choices in where.items())
+
+
+def _cost(config: DictConfig) -> float:
+    """What a step of a run costs, in forward passes of a mini-batch."""
+    run = Job("", config).run
+    return passes(run.rule, run.net, run.settings.batch_size)
+
+
+def _steps(compute: float, cost: float) -> int:
+    """The mini-batches that cost so many forward passes in all."""
+    return max(1, round(compute / cost))
 
 
 @dataclass(frozen=True)
@@ -273,13 +306,21 @@ def check_replaces(cell: Cell, name: str, search: Search, further: Sequence[str]
         raise Mistake(f"{cell.tuned} was found by `{before}`: delete it to search it in another way")
 
 
-def budget(search: Search) -> str:
-    """What each cell's trials cost, in words."""
+def rungs_of(search: Search, cell: Cell) -> tuple[list[str], str]:
+    """The length of a trial of each rung, and its unit."""
+    each = search.forward_passes(cell)
+    if each is None:
+        return [str(steps) for steps in search.rungs or []], "mini-batches"
+    return [f"{steps * each:g}" for steps in search.rungs or []], "forward passes"
+
+
+def budget(search: Search, cell: Cell) -> str:
+    """What a cell's trials cost, in words."""
     if search.rungs is None:
         return f"{search.trials} trials: seed {search.seed}, {search.epochs} epochs"
-    steps = ", ".join(map(str, search.rungs))
+    lengths, unit = rungs_of(search, cell)
     return (
-        f"{search.trials} trials: {steps} mini-batches, one in {search.keep} goes on, "
+        f"{search.trials} trials: {', '.join(lengths)} {unit}, one in {search.keep} goes on, "
         f"the last ones with {search.seeds} seeds from {search.seed} on"
     )
 
@@ -287,12 +328,13 @@ def budget(search: Search) -> str:
 def write(found: Searched, name: str, search: Search, further: Sequence[str], path: Path) -> None:
     """Writes the settings that were found as a file of conf/tuned, under a header that says how they were found.
 
-    A search with `compute` writes a second file, in a folder `compute` beside it. It has the same settings, and the
-    number of mini-batches whose steps cost that much by `work.passes`.
+    For a run at equal compute, a file has the number of mini-batches whose steps cost that much by `work.passes`. It is
+    the same file for a cell that is searched at equal compute. Another cell of a search with `compute` gets a second
+    file, in a folder `compute` beside it, with the same settings.
     """
     within = search.within(found.cell)
     told = (
-        f"The best by validation accuracy, {found.best.validation:.2%}, of {budget(search)}. "
+        f"The best by validation accuracy, {found.best.validation:.2%}, of {budget(search, found.cell)}. "
         f"Searched: {'; '.join(f'{key} {dimension}' for key, dimension in within.items())}."
     )
     if edges := found.edges(within):
@@ -305,14 +347,21 @@ def write(found: Searched, name: str, search: Search, further: Sequence[str], pa
         *(f"# {line}" for line in wrap(told, 116)),
         f"#   {command_of(found.cell, name, search, further)}",
     ]
-    files.write_atomically(path, "\n".join([*header, OmegaConf.to_yaml(settings)]).encode())
+    at_compute = settings.copy()
     if search.compute:
-        run = Job("", composed(search.overrides(found.cell, found.best.point, further))).run
-        cost = passes(run.rule, run.net, run.settings.batch_size)
-        settings.max_steps = max(1, round(search.compute / cost))
-        told = f"As {path.stem}, for {search.compute} forward passes in all. A step costs {cost:.2f} of them."
-        content = "\n".join([header[0], f"# {told}", OmegaConf.to_yaml(settings)])
-        files.write_atomically(path.parent / "compute" / path.name, content.encode())
+        cost = _cost(composed(search.overrides(found.cell, found.best.point, further)))
+        at_compute.max_steps = _steps(search.compute, cost)
+        told = f"{search.compute} forward passes in all. A step costs {cost:.2f} of them."
+        if search.forward_passes(found.cell) is None:
+            first = [header[0], f"# As {path.stem}, for {told}"]
+            _write(path.parent / "compute" / path.name, first, at_compute)
+        else:
+            header, settings = [*header, f"# A run has {told}"], at_compute
+    _write(path, header, settings)
+
+
+def _write(path: Path, header: Sequence[str], settings: DictConfig) -> None:
+    files.write_atomically(path, "\n".join([*header, OmegaConf.to_yaml(settings)]).encode())
 
 
 def tune(
@@ -327,7 +376,7 @@ def tune(
         _ = Job(str(cell), first[str(cell)]).run
     for i, cell in enumerate(chosen):
         points, rungs = search.points(cell), []
-        for rung in range(len(search.lengths)):
+        for rung in range(len(search.rungs or [search.epochs])):
             console.print(f"{cell} ({i + 1} of {len(chosen)}), rung {rung + 1}: {len(points)} trials", highlight=False)
             ready = {k: _job(search, cell, point, rung, first[str(cell)]) for k, point in enumerate(points)}
             ended: dict[int, Trial] = {}
@@ -345,8 +394,9 @@ def tune(
 def _job(search: Search, cell: Cell, point: Point, rung: int, first: DictConfig) -> Job:
     """A trial's job. Hydra composes the config of a cell once; here, values of it are replaced."""
     config = deepcopy(first)
-    lengths = {key: int(value) for key, _, value in (text.partition("=") for text in search.lengths[rung])}
-    for key, value in {**lengths, "seeds": search.seeds_of(rung), **point}.items():
+    for key, value in {"seeds": search.seeds_of(rung), **point}.items():
+        OmegaConf.update(config, key, value)
+    for key, value in search.length(cell, rung, config).items():
         OmegaConf.update(config, key, value)
     return Job(" ".join([str(cell), *(f"{key}={value}" for key, value in point.items())]), config)
 
@@ -380,7 +430,7 @@ def rows(search: Search, found: Sequence[Searched], look: bool = False) -> pd.Da
                 "near an end": " ".join(f"{key}:{end}" for key, end in edges.items()),
                 "rank correlations": " ".join(f"{rho:.2f} (n={n})" for rho, n in each.correlations()),
                 **({"in use": in_use(each)} if look else {}),
-                "rungs": " ".join(map(str, search.rungs or [])),
+                "rungs": " ".join(rungs_of(search, each.cell)[0]),
                 "trials": len(each.rungs[0]),
                 "runs": len(every),
                 "mini-batches": sum(record.steps for record in every),
