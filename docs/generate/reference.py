@@ -341,9 +341,10 @@ def _rule(name: str, rule: Rule) -> str:
 
 
 def costs(path: Path) -> str:
-    """What benchmarks/benchmark.py measured, a table for each measure."""
+    """What benchmarks/benchmark.py measured: its figure of training steps, and a table for each measure."""
     frame = pd.read_csv(path)
-    parts = [COSTS]
+    drawn = path.with_suffix(".svg").read_bytes()
+    parts = [COSTS, raw(element("figure", within_a_page(drawn), _class="drawn"))]
     for measure, rows in frame.groupby("measure", sort=False):
         body = [
             [
