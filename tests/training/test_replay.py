@@ -3,12 +3,14 @@
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from benchmark import Live
 from conftest import Config, Problem, interrupt, same_results, train
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -19,7 +21,8 @@ from nobackprop.core.initializers import Normal, initial_weights
 from nobackprop.core.losses import SoftmaxCrossEntropy
 from nobackprop.core.network import Network, allconv, mlp
 from nobackprop.core.optimizers import AdamW, RMSprop, TFAdam
-from nobackprop.core.rule import Batch, Rule
+from nobackprop.core.random import normal
+from nobackprop.core.rule import Batch, Rule, apart
 from nobackprop.data.pixels import Pixels
 from nobackprop.mistakes import Mistake
 from nobackprop.rules.bp import BP
@@ -325,12 +328,18 @@ def test_views_constants_and_changes_in_place() -> None:
 
 
 def test_what_is_computed_twice_is_replayed_once() -> None:
-    """But not where it is changed in between, or given to the caller."""
+    """But not where it is changed in between, given to the caller, or larger than what it is computed from.
+
+    Inputs do not count as that.
+    """
 
     def function(x: Tensor, y: Tensor, noise: Any) -> Any:
-        changed, same, again = x.exp(), x.sin(), x.sin()
+        h = x.neg() + x.neg()
+        changed, same, again = h.exp(), h.sin(), h.sin()
         changed += 1
-        return {"W1": (changed + x.exp()) * same, "W2": again.cos() + same.cos(), "W3": x.sin(), "W4": x.sin()}, []
+        larger = h.repeat(2).tanh() + h.repeat(2).tanh()
+        given = {"W1": (changed + h.exp()) * same, "W2": again.cos() + same.cos(), "W3": h.sin(), "W4": h.sin()}
+        return given | {"W5": larger}, []
 
     replay = Replay(function)
     for seed in range(5):
@@ -341,7 +350,8 @@ def test_what_is_computed_twice_is_replayed_once() -> None:
         assert all(torch.equal(named[name], t) for name, t in expected.items())
     assert replay.replays
     calls = {each.key: each.count for each in profiled.key_averages()}  # of the last step
-    assert {name: calls[f"aten::{name}"] for name in ("exp", "sin", "cos")} == {"exp": 2, "sin": 3, "cos": 1}
+    expected_calls = {"exp": 2, "sin": 3, "cos": 1, "neg": 2, "tanh": 2}
+    assert {name: calls[f"aten::{name}"] for name in expected_calls} == expected_calls
     assert named["W3"].data_ptr() != named["W4"].data_ptr()
 
 
@@ -383,3 +393,26 @@ def test_memory_is_no_more_than_what_is_alive_at_once() -> None:
     gradients = sum(t.nbytes for t in w.values())
     activations = 2 * 4 * batch * 32 * 40  # z and h
     assert replay.bytes < 1.1 * (gradients + activations)
+
+
+def test_a_replay_of_any_rule_keeps_about_what_its_step_has_in_memory_at_once(rule: Rule) -> None:
+    """Gradients included, on a deep net where activations are large and weights small."""
+    net, batch = mlp((1, 4, 4), 3, hidden=[16] * 12, activation="tanh"), 256
+    # By default some rules relax for many steps, which takes long and needs no more memory.
+    rule = replace(rule, **{each.name: 3 for each in fields(rule) if each.name.endswith("steps")})
+    w = initial_weights(net, rule, Normal(0.4), Normal(0.4), 0)
+    x, y, noise = torch.rand(batch, 1, 4, 4), torch.rand(batch, 3), normal(rule.noise(net, batch), 0, "noise")
+    for phase in rule.phases():
+
+        def function(x: Tensor, y: Tensor, noise: Any, phase: Any = phase) -> Any:
+            given, z = phase(net, w, Batch(x, y, LOSS, noise))
+            return given, [] if z is None else [z]
+
+        replay = Replay(function)
+        for _ in range(2):
+            replay(x, y, noise)
+        assert replay.replays
+        with Live() as live:
+            given, _ = function(x, y, noise)
+        assert replay.bytes < 1.3 * live.peak([])
+        noise = noise | apart(given, w)[1]

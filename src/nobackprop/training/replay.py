@@ -3,8 +3,9 @@
 On small nets a CPU spends much of a step between the kernels: in the rule's and torch's Python, on views, on new
 tensors. `Replay` notes which kernels a function of tensors calls, and where in memory each reads and writes. Then
 it calls those alone, each into its place in a few kept buffers. A rule that computes a number at several places, such
-as the pooled output of a layer, has it computed once. They are the same kernels on the same numbers, so the result is
-the same to the bit, whatever the rule. Kernels that can't write into given memory make new tensors, as before.
+as the pooled output of a layer, has it computed once, where keeping it costs little memory. They are the same
+kernels on the same numbers, so the result is the same to the bit, whatever the rule. Kernels that can't write into
+given memory make new tensors, as before.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import count
-from math import frexp
+from math import frexp, inf
 from typing import Any
 
 import torch
@@ -190,7 +191,7 @@ def _planned(notes: _Notes, result: Outputs) -> tuple[Callable[[], None], Output
     outputs = tree_map_only(Tensor, notes.place, result)
     given = {place.storage for place in tree_leaves(outputs)}
     changed = {storage for call in notes.calls if call.changes for storage in call.storages}
-    calls = _without_repeats(notes.calls, given | changed)
+    calls = _without_repeats(notes.calls, given | changed, notes.bytes)
     last = {storage: i for i, call in enumerate(calls) for storage in call.storages}
     last |= dict.fromkeys(given, len(calls))
     constant: set[int] = set()  # storages that hold the same numbers at each run
@@ -208,10 +209,16 @@ def _planned(notes: _Notes, result: Outputs) -> tuple[Callable[[], None], Output
     return script.function(), kept, script.bytes
 
 
-def _without_repeats(calls: Sequence[_Call], own: set[int]) -> list[_Call]:
+def _without_repeats(calls: Sequence[_Call], own: set[int], sizes: Mapping[int, int]) -> list[_Call]:
     """The calls without those that only give what one before them gave, and with its places where theirs stood.
 
+    What is not computed again stays in memory in between. So it must be no larger than a tensor of this step that it is
+    computed from: that one stays there for the repeat anyway, as a layer's output does for the pooled one. Inputs and
+    weights do not count, since a rule that goes up from them twice does so to keep no activations. What is computed
+    from nothing is kept for the whole run anyway.
+
     The storages `own` stay apart from all others: they are changed, or given to the caller, who may change them.
+    `sizes` are the bytes of those that the step makes.
     """
     kept: list[_Call] = []
     first: dict[str, _Call] = {}
@@ -224,7 +231,8 @@ def _without_repeats(calls: Sequence[_Call], own: set[int]) -> list[_Call]:
         args, kwargs, result = tree_map_only(_Place, now, (call.args, call.kwargs, call.result))
         call = replace(call, args=args, kwargs=kwargs, result=result)
         key, apart = repr((call.kernel, args, kwargs)), own & call.storages
-        if not apart and key in first:
+        largest = max((sizes.get(storage, 0) for storage in call.storages - {*call.new}), default=inf)
+        if not apart and key in first and all(sizes[storage] <= largest for storage in call.new):
             moved |= dict(zip(call.new, first[key].new, strict=True))
             continue
         kept.append(call)
@@ -321,8 +329,12 @@ class _Script:
         return name
 
     def _buffer(self, size: int, free: list[torch.UntypedStorage]) -> torch.UntypedStorage:
-        """The smallest free buffer that is large enough, of equal ones the last used, or a new one."""
-        fitting = [buffer for buffer in free if buffer.nbytes() >= size]
+        """The smallest free buffer that is large enough, of equal ones the last used, or a new one.
+
+        One of more than twice the size stays free. Else a small gradient, which is kept to the end, takes the memory of
+        a layer's activations from those of the next layer.
+        """
+        fitting = [buffer for buffer in free if size <= buffer.nbytes() <= 2 * size]
         if not fitting:
             self.bytes += size
             return torch.empty(size, dtype=torch.uint8).untyped_storage()
