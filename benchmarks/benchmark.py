@@ -5,8 +5,7 @@
 Everything is timed in turn, round after round, and medians are shown; a ratio is the median of the rounds' ratios, so a
 machine whose speed drifts does not bend it. Plain PyTorch has processes of its own, with torch's defaults, and so has
 JAX, by the interpreter PYTHON that has jax and optax. Steps are timed on one core, over a hundred mini-batches. Writes
-what it prints, with the machine, as CSV, and the ratios of training steps as a figure beside it; rows of parts that
-were not asked for stay.
+what it prints, with the machine, as CSV; rows of parts that were not asked for stay. `steps` is drawn, too, beside it.
 """
 
 import argparse
@@ -60,7 +59,7 @@ from nobackprop.rules.dfa import DFA
 from nobackprop.rules.fa import FA
 from nobackprop.rules.lra_e import LRAE
 from nobackprop.rules.mdfa import MDFA
-from nobackprop.training import hardware
+from nobackprop.training import hardware, kernels
 from nobackprop.training.build import prepare
 from nobackprop.training.learner import Learner
 from nobackprop.training.run import train
@@ -89,6 +88,7 @@ PRODUCTS = {getattr(torch.ops.aten, n) for n in ("mm", "addmm", "bmm", "convolut
 COMPARED = ("mlp", "conv")  # of conf/experiment/compare
 DEEP = {"depth": 64, "width": 1024, "batch": 2048}
 SIZE, IMAGES, BATCH = 224, 512, 64
+SHADES = {"here": "tab:blue", "JAX": "tab:orange", "plain PyTorch, torch.compile": "0.6"}
 SWEPT, TRIALS = (2, 42), 40  # jobs of a short and of a long sweep, trials of a search
 
 
@@ -306,17 +306,27 @@ def _steps(title: str, rounds: int, jax: Path | None) -> list[dict[str, Any]]:
 
 
 def rules(rounds: int) -> list[dict[str, Any]]:
-    """Speed and memory of every rule's step on the nets that compare all rules, against our own backpropagation."""
+    """Speed and memory of every rule's step on the nets that compare all rules, against our own backpropagation.
+
+    Each is timed as it trains, and as written, with torch's kernels.
+    """
     every = {"bp": BP(), **configured_rules()}
     rows = []
     for title in COMPARED:
         run = prepare(composed([f"+experiment=compare/{title}", "logger=none"]))
         batch = run.settings.batch_size
         pixels, labels = mini_batches(run.net, run.loss.classes, batch)
-        made = partial(our_step, pixels=pixels, labels=labels, replay=True)
-        runs = {n: partial(seconds, made(run.net, rule, run.loss, run.optimizer)) for n, rule in every.items()}
+        made = partial(our_step, net=run.net, loss=run.loss, optimizer=run.optimizer, pixels=pixels, labels=labels)
+        ways = {f"every rule: compare/{title}": True, f"every rule, as written, with torch's kernels: {title}": False}
+        runs: dict[str, Callable[[int], float]] = {}
+        for measure, own in ways.items():
+            for name, rule in every.items():
+                runs[f"{measure}/{name}"] = partial(_with_kernels, own, made(rule=rule, replay=own))
         with one_core():
-            rows += _rates(f"every rule: compare/{title}", in_turn(runs, rounds, round_s=0.25), batch)
+            measured = in_turn(runs, rounds, round_s=0.25)
+        kernels.use(None)
+        for measure in ways:
+            rows += _rates(measure, {name: measured[f"{measure}/{name}"] for name in every}, batch)
         peaks = {name: peak(run.net, rule, run.loss, batch) for name, rule in every.items()}
         rows += [
             {
@@ -329,6 +339,11 @@ def rules(rounds: int) -> list[dict[str, Any]]:
             for name, each in peaks.items()
         ]
     return rows
+
+
+def _with_kernels(own: bool, step: Callable[[], Any], times: int) -> float:
+    kernels.use(None if own else False)
+    return seconds(step, times)
 
 
 def _rates(measure: str, measured: dict[str, list[float]], batch: int) -> list[dict[str, Any]]:
@@ -629,30 +644,43 @@ def main() -> None:
         rows = pd.concat([before.loc[~before.measure.str.partition(":")[0].isin(new)], rows])
     options.output.parent.mkdir(parents=True, exist_ok=True)
     rows.to_csv(options.output, index=False, float_format="%.6g")
-    picture = options.output.with_suffix(".png")
-    draw(rows, ", ".join(rows.processor.unique()), picture)
+    picture = options.output.with_suffix(".svg")
+    draw(rows.loc[rows.measure.str.startswith("step: ")], picture)
     print(f"written: {options.output}, {picture}")
 
 
-def draw(rows: pd.DataFrame, processor: str, path: Path) -> None:
-    """Bars of the ratios to the first entry of each measure."""
-    if "ratio" not in rows or (rated := rows.dropna(subset="ratio")).empty:
+def draw(rows: pd.DataFrame, path: Path) -> None:
+    """Bars of training steps, relative to plain PyTorch backprop: ours, JAX's better form, and compiled PyTorch.
+
+    A line marks the bound that a rule's products set.
+    """
+    if rows.empty:
         return
-    parts = {str(measure): part for measure, part in rated.groupby("measure", sort=False)}
-    heights = [0.28 * len(part) + 0.7 for part in parts.values()]
-    figure, axes = plt.subplots(len(parts), figsize=(9, sum(heights)), height_ratios=heights, squeeze=False)
-    for ax, (measure, part) in zip(axes[:, 0], parts.items(), strict=True):
-        bars = ax.barh(part.what, part.ratio, color=["0.6"] + ["tab:blue"] * (len(part) - 1))
-        ax.bar_label(bars, fmt="%.2f", padding=3)
-        ax.axvline(1, color="0.4", lw=0.8)
-        ax.invert_yaxis()
-        ax.margins(x=0.12)
-        better = "lower" if measure.startswith("memory") else "higher"
-        ax.set_title(f"{measure} ({better} is better)", loc="left", fontsize=10)
+    parts = {str(measure).removeprefix("step: "): part for measure, part in rows.groupby("measure", sort=False)}
+    figure, axes = plt.subplots(1, len(parts), figsize=(9.5, 3), sharey=True, squeeze=False)
+    for ax, (title, part) in zip(axes[0], parts.items(), strict=True):
+        ratio = dict(zip(part.what, part.ratio, strict=True))
+        for at, rule in enumerate(("bp", "dfa", "lra_e")):
+            jax = [value for what, value in ratio.items() if what.startswith(f"JAX, {rule},")]
+            bars = {"here": ratio.get(rule), "JAX": max(jax, default=None)}
+            bars |= {"plain PyTorch, torch.compile": ratio.get(f"{PLAIN}, torch.compile")} if rule == "bp" else {}
+            for i, (name, value) in enumerate(bars.items()):
+                if value is not None:
+                    drawn = ax.bar(at + 0.27 * (i - 1), value, 0.25, color=SHADES[name], label=name if at == 0 else "")
+                    ax.bar_label(drawn, fmt="%.2f", padding=2, fontsize=7)
+            if (bound := ratio.get(f"{rule}, its products alone")) is not None:
+                ax.hlines(
+                    bound, at - 0.42, at + 0.42, color="0.3", ls=":", label="its products alone" if at == 0 else ""
+                )
+        ax.set_xticks(range(3), ["backprop", "DFA", "LRA-E"])
+        ax.set_title(title, fontsize=9)
         ax.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"relative to the first bar; {processor}, one thread unless said", fontsize=9)
+    axes[0, 0].set_ylabel("steps, relative to\nplain PyTorch backprop", fontsize=8)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.suptitle(f"{rows.processor.iloc[0]}, one core", fontsize=9)
     figure.set_layout_engine("constrained")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -206,6 +207,12 @@ def holders(path: Path) -> set[int]:
 def built_kernels() -> None:
     """Kernels are built before all tests, since that tells the user so."""
     kernels.use(None)
+
+
+own_kernels = pytest.mark.skipif(
+    not shutil.which("g++") or torch.backends.cpu.get_cpu_capability() not in kernels.INSTRUCTIONS,
+    reason="no g++ here, or another kind of processor",
+)
 
 
 @pytest.fixture(autouse=True)

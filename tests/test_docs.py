@@ -13,11 +13,12 @@ import generate
 import nbformat
 import pytest
 from conftest import ROOT, options
-from generate import reference
+from generate import reference, results
 from nbclient import NotebookClient
 from sphinx.cmd.build import build_main
 
 import nobackprop
+from nobackprop.core.rule import FAMILIES
 from nobackprop.papers.results import findings, papers
 from nobackprop.records.gathering import collect
 
@@ -164,15 +165,67 @@ def test_a_dead_link_fails_the_build(site: Path, tmp_path: Path) -> None:
         ("usf", ("yes", "signs", "none")),
         ("fa", ("yes", "nothing", "fixed B, as W")),
         ("lra_e", ("no", "nothing", "learned E, as W")),
+        ("recursive_lra", ("no", "nothing", "learned D, units x outputs; learned E, as W")),
         ("dtp", ("yes", "values, at the output", "learned Q, as W")),
         ("dfa", ("yes", "nothing", "fixed B, units x outputs")),
         ("pepita", ("no", "nothing", "fixed F, inputs x outputs")),
+        ("node_perturbation", ("no", "values, forward alone", "none")),
+        ("forward_gradient", ("yes", "values, forward alone", "none")),
+        ("evolution", ("no", "values, forward alone", "none")),
+        ("incremental_predictive_coding", ("yes", "values", "none")),
     ],
 )
 def test_what_a_rule_needs_is_found_by_running_it(name: str, needs: tuple[str, ...], configured: Any) -> None:
     found = reference.needs(configured("rule", name))
     assert (found.derivative, found.above, found.own) == needs
     assert found.work > 1.9
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "updates", "up"),
+    [
+        ("bp", "no", 1, 1),
+        ("brainprop", "no", 1, 1),  # its error is not the loss's
+        ("dfa_two_pass", "no", 1, 2),
+        ("drtp", "yes", 1, 1),
+        ("pepita", "no", 1, 2),
+        ("counter_current", "yes", 1, 1),
+        ("local_errors", "yes", 1, 1),
+        ("forward_forward", "yes", 1, 3),  # the right label, a wrong one and a neutral one
+        ("channel_competitive_ff", "yes", 1, 1),
+        ("soft_hebb", "no", 1, 1),
+        ("dtp", "no", 1, 2),
+        ("fixed_weight_dtp", "no", 1, 1),  # its decoders read the output
+        ("weight_mirror", "no", 2, 2),
+        ("difference_reconstruction", "no", 6, 11),
+        ("incremental_predictive_coding", "no", 5, 5),
+        ("predictive_coding", "no", 1, 1 + 15 * 4),
+        ("equilibrium_propagation", "no", 1, 1 + 10 * 4 + 2 * 10 * 4),  # both nudged phases relax side by side
+        ("evolution", "no", 1, 20),
+    ],
+)
+def test_labels_updates_and_passes_are_found_by_running_a_rule(
+    name: str, label: str, updates: int, up: int, configured: Any
+) -> None:
+    found = reference.needs(configured("rule", name))
+    assert (found.label, found.updates, found.up) == (label, updates, up)
+
+
+def test_the_table_of_rules_has_families_in_order(site: Path) -> None:
+    table = (site / "reference" / "rules.html").read_text().partition("<tbody>")[2].partition("</tbody>")[0]
+    families = re.findall(r"<tr><td>.*?</td><td>(.*?)</td>", table)
+    assert len(families) == len(options("rule"))
+    assert list(dict.fromkeys(families)) == [family for family in FAMILIES if family in families]
+    assert families == sorted(families, key=list(FAMILIES).index)
+
+
+def test_pages_show_the_comparison_that_has_all_rules() -> None:
+    named = ("accuracy_rules", "accuracy_cost", "second_rules", "second_cost", "mnist_rules", "mnist_cost")
+    drawn = {"other": {"other_rules": b"<svg>other</svg>"}, "compare": {n: f"<svg>{n}</svg>".encode() for n in named}}
+    for shown, name in ((results.all_rules(drawn), "second_rules"), ("".join(reference._field(drawn)), "second_cost")):
+        assert re.findall("<svg>(.*?)</svg>", shown) == [name]
+    without: dict[str, dict[str, bytes]] = {"compare": {}}
+    assert (results.all_rules(without), reference._field(without)) == ("", [])
 
 
 CHECKS = """

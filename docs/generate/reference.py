@@ -3,10 +3,9 @@
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from html import escape
 from importlib import import_module
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,11 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 import nobackprop
-from generate.results import cell, element, raw, sortable
+from generate.results import COMPARED, cell, element, raw, sortable
 from nobackprop import usage
 from nobackprop.core.initializers import Normal, initial_weights
-from nobackprop.core.losses import SoftmaxCrossEntropy
+from nobackprop.core.layers import Dense
+from nobackprop.core.losses import Loss, SoftmaxCrossEntropy
 from nobackprop.core.network import Network, mlp
 from nobackprop.core.rule import FAMILIES, Batch, Rule
 from nobackprop.mistakes import Mistake
@@ -78,11 +78,34 @@ def _yaml(text: str) -> str:
 # Rules
 
 
-class Pushed(Batch):
-    """A batch whose error at the output does not depend on what the net says."""
+FAR = 100.0  # biases of the outputs, so that these are far from 0, and what heads of other layers say is not
 
-    def error(self, z: Tensor) -> Tensor:
-        return torch.ones_like(z) * torch.tensor([0.3, -0.2, -0.4, 0.3], dtype=z.dtype)
+
+@dataclass(frozen=True)
+class Given(Loss):
+    """A loss whose error at the output is given: where z is far from 0, neither the net nor the label changes it.
+
+    Its value, too, is the same whatever the net says, unless it `follows`.
+    """
+
+    follows: bool = False
+
+    def value(self, z: Tensor, y: Tensor) -> Tensor:
+        return int(self.follows) * (z * self.error(z, y)).sum(1)
+
+    def error(self, z: Tensor, y: Tensor) -> Tensor:
+        return torch.tensor([0.3, -0.2, -0.4, 0.3], dtype=z.dtype) + y * (z.abs() < FAR / 2)
+
+
+@dataclass(frozen=True)
+class Counted(Dense):
+    """A dense layer that notes how many samples go up through its weights."""
+
+    seen: list[int] = field(default_factory=list, compare=False)
+
+    def forward(self, W: Tensor, b: Tensor | None, r: Tensor) -> Tensor:
+        self.seen.append(len(r))
+        return super().forward(W, b, r)
 
 
 @dataclass(frozen=True)
@@ -91,38 +114,54 @@ class Needs:
 
     derivative: str  # of f
     above: str  # what it uses of the weights above a layer
+    label: str  # whether hidden layers get it beside the output's error
     own: str  # weights
     noise: str
     refuses: str  # kinds of parts of a net
+    updates: int  # of a step
+    up: int  # how often a sample goes up through a layer in a step
     work: float  # of a step, in forward passes
 
 
 def needs(rule: Rule) -> Needs:
-    names, total = _own(rule), passes(rule, mlp((784,), 10, hidden=[256] * 4, activation="tanh"))
-    noise = "yes" if rule.noise(_net("tanh"), 6) else "no"
-    return Needs(_derivative(rule), _above(rule), names, noise, ", ".join(rule.refuses) or "nothing", total)
+    return Needs(
+        derivative=_derivative(rule),
+        above=_above(rule),
+        label=_label(rule),
+        own=_own(rule),
+        noise="yes" if rule.noise(_net("tanh"), 6) else "no",
+        refuses=", ".join(rule.refuses) or "nothing",
+        updates=len(rule.phases()),
+        up=_up(rule),
+        work=passes(rule, mlp((784,), 10, hidden=[256] * 4, activation="tanh")),
+    )
 
 
-def _net(activation: str, hidden: Sequence[int] = (7, 6)) -> Network:
-    return mlp((12,), 4, hidden=list(hidden), activation=activation)
+WIDTHS = {12: "inputs", 8: "units", 7: "units", 6: "units", 5: "units", 4: "outputs"}  # of the small nets
 
 
-def _batch(rule: Rule, net: Network, kind: type[Batch] = Batch, samples: int = 6) -> Batch:
+def _net(activation: str) -> Network:
+    inputs, *hidden, outputs = WIDTHS
+    return mlp((inputs,), outputs, hidden=hidden, activation=activation)
+
+
+def _batch(rule: Rule, net: Network, loss: Loss, samples: int = 6) -> Batch:
     numbers = torch.Generator().manual_seed(0)
-    inputs, outputs = prod(net.in_shape), net.units(net.L)
-    x = torch.rand(samples, inputs, dtype=torch.float64, generator=numbers)
-    loss = SoftmaxCrossEntropy(outputs)
+    x = torch.rand(samples, *net.in_shape, dtype=torch.float64, generator=numbers)
     noise = {
         name: torch.randn(shape, dtype=torch.float64, generator=numbers)
         for name, shape in rule.noise(net, samples).items()
     }
-    return kind(x, loss.target(torch.arange(samples) % outputs, x.dtype), loss, noise)
+    return Batch(x, loss.target(torch.arange(samples) % loss.classes, x.dtype), loss, noise)
 
 
 def _weights(rule: Rule, net: Network) -> dict[str, Tensor]:
     normal = Normal(0.3)
     drawn = initial_weights(net, rule, forward=normal, backward=normal, seed=0)
-    return {name: tensor.detach().double() for name, tensor in drawn.items()}
+    w = {name: tensor.detach().double() for name, tensor in drawn.items()}
+    w[f"b{net.L}"] += FAR
+    w[f"b{net.L}"][-1] += FAR  # a rule that chooses an output chooses the last
+    return w
 
 
 def _derivative(rule: Rule) -> str:
@@ -130,7 +169,7 @@ def _derivative(rule: Rule) -> str:
     net = _net("sign")
     try:
         rule.check(net)
-        rule.all_grads(net, _weights(rule, net), _batch(rule, net))
+        rule.all_grads(net, _weights(rule, net), _batch(rule, net, SoftmaxCrossEntropy(net.units(net.L))))
     except Mistake:
         return "yes"
     return "no"
@@ -139,24 +178,49 @@ def _derivative(rule: Rule) -> str:
 def _above(rule: Rule) -> str:
     """What W1's gradient in a linear net takes of the weights above, where the error at the output is given."""
     net = _net("identity")
-    w, batch = _weights(rule, net), _batch(rule, net, Pushed)
+    w = _weights(rule, net)
 
-    def changed(**others: Tensor) -> bool:
-        before, after = (rule.all_grads(net, each, batch)[0]["W1"] for each in (w, w | others))
+    def changed(name: str, factor: int, follows: bool = False) -> bool:
+        batch, other = _batch(rule, net, Given(net.units(net.L), follows)), w | {name: factor * w[name]}
+        before, after = (rule.all_grads(net, each, batch)[0]["W1"] for each in (w, other))
         return not torch.allclose(before, after, rtol=1e-6)
 
-    if changed(W2=2 * w["W2"]):
+    if changed("W2", 2):
         return "values"
-    if changed(W2=-w["W2"]):
+    if changed("W2", -1):
         return "signs"
-    return "values, at the output" if changed(W3=2 * w["W3"]) else "nothing"
+    if changed(f"W{net.L}", 2):
+        return "values, at the output"
+    return "values, forward alone" if changed("W2", 2, follows=True) else "nothing"
+
+
+def _label(rule: Rule) -> str:
+    """Whether a hidden W's gradient changes with the label where the error at the output is given."""
+    net = _net("tanh")
+    w, batch = _weights(rule, net), _batch(rule, net, Given(net.units(net.L)))
+    other = replace(batch, y=batch.y[:, [1, 2, 0, 3]])  # the chosen output is as right as before
+    before, after = (rule.all_grads(net, w, each)[0] for each in (batch, other))
+    same = (torch.allclose(before[f"W{l}"], after[f"W{l}"], rtol=1e-6) for l in range(1, net.L))
+    return "no" if all(same) else "yes"
+
+
+def _up(rule: Rule) -> int:
+    """How often a sample goes up through the weights of a layer in a step, in the layer where this is most often."""
+    net = _net("tanh")
+    layers = [Counted(net.units(l)) for l in range(1, net.L + 1)]
+    net = replace(net, layers=tuple(layers))
+    w, batch = _weights(rule, net), _batch(rule, net, SoftmaxCrossEntropy(net.units(net.L)))
+    for phase in rule.phases():
+        given, _ = phase(net, w, batch)
+        _, batch = batch.after(given, w)
+    return max(sum(layer.seen) for layer in layers) // len(batch.x)
 
 
 def _own(rule: Rule) -> str:
     """Its own weights by letter: fixed or learned, and of which shape."""
     net = _net("tanh")
-    w, sizes = _weights(rule, net), {12: "inputs", 7: "units", 6: "units", 4: "outputs"}
-    grads, _ = rule.all_grads(net, w, _batch(rule, net))
+    w = _weights(rule, net)
+    grads, _ = rule.all_grads(net, w, _batch(rule, net, SoftmaxCrossEntropy(net.units(net.L))))
     told = {}
     for name in w:
         letter, layer = name.rstrip("0123456789"), int(re.sub(r"\D", "", name) or 0)
@@ -164,22 +228,20 @@ def _own(rule: Rule) -> str:
             continue
         shape = w[name].shape
         as_w = layer and tuple(shape) == tuple(net.weight_shape(layer)) and layer < net.L
-        kind = "as W" if as_w else " x ".join(sizes.get(n, str(n)) for n in shape)
+        kind = "as W" if as_w else " x ".join(WIDTHS.get(n, str(n)) for n in shape)
         told[letter] = f"{'learned' if name in grads else 'fixed'} {letter}, {kind}"
     return "; ".join(told.values()) or "none"
 
 
 def rules(every: Sequence[Findings], drawn: Mapping[str, Mapping[str, bytes]]) -> str:
     """Every rule that has a file in conf/rule, in families."""
-    found = {path.stem: instantiate(OmegaConf.load(path)) for path in sorted((CONF / "rule").glob("*.yaml"))}
-    known = {name: needs(rule) for name, rule in found.items()}
+    every_rule = {path.stem: instantiate(OmegaConf.load(path)) for path in sorted((CONF / "rule").glob("*.yaml"))}
+    families = list(FAMILIES)
+    found = dict(sorted(every_rule.items(), key=lambda each: families.index(each[1].family)))
     experiment, costs = _costs(every)
-    compared = next(each.tables[COMPARED] for each in every if each.paper == "compare")
-    parts = [
-        RULES.format(experiment=f"`{experiment}`"),
-        raw(_table(known, {name: rule.family for name, rule in found.items()}, costs, compared)),
-        *_field(every, drawn),
-    ]
+    paper, table = COMPARED
+    compared = next(each.tables[table] for each in every if each.paper == paper)
+    parts = [RULES.format(experiment=f"`{experiment}`"), raw(_table(found, costs, compared)), *_field(drawn)]
     for family, told in FAMILIES.items():
         if members := [_rule(name, rule) for name, rule in found.items() if rule.family == family]:
             parts += [f"## {family[0].upper()}{family[1:]}", told, *members]
@@ -192,21 +254,27 @@ A learning rule says which error reaches each layer. The layer turns its input a
 weights, and does so in the same way for every rule. So a rule is one short file, to be read beside its paper. Families
 of rules differ in how a layer learns what it did wrong.
 
-The table says what each rule needs. It is made by running the rule on small nets when this page is built. *f'* says
-whether the rule needs the derivative of the activation. *Uses of W above* says what a layer's error takes of the
-weights above it: backprop needs their values. Rules that perturb something take them in by a forward pass alone, and
-bring no weight down. *Own weights* are those besides W and b; "as W" means that they have the shapes of W. *Refuses*
-names the parts of nets for which the rule has no form; below it says why. *Work* is the arithmetic of a training step,
-where a forward pass is 1. *Time* and *memory* are those of a step of {experiment}
-(`results/benchmark.csv`), where backprop has 1. *Accuracy* is on test images, in %, and *angle* that of the updates to
-backprop's gradient, in degrees, in the [second comparison](../results/compare.md): a fully connected net on MNIST and a
-convolutional one on Fashion-MNIST, after 3 epochs with a falling rate and settings that were searched.
+The table says what each rule needs, with the rules of a family together. It is made by running each rule with its
+default settings on small nets with four hidden layers when this page is built. *f'* says whether the rule needs the
+derivative of the activation. *Uses of W above* says what a layer's error takes of the weights above it, where the error
+at the output is given: backprop needs their values. *Forward alone* means that a change goes up through them, and that
+nothing comes down. *Label at hidden layers* says whether these get the label itself, beside the output's error or
+instead of it. *Own weights* are those besides W and b; "as W" means that they have the shapes of W. *Refuses* names the
+parts of nets for which the rule has no form; below it says why.
 
-What the table does not say: rules with local losses bring the label to every layer, and so does DRTP. Rules with
-energies compute in phases. Rules with targets train their feedback in a phase of its own, let it learn beside W, or
-leave it fixed."""
+*Updates* is how often weights move in a step of training. *Passes up* is how often a sample goes up through the weights
+of a layer in a step, in the layer where this is most often. A second forward pass counts, and so does each step in
+which the states of a net relax. *Work* is the arithmetic of a step, where a forward pass is 1. *Time* and *memory* are
+those of a step of {experiment} (`results/benchmark.csv`), where backprop has 1. *Accuracy* is on test images, in %, and
+*angle* that of the updates to backprop's gradient, in degrees, in the [second comparison](../results/compare.md): a
+fully connected net on MNIST, and a convolutional net, LeNet and a small residual net on Fashion-MNIST, after 3 epochs
+with a falling rate and settings that were searched.
 
-COMPARED = "second"  # a table of papers/compare/tables.yaml: its rows are the nets
+What the table does not say: equilibrium propagation has a free phase and nudged ones within its update, and predictive
+coding relaxes before any weight moves. Incremental predictive coding has no such phases, since weights move at every
+step of its relaxation. Weight mirrors and difference reconstruction train their feedback in updates of its own, before
+that of W. In all other rules feedback that learns does so beside W. Forward-forward writes the label into the images.
+Rules that perturb something bring every layer one number, how the loss changes."""
 
 
 def _costs(every: Sequence[Findings]) -> tuple[str, Mapping[str, Cost]]:
@@ -215,41 +283,47 @@ def _costs(every: Sequence[Findings]) -> tuple[str, Mapping[str, Cost]]:
     return max(known.items(), key=lambda each: (len(each[1]), each[0]), default=("", {}))
 
 
-def _table(
-    known: Mapping[str, Needs], families: Mapping[str, str], costs: Mapping[str, Cost], compared: Sequence[Row]
-) -> str:
+def _table(found: Mapping[str, Rule], costs: Mapping[str, Cost], compared: Sequence[Row]) -> str:
     rows = []
-    for name, n in known.items():
-        cost = costs.get(name)
+    for name, rule in found.items():
+        n, cost = needs(rule), costs.get(name)
         reached = [row.cells.get(name) for row in compared]
         texts = [
             element("a", name, href=f"#{name.replace('_', '-')}"),
-            families[name],
+            rule.family,
             n.derivative,
             n.above,
+            n.label,
             escape(n.own),
             n.noise,
             n.refuses,
         ]
-        measured = ["-", "-"] if cost is None else [f"{1 / cost.speed:.2f}", f"{cost.memory:.2f}"]
-        measured += ["-" if each is None or each.mean is None else f"{100 * each.mean:.1f}" for each in reached]
-        measured += ["-" if each is None or each.angle is None else f"{each.angle:.0f}" for each in reached]
-        rows.append([*map(cell, texts), *(cell(text, True) for text in [f"{n.work:.1f}", *measured])])
-    head = ["rule", "family", "f'", "uses of W above", "own weights", "noise", "refuses", "work", "time", "memory"]
+        numbers = [str(n.updates), str(n.up), f"{n.work:.1f}"]
+        numbers += ["-", "-"] if cost is None else [f"{1 / cost.speed:.2f}", f"{cost.memory:.2f}"]
+        numbers += ["-" if each is None or each.mean is None else f"{100 * each.mean:.1f}" for each in reached]
+        numbers += ["-" if each is None or each.angle is None else f"{each.angle:.0f}" for each in reached]
+        rows.append([*map(cell, texts), *(cell(text, True) for text in numbers)])
+    head = ["rule", "family", "f'", "uses of W above", "label at hidden layers", "own weights", "noise", "refuses"]
+    head += ["updates", "passes up", "work", "time", "memory"]
     nets = [row.labels["net"].replace("_", " ") for row in compared]
     head += [*(f"accuracy, {net}" for net in nets), *(f"angle, {net}" for net in nets)]
-    return sortable(head, rows, 3 + 2 * len(compared))
+    return sortable(head, rows, 5 + 2 * len(compared))
 
 
-def _field(every: Sequence[Findings], drawn: Mapping[str, Mapping[str, bytes]]) -> list[str]:
-    """The figures of the whole field, one for each table with a line for each rule."""
-    parts = ["## Error against cost", "The best rules are at the bottom left."]
-    for found in every:
-        for name, svg in drawn[found.paper].items():
-            if name.endswith("_cost"):
-                parts.append(raw(element("figure", within_a_page(svg), _class="drawn")))
-                parts.append(f"The runs are those of [{found.layout.title}](../results/{found.paper}.md).")
-    return parts
+def _field(drawn: Mapping[str, Mapping[str, bytes]]) -> list[str]:
+    """The figure of the whole field, error against cost; nothing without runs."""
+    paper, table = COMPARED
+    svg = drawn[paper].get(f"{table}_cost")
+    if svg is None:
+        return []
+    return [FIELD, raw(element("figure", within_a_page(svg), _class="drawn"))]
+
+
+FIELD = """## Error against cost
+
+The best rules are at the bottom left. Errors are those of settings that were searched, in the
+[second comparison](../results/compare.md), and times are those of steps with default settings: where the search chose
+another number of steps, a run costs more or less."""
 
 
 def _rule(name: str, rule: Rule) -> str:

@@ -40,6 +40,7 @@ TITLES = {  # by the kind of figure; the first two and `rules`, which say most, 
     "time": "Validation error against the time of training, at the pace of each cell's fastest seed",
     "angles": "Angle of each layer's update to backprop's gradient, the mean over seeds",
 }
+COMPARED = "compare", "second"  # the paper and its table that have all rules; the table's rows are the nets
 
 
 def element(tag: str, content: str, **attributes: str | None) -> str:
@@ -238,8 +239,9 @@ def page(found: Findings, drawn: Mapping[str, bytes]) -> str:
 
 def all_rules(drawn: Mapping[str, Mapping[str, bytes]]) -> str:
     """Of the figures by paper and name that of all rules, for the first page; empty without runs."""
-    svgs = [svg for each in drawn.values() for name, svg in each.items() if name.endswith("_rules")]
-    return element("figure", within_a_page(svgs[0]), _class="drawn") + "\n" if svgs else ""
+    paper, table = COMPARED
+    svg = drawn[paper].get(f"{table}_rules")
+    return element("figure", within_a_page(svg), _class="drawn") + "\n" if svg else ""
 
 
 def elsewhere(every: Mapping[str, Published]) -> str:

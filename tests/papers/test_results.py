@@ -153,6 +153,15 @@ def test_fewer_seeds_than_the_paper_are_marked(results: Path) -> None:
     assert first_row([lra(0, 0.9), lra(1, 0.9)], results).cells[RULE].marks == []
 
 
+def test_runs_are_found_whose_rate_falls_to_the_end_of_fewer_epochs() -> None:
+    """A schedule's length follows max_epochs, and so belongs to the number of epochs."""
+    of = cell("forward_gradient", {"dataset": "mnist", "rule": "bp"})
+    shorter = made(config=COMPOSER.identity([*of.overrides, "max_epochs=20"]))
+    other = made(config=COMPOSER.identity([*of.overrides, "max_epochs=20", "schedule.total_iters=10"]))
+    assert shorter.config["schedule"]["total_iters"] == 20
+    assert module.Runs([shorter, other]).of(of.overrides)[1] == [shorter]
+
+
 def test_rules_are_compared_at_the_same_epochs_and_seeds(results: Path) -> None:
     both = [record("lra_e", LRA | {"rule": r}, s, 0.5, epochs=3) for r in ("bp", RULE) for s in (0, 1, 2)]
     longer = [record("lra_e", LRA, seed, 0.9, epochs=50) for seed in range(5)]

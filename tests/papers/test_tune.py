@@ -104,7 +104,7 @@ def test_each_rule_has_points_of_its_own_and_its_rate_fixes_no_other_parameter()
         own = [float(point[key]) for point in of[rule]]
         correlation: Any = spearmanr(rates[rule], own)
         assert abs(correlation.statistic) < 0.35
-    assert search.points(found[-1]) == of["evolution"]  # the same each time
+    assert search.points(found[-1]) == of[found[-1].labels["rule"]]  # the same each time
 
 
 def test_a_bracket_trains_the_best_of_a_rung_longer_and_the_finalists_with_more_seeds(

@@ -128,6 +128,38 @@ def test_a_forward_gradient_along_each_direction_of_a_basis_is_the_gradient(prob
     torch.testing.assert_close(grads, BP().grads(net, w, problem.batch)[0])
 
 
+@pytest.mark.parametrize(
+    "problem", [("mlp", "softmax"), ("padded_conv", "sigmoid"), ("lenet", "softmax")], indirect=True
+)
+def test_forward_gradients_of_local_losses_along_each_direction_of_a_basis_are_those_of_local_errors(
+    problem: Problem,
+) -> None:
+    """A basis for each layer by itself, of length sqrt(directions): its slope takes no other layer in."""
+    net, sizes = problem.net, [problem.net.units(l) for l in range(1, problem.net.L)]
+    count = max(sizes)
+    noise = {}
+    for l, size in enumerate(sizes, 1):
+        directions = torch.eye(count, size, dtype=torch.float64) * count**0.5
+        noise[f"z{l}"] = directions.view(count, *net.shapes[l]).expand(len(problem.batch.x), -1, *net.shapes[l])
+    rule = ForwardGradient(loss="local", directions=count)
+    w = problem.weights(rule)
+    grads, logits = rule.grads(net, w, replace(problem.batch, noise=noise))
+    expected, expected_logits = LocalErrors(loss="prediction").grads(net, w, problem.batch)
+    torch.testing.assert_close(grads, expected)
+    torch.testing.assert_close(logits, expected_logits)
+    assert rule.noise(net, 6) == {f"z{l}": (6, count, *net.shapes[l]) for l in range(1, net.L)}
+
+
+@pytest.mark.parametrize("problem", [("mlp", "softmax")], indirect=True)
+def test_the_mean_of_forward_gradients_of_local_losses_tends_to_their_gradient(problem: Problem) -> None:
+    rule = ForwardGradient(loss="local", directions=20_000)
+    w = problem.weights(rule)
+    grads, _ = rule.grads(problem.net, w, problem.noisy(rule))
+    for name, g in LocalErrors().grads(problem.net, w, problem.batch)[0].items():
+        assert F.cosine_similarity(grads[name].flatten(), g.flatten(), dim=0) > 0.98, name
+        assert 0.95 < grads[name].norm() / g.norm() < 1.05, name
+
+
 @pytest.mark.parametrize("perturb", ["activities", "weights"])
 @pytest.mark.parametrize("problem", [("mlp", "softmax")], indirect=True)
 def test_the_mean_of_forward_gradients_tends_to_the_gradient(problem: Problem, perturb: Any) -> None:
@@ -168,6 +200,7 @@ def test_evolution_of_low_rank_is_the_gradient_on_average(quadratic: Problem, ra
     grads, _ = rule.grads(quadratic.net, w, replace(quadratic.batch, noise=noise))
     for name, g in BP().grads(quadratic.net, w, quadratic.batch)[0].items():
         assert F.cosine_similarity(grads[name].flatten(), g.flatten(), dim=0) > 0.98, name
+        assert 0.9 < grads[name].norm() / g.norm() < 1.1, name
 
 
 @pytest.mark.parametrize("problem", [("mlp", "softmax"), ("strided_conv", "sigmoid")], indirect=True)
@@ -225,6 +258,8 @@ def test_soft_hebb_is_the_papers_update_of_each_unit(problem: Problem, anti: boo
         (lambda: SoftHebb(temperature=0), "rule.temperature is 0: it divides what units compete by, so above 0"),
         (lambda: NodePerturbation(sigma=0), "rule.sigma is 0: without noise no loss changes"),
         (lambda: ForwardGradient(perturb="z"), "rule.perturb is 'z': write activities or weights"),  # pyright: ignore
+        (lambda: ForwardGradient(loss="all"), "rule.loss is 'all': write net or local"),  # pyright: ignore
+        (lambda: ForwardGradient("weights", loss="local"), "rule.loss=local follows .*: write rule.perturb=activities"),
         (lambda: ForwardGradient(directions=0), "rule.directions is 0: the loss is followed along 1 direction or more"),
         (lambda: Evolution(sigma=-1), "rule.sigma is -1: without a change no loss changes"),
         (lambda: Evolution(population=0), "rule.population is 0: how many pairs of changes, so 1 or more"),

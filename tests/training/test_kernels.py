@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Config, interrupt, started, train
+from conftest import Config, interrupt, own_kernels, started, train
 from torch import Tensor
 
 import nobackprop
@@ -21,10 +20,7 @@ from nobackprop.core import optimizers
 from nobackprop.mistakes import Mistake
 from nobackprop.training import kernels
 
-pytestmark = pytest.mark.skipif(
-    not shutil.which("g++") or torch.backends.cpu.get_cpu_capability() not in kernels.INSTRUCTIONS,
-    reason="no g++ here, or another kind of processor",
-)
+pytestmark = own_kernels
 
 
 @pytest.fixture
@@ -338,6 +334,15 @@ def test_they_are_built_once(unbuilt: Callable[[str], None], tmp_path: Path) -> 
     assert copy.read_bytes() == library.read_bytes()
 
 
+def test_a_library_that_was_built_is_used_without_a_compiler(unbuilt: Callable[[str], None], tmp_path: Path) -> None:
+    kernels.use(True)
+    built = kernels._library([*kernels.INSTRUCTIONS[torch.backends.cpu.get_cpu_capability()], *kernels.OPTIONS])
+    unbuilt("")
+    (tmp_path / "cache/nobackprop").mkdir(parents=True)
+    (tmp_path / "cache/nobackprop" / built.name).write_bytes(built.read_bytes())
+    assert started("-c", "from nobackprop.training import kernels; kernels.use(True)", cwd=tmp_path).returncode == 0
+
+
 def test_the_record_says_which_were_used(config: Config) -> None:
     assert train(config("seeds=[0]", "max_steps=2"))[0].machine.kernels
     assert not train(config("seeds=[1]", "max_steps=2", "kernels=false"))[0].machine.kernels
@@ -353,7 +358,7 @@ def test_a_run_goes_on_with_the_kernels_that_it_began_with(config: Config) -> No
     (exact,) = train(config("seeds=[0]", "kernels=false"))
     interrupt(config("seeds=[1]", "kernels=false"))
     (other,) = train(config("seeds=[1]", "kernels=true"))
-    assert (exact.machine.kernels, other.machine.kernels) == (False, True)
+    assert (exact.machine.kernels, other.machine.kernels) == (False, "in part")
 
 
 def test_a_call_from_python_leaves_torchs_in_place(tmp_path: Path) -> None:

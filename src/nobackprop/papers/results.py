@@ -359,6 +359,9 @@ class Composer:
         return self.parents[groups]
 
 
+LENGTHS = ("T_max", "total_iters")  # of torch's schedules that end with the run
+
+
 class Runs:
     """Recorded runs, found by the config of a cell, for any number of epochs."""
 
@@ -375,8 +378,10 @@ class Runs:
 
 
 def _without_epochs(config: Mapping[str, Any]) -> str:
-    """The key that runs share if they differ only in their number of epochs."""
-    return digest({name: value for name, value in config.items() if name != "max_epochs"})
+    """The key that runs share if they differ only in their number of epochs, and in a schedule that is as long."""
+    epochs, schedule = config["max_epochs"], config.get("schedule") or {}
+    kept = {name: value for name, value in schedule.items() if name not in LENGTHS or value != epochs}
+    return digest({**config, "max_epochs": None, "schedule": kept})
 
 
 def findings(paper: str, records: Iterable[Record], results: Path = RESULTS) -> Findings:

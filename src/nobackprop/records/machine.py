@@ -3,7 +3,7 @@
 import os
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # takes seconds to import, and reading records does not need it
     import torch
@@ -11,7 +11,9 @@ if TYPE_CHECKING:  # takes seconds to import, and reading records does not need 
 from nobackprop.records.record import Machine
 
 
-def machine(device: "torch.device", compiled: bool = False, devices: int = 1, kernels: bool = False) -> Machine:
+def machine(
+    device: "torch.device", compiled: bool = False, devices: int = 1, kernels: bool | Literal["in part"] = False
+) -> Machine:
     """This machine, as it trains on that device, which is one of `devices`, with this program's kernels or without."""
     import torch
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from math import isfinite, prod
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from pydantic import (
@@ -63,7 +63,7 @@ class Machine(_Strict):
     matmul: str  # torch's float32_matmul_precision
     compiled: bool
     devices: Count  # each device trained on its part of every mini-batch
-    kernels: bool = False  # this program's own, in the place of torch's
+    kernels: bool | Literal["in part"] = False  # this program's own, in the place of torch's
 
 
 class _Read(BaseModel):

@@ -32,8 +32,9 @@ class Evolution(Rule):
 
     Raises Mistake for a `sigma` of 0 or less, and a `population` or a `rank` below 1.
 
-    Departs from EGGROLL: the products with A and B are not kept apart, so that a step on a GPU saves no memory; nor are
-    losses ranked or normalized.
+    Departs from MeZO: all K changes of a step are held at once, K times the weights, where MeZO draws each anew from
+    its seed to save memory. Departs from EGGROLL: the products with A and B are not kept apart, so that a step on a GPU
+    saves no memory; nor are losses ranked or normalized.
     """
 
     family: ClassVar[str] = "perturbation"

@@ -81,9 +81,9 @@ class LocalErrors(Rule):
 
     def _prediction(self, net: Network, l: int, C: Tensor, h: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The gradient of C[l], and the error at h."""
-        head, r = Dense(net.units(net.L)), maps.through(net.layers[l].read, h)
-        e = batch.error(head.forward(C.mT, None, r))  # (N, outputs)
-        return head.hebbian(r, e)[0].mT, net.direct(l, C, e, h)
+        r, a = head(net, l, C, h)
+        e = batch.error(a)  # (N, outputs)
+        return Dense(net.units(net.L)).hebbian(r, e)[0].mT, net.direct(l, C, e, h)
 
     def _similarity(self, net: Network, l: int, T: Tensor, h: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The gradient of T[l], and the error at h."""
@@ -106,6 +106,12 @@ class LocalErrors(Rule):
 
     def stand_ins(self, net: Network, w: Weights, batch: Batch) -> dict[int, tuple[Tensor, Tensor]]:
         return {}  # C and T stand in for no W
+
+
+def head(net: Network, l: int, C: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """What the linear head C of layer l reads of h, and its answer (N, outputs)."""
+    r = maps.through(net.layers[l].read, h)
+    return r, Dense(net.units(net.L)).forward(C.mT, None, r)
 
 
 def _transform(net: Network, l: int) -> Layer:

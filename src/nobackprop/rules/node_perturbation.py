@@ -23,7 +23,10 @@ class NodePerturbation(Rule):
     its variance grows with the number of units. No derivative of f is needed.
 
     `sigma` is the standard deviation of the noise, in units of z. It must stand out from what products are rounded by,
-    so a short type (bf16) needs a larger one than float32. Raises Mistake for a `sigma` of 0 or less.
+    so a short type (bf16) needs a larger one than float32.
+
+    Departs from the paper: its nets are linear and its loss is the squared error; nets here may have any depth,
+    activation and loss. Raises Mistake for a `sigma` of 0 or less.
     """
 
     family: ClassVar[str] = "perturbation"

@@ -1,7 +1,7 @@
-"""This program's own kernels for a CPU, `kernels.cpp`: products, tanh and Adam's step in float32, for torch's.
+"""This program's own kernels for a CPU, `kernels.cpp`: products, tanh, max pooling and Adam's step in float32.
 
 They are built once for each kind of processor and version of torch, where there is GCC's compiler, and kept in the
-user's cache.
+user's cache. There they are found without a compiler, too.
 """
 
 import logging
@@ -55,12 +55,12 @@ def _load() -> str | None:
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in INSTRUCTIONS:
         return f"torch names this processor's instructions {capability}, and they are for {', '.join(INSTRUCTIONS)}"
-    if not which("g++"):
-        return "g++ is not there"
     options = [*INSTRUCTIONS[capability], *OPTIONS]
     try:
         library = _library(options)
         if not _whole(library):
+            if not which("g++"):
+                return "g++ is not there"
             library.parent.mkdir(parents=True, exist_ok=True)
             with locked(library.with_suffix(".lock"), "building kernels"):
                 if not _whole(library):  # another process may have built it meanwhile

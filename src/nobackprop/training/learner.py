@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning import LightningModule
@@ -79,6 +79,7 @@ class Learner(LightningModule):
         self.make_optimizer, self.make_schedule = optimizer, schedule
         self.update, self.l2, self.patience = UPDATES[update], l2, patience
         self.replay, self.compiled = replay, compile
+        self.kernels: bool | Literal["in part"] = kernels.used()  # in part: a checkpoint was trained with others
         self.seeds, self.alone = tuple(weights), len(weights) == 1
         names = next(iter(weights.values()))
         self.w = nn.ParameterDict({n: _fixed(_laid_out([w[n] for w in weights.values()])) for n in names})
@@ -356,12 +357,14 @@ class Learner(LightningModule):
             checkpoint["state_dict"] |= self.train_scores.state_dict(prefix="train_scores.")
         checkpoint["steps"] = self.steps
         checkpoint["wall_s"] = self.wall_s
-        checkpoint |= {"compiled": self.compiled, "kernels": kernels.used()}
+        checkpoint |= {"compiled": self.compiled, "kernels": self.kernels}
         checkpoint["progress"] = [vars(p) for p in self.progress]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.steps = checkpoint["steps"]
         self.spent_s = checkpoint["wall_s"]
+        if checkpoint.get("kernels", False) != self.kernels:
+            self.kernels = "in part"
         self.progress = [Progress(**p) for p in checkpoint["progress"]]
 
 

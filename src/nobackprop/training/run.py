@@ -357,7 +357,7 @@ def _resumed(
                 f"{path} was trained with compile={was}, and this command says compile={now}, which rounds in another "
                 f"way: go on with compile={was}, or remove {folder} to start these seeds again"
             )
-        other = run.device.type == "cpu" and content.get("kernels", False) != kernels.used()
+        other = run.device.type == "cpu" and content.get("kernels", False) == (not kernels.used())
         if other and run.settings.kernels is None:
             was, now = (str(each).lower() for each in (not kernels.used(), kernels.used()))
             raise Mistake(
@@ -433,7 +433,7 @@ def _record(run: Run, dataset: Dataset, t: Task, learner: Learner, i: int, wall:
             validation=len(t.validation),
             test=len(t.test),
         ),
-        machine=machine.machine(learner.device, learner.compiled, learner.ranks, kernels.used()),
+        machine=machine.machine(learner.device, learner.compiled, learner.ranks, learner.kernels),
         precision=run.settings.trainer.precision,
         stacked=len(learner.seeds),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
