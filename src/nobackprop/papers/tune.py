@@ -107,7 +107,6 @@ def _kind(value: Any) -> str:
 
 
 Dimension = Annotated[Annotated[Range, Tag("range")] | Annotated[Choice, Tag("choice")], Discriminator(_kind)]
-Parts = Annotated[list[dict[str, list[str]]], Field(min_length=1), BeforeValidator(_listed)]
 Dimensions = Annotated[list[Dimension], Field(min_length=1), BeforeValidator(_listed)]
 
 
@@ -131,8 +130,8 @@ class Search(BaseModel):
     seeds: PositiveInt = 1  # of the last rung's trials: so many from `seed` on
     draw: Literal["alike", "for each rule"]  # whether all cells try the same values of a key that they share
     compute: PositiveInt | None = None  # of a run at equal compute, in forward passes of a mini-batch
-    equal_compute: EqualCompute | None = None
-    where: Parts = [{}]  # the parts of the grid that are searched; cells that share settings are one
+    where: dict[str, list[str]] = {}  # the part of the grid that is searched; cells that share settings are one
+    equal_compute: EqualCompute | None = None  # another part
     space: Annotated[dict[str, Dimensions], Field(min_length=1)]  # of several, a cell searches the last that fits it
 
     @model_validator(mode="after")
@@ -144,6 +143,11 @@ class Search(BaseModel):
         if self.equal_compute and not (self.rungs and self.compute):
             raise Mistake("equal_compute: give rungs and compute, too")
         return self
+
+    @property
+    def count(self) -> int:
+        """How many rungs there are; without rungs it is one."""
+        return len(self.rungs) if self.rungs else 1
 
     def forward_passes(self, cell: Cell) -> float | None:
         """What a mini-batch of a rung stands for in this cell, in forward passes; None where it stands for itself."""
@@ -158,8 +162,7 @@ class Search(BaseModel):
         return {"max_epochs": 1000, "max_steps": steps if each is None else _steps(steps * each, _cost(config))}
 
     def seeds_of(self, rung: int) -> list[int]:
-        last = rung == len(self.rungs or [self.epochs]) - 1
-        return list(range(self.seed, self.seed + (self.seeds if last else 1)))
+        return list(range(self.seed, self.seed + (self.seeds if rung == self.count - 1 else 1)))
 
     @classmethod
     def read(cls, name: str) -> "Search":
@@ -170,10 +173,9 @@ class Search(BaseModel):
         path = PAPERS / name / "search.yaml"
         search = cls.of(load(path), str(path))
         known = {choice for cell in cells(name) for choice in cell.labels.items()}
-        wheres = [("where", part) for part in search.where]
-        wheres += [("equal_compute", search.equal_compute.where)] if search.equal_compute else []
-        wheres += [(key, each.when) for key, dimensions in search.space.items() for each in dimensions]
-        for key, where in wheres:
+        equal = [("equal_compute", search.equal_compute.where)] if search.equal_compute else []
+        whens = [(key, each.when) for key, dimensions in search.space.items() for each in dimensions]
+        for key, where in [("where", search.where), *equal, *whens]:
             for axis, choices in where.items():
                 if unknown := [choice for choice in choices if (axis, choice) not in known]:
                     raise Mistake(f"{path}: {key}: no cell of the grid has {axis}={','.join(unknown)}")
@@ -197,7 +199,7 @@ class Search(BaseModel):
     def cells(self, name: str) -> list[Cell]:
         """The cells of a grid that this searches, one for each file of tuned settings."""
         tuned = [cell for cell in cells(name) if cell.tuned is not None]
-        return [cell for cell in tuned if any(_fits(cell, part) for part in self.where)]
+        return [cell for cell in tuned if _fits(cell, self.where) or self.forward_passes(cell)]
 
     def within(self, cell: Cell) -> dict[str, Range | Choice]:
         """The part of the space that a cell searches: of each key the last dimension that fits."""
@@ -376,7 +378,7 @@ def tune(
         _ = Job(str(cell), first[str(cell)]).run
     for i, cell in enumerate(chosen):
         points, rungs = search.points(cell), []
-        for rung in range(len(search.rungs or [search.epochs])):
+        for rung in range(search.count):
             console.print(f"{cell} ({i + 1} of {len(chosen)}), rung {rung + 1}: {len(points)} trials", highlight=False)
             ready = {k: _job(search, cell, point, rung, first[str(cell)]) for k, point in enumerate(points)}
             ended: dict[int, Trial] = {}

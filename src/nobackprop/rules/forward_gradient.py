@@ -8,12 +8,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from nobackprop.core.layers import Dense
 from nobackprop.core.maps import Shape
 from nobackprop.core.network import Network, Weights
 from nobackprop.core.rule import Batch, Draw, Grads, Rule
 from nobackprop.mistakes import Mistake
-from nobackprop.rules.local_errors import head
+from nobackprop.rules.local_errors import head, of_head
 
 with warnings.catch_warnings():  # torch warns of itself where it differentiates forward for the first time
     warnings.simplefilter("ignore", FutureWarning)
@@ -116,8 +115,8 @@ class ForwardGradient(Rule):
             d = torch.einsum("kn,kn...->n...", slopes, v) / self.directions
             g |= net.hebbian(l, h[l - 1], d)
             h[l] = net.output(l, z, h)
-            r, a = head(net, l, C, h[l])
-            g[f"C{l}"] = Dense(C.shape[1]).hebbian(r, batch.error(a))[0].mT
+            g[f"C{l}"], _ = of_head(net, l, C, h[l], batch)
+            h.pop(l - net.span, None)
         z = net.preactivation(net.L, w, h[net.L - 1])
         return g | net.hebbian(net.L, h[net.L - 1], batch.error(z)), z
 

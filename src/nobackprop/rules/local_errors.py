@@ -81,9 +81,8 @@ class LocalErrors(Rule):
 
     def _prediction(self, net: Network, l: int, C: Tensor, h: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The gradient of C[l], and the error at h."""
-        r, a = head(net, l, C, h)
-        e = batch.error(a)  # (N, outputs)
-        return Dense(net.units(net.L)).hebbian(r, e)[0].mT, net.direct(l, C, e, h)
+        dC, e = of_head(net, l, C, h, batch)
+        return dC, net.direct(l, C, e, h)
 
     def _similarity(self, net: Network, l: int, T: Tensor, h: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The gradient of T[l], and the error at h."""
@@ -112,6 +111,13 @@ def head(net: Network, l: int, C: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """What the linear head C of layer l reads of h, and its answer (N, outputs)."""
     r = maps.through(net.layers[l].read, h)
     return r, Dense(net.units(net.L)).forward(C.mT, None, r)
+
+
+def of_head(net: Network, l: int, C: Tensor, h: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The gradient of that head, and its error (N, outputs)."""
+    r, a = head(net, l, C, h)
+    e = batch.error(a)
+    return Dense(net.units(net.L)).hebbian(r, e)[0].mT, e
 
 
 def _transform(net: Network, l: int) -> Layer:
