@@ -681,7 +681,8 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.suptitle(f"{rows.processor.iloc[0]}, one core", fontsize=9)
     figure.set_layout_engine("constrained")
-    figure.savefig(path, metadata={"Date": None})
+    with plt.rc_context({"svg.hashsalt": "benchmark"}):  # so that the same figures give the same file
+        figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":
