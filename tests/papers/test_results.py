@@ -548,13 +548,13 @@ def test_a_ranking_has_the_best_rule_first_and_mini_batches_where_they_differ(re
     """The order is that of the first row in which all rules have run."""
     runs = [record("compare", {"net": "mlp", "rule": "bp"}, 0, 0.9)]
     for rule, accuracy, steps in (("bp", 0.5, 7), ("dfa", 0.6, 9)):
-        compute = record("compare", {"net": "mnist_mlp", "budget": "compute", "rule": rule}, 0, accuracy)
         constant = {"net": "mnist_mlp", "budget": "epochs", "schedule": "constant", "rule": rule}
+        compute = record("compare", {**constant, "budget": "compute"}, 0, accuracy)
         runs += [compute.model_copy(update={"steps": steps}), record("compare", constant, 0, accuracy + 0.1)]
     found = findings("compare", runs, results)
     (table,) = (table for table in found.layout.tables if table.name == "mnist")
     head, _, *lines = tables.ranking(found, table).splitlines()
-    assert head == "| rule | mlp | mnist mlp, epochs, constant | mnist mlp, compute | mini-batches |"
+    assert head == "| rule | mlp | mnist mlp, epochs, constant | mnist mlp, compute, constant | mini-batches |"
     assert lines == ["| dfa | - | 70.00 | 60.00 | 9 |", "| bp | 90.00 | 60.00 | 50.00 | 7 |"]
 
 

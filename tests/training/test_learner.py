@@ -13,6 +13,7 @@ from torch import Tensor
 from nobackprop.core.initializers import Uniform, initial_weights
 from nobackprop.core.losses import SoftmaxCrossEntropy
 from nobackprop.core.network import Network, allconv, mlp
+from nobackprop.core.optimizers import Adam
 from nobackprop.core.rule import Batch, Grads, Rule
 from nobackprop.data.batches import task
 from nobackprop.data.pixels import Pixels
@@ -259,6 +260,17 @@ def test_a_schedule_steps_once_an_epoch(fit: Fit) -> None:
     schedule = partial(torch.optim.lr_scheduler.MultiStepLR, milestones=[1, 3], gamma=0.1)
     learner = fit(NET, LRAE(), [0], epochs=4, schedule=schedule)
     assert learner.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize("options", [{}, {"replay": True}, {"optimizer": partial(Adam, lr=0.01), "replay": True}])
+def test_a_schedule_steps_after_each_mini_batch_where_it_says_so(fit: Fit, options: dict[str, Any]) -> None:
+    """Two of four epochs have a rate of 0, so they change nothing."""
+    schedule = partial(torch.optim.lr_scheduler.MultiStepLR, milestones=[20], gamma=0.0)
+    left = fit(NET, LRAE(), [0], epochs=4, schedule=schedule, schedule_interval="step", **options)
+    shorter = fit(NET, LRAE(), [0], epochs=2, **options)
+    assert left.steps == 2 * shorter.steps == 40
+    for name, weights in shorter.w.items():
+        assert torch.equal(left.w[name], weights)
 
 
 @dataclass(frozen=True)

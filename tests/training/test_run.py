@@ -121,6 +121,11 @@ def test_every_config_composes(config: Config, tmp_path: Path, group: str, optio
         (["schedule=multistep", "schedule.milestones=[0.25,0.5]"], "schedule: milestones are numbers of epochs"),
         (["schedule=multistep", "schedule.milestones=[a]"], "schedule: milestones are numbers of epochs"),
         (["schedule=cosine", "schedule.T_max=0"], "schedule: "),
+        (["schedule=cosine", "+schedule.interval=batch"], "schedule: write interval: epoch, or interval: step for a"),
+        (
+            ["schedule=multistep", "+schedule.interval=step", "schedule.milestones=[500]", "schedule.gamma=-1"],
+            "schedule: the rate becomes -0.0",
+        ),
         (["schedule=cosine", "schedule.T_max=abc"], "schedule.T_max: Input should be a valid number, got 'abc'"),
         (["schedule=multistep", "schedule.milestones=5"], "schedule.milestones: Input should be a valid array, got 5"),
         (["schedule=multistep", "schedule.milestones=[1,2]", "schedule.gamma=-1"], "schedule: the rate becomes -0.0"),
@@ -237,11 +242,12 @@ def test_a_seeds_record_does_not_depend_on_what_runs_beside_it(config: Config, t
     assert same_results(tmp_path / "alone", tmp_path / "runs", "*/seed1") == 1
 
 
+@pytest.mark.parametrize("schedule", [["schedule=cosine"], ["schedule=cosine_steps"]])
 def test_a_resumed_run_ends_like_one_left_alone(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: list[str]
 ) -> None:
     """From every checkpoint: in mid-epoch, between epochs, after the last; momentum, schedule, best weights too."""
-    overrides = ["optimizer=sgd", "optimizer.momentum=0.9", "schedule=cosine", "rule=mdfa", "checkpoint_minutes=0"]
+    overrides = ["optimizer=sgd", "optimizer.momentum=0.9", *schedule, "rule=mdfa", "checkpoint_minutes=0"]
     cfg = config(*overrides)
     copies: dict[int, Path] = {}
     contents: dict[Path, bytes] = {}
@@ -267,6 +273,16 @@ def test_a_resumed_run_ends_like_one_left_alone(
         assert same_results(tmp_path / "runs", tmp_path / str(steps)) == 1
         assert resumed.wall_s > torch.load(io.BytesIO(contents[checkpoint]), weights_only=True)["wall_s"]
         assert not path.parent.exists()
+
+
+@pytest.mark.parametrize("length", [["max_epochs=2"], ["max_epochs=5", "max_steps=322"]])
+def test_a_cosine_of_mini_batches_is_as_long_as_the_run(config: Config, tmp_path: Path, length: list[str]) -> None:
+    given = ["+schedule.T_max=322", f"paths.runs={tmp_path}/given"]
+    (record,) = train(config("schedule=cosine_steps", *length))
+    (same,) = train(config("schedule=cosine_steps", *length, *given))
+    assert record.steps == 322
+    assert record.epochs == same.epochs
+    assert "T_max" not in record.config["schedule"]
 
 
 def test_max_steps_ends_a_run_in_mid_epoch(config: Config) -> None:

@@ -7,7 +7,6 @@ All of it comes from files: records (`results/records/*.jsonl`), the published f
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -43,7 +42,7 @@ from nobackprop.papers.claims import (
     place_of,
     trials,
 )
-from nobackprop.papers.grid import Cell, by_key, cells
+from nobackprop.papers.grid import TUNED, Cell, by_key, cells
 from nobackprop.places import CONF, PAPERS, RESULTS
 from nobackprop.records.identity import digest, rule_name
 from nobackprop.records.record import Record
@@ -323,12 +322,8 @@ class Findings:
         return self.costs.get(experiment, {})
 
 
-def _key(name: str, node: dict[str, Any] | list[Any]) -> str | int:
-    return int(name) if isinstance(node, list) else name
-
-
 class Composer:
-    """Composes many configs that share most choices: groups by Hydra, once for each choice, plain values afterwards."""
+    """Composes many configs that share most choices of groups: these by Hydra, once, and values afterwards."""
 
     def __init__(self) -> None:
         self.parents: dict[tuple[str, ...], dict[str, Any]] = {}
@@ -336,20 +331,15 @@ class Composer:
 
     def identity(self, overrides: Iterable[str]) -> dict[str, Any]:
         """The identity of the config that these overrides make."""
-        groups, values = self._split(overrides)
-        content = deepcopy(self._parent(groups))
-        for override in self.parser.parse_overrides(values):
-            *parents, name = override.key_or_group.split(".")
-            node: Any = content
-            for parent in parents:
-                node = node[_key(parent, node)]
-            node[_key(name, node)] = override.value()
-        return Settings.of(OmegaConf.create(content)).identity()
-
-    def _split(self, overrides: Iterable[str]) -> tuple[tuple[str, ...], list[str]]:
         every = by_key(overrides)
+        tuned = every.pop(TUNED.removesuffix("="), None)
         groups = {name: text for name, text in every.items() if (CONF / name.lstrip("+").partition("@")[0]).is_dir()}
-        return tuple(groups.values()), [text for name, text in every.items() if name not in groups]
+        content: Any = OmegaConf.create(self._parent(tuple(groups.values())))
+        if tuned is not None:
+            content = OmegaConf.merge(content, load(CONF / "tuned" / f"{tuned.removeprefix(TUNED)}.yaml"))
+        for override in self.parser.parse_overrides([text for name, text in every.items() if name not in groups]):
+            OmegaConf.update(content, override.key_or_group, override.value())
+        return Settings.of(content).identity()
 
     def _parent(self, groups: tuple[str, ...]) -> dict[str, Any]:
         if groups not in self.parents:

@@ -8,8 +8,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
-from inspect import signature
+from functools import cached_property, partial
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -103,6 +103,14 @@ class Run:
         """Which process of a data-parallel run this is; rank 0 alone writes and prints."""
         return self.strategy.global_rank if self.parallel else 0  # pyright: ignore[reportAttributeAccessIssue]
 
+    def schedule_over(self, steps: int) -> Callable[..., Any] | None:
+        """Makes the schedule of a run of so many mini-batches: its T_max if it steps after each and has no other."""
+        if self.schedule is not None and self.settings.schedule_interval == "step":
+            takes = signature(self.schedule).parameters
+            if "T_max" in takes and takes["T_max"].default is Parameter.empty:
+                return partial(self.schedule, T_max=steps)
+        return self.schedule
+
     @property
     def folder(self) -> Path:
         return self.settings.folder
@@ -125,6 +133,7 @@ def configure(s: Settings) -> Run:
                 f"dataset.crop is {s.dataset.crop}: images are shifted by up to as many pixels, so write fewer than "
                 f"the {min(source.shape[1:])} that they have"
             )
+        without_interval = {name: value for name, value in s.schedule.items() if name != "interval"}
         rule = _made(Rule, s.rule, "rule")
         loss = _made(Loss, s.loss, "loss", s.dataset.classes or source.num_classes)
         net = _net(s.arch, source.shape, loss.outputs)
@@ -138,7 +147,7 @@ def configure(s: Settings) -> Run:
             forward=_initializer(s.init.forward, "init.forward"),
             backward=_initializer(s.init.backward, "init.backward"),
             optimizer=build(s.optimizer, "optimizer"),
-            schedule=build(s.schedule, "schedule") if s.schedule else None,
+            schedule=build(without_interval, "schedule") if without_interval else None,
             source=source,
         )
         gpu, devices = hardware.on_gpu(s.trainer.accelerator), s.trainer.devices
@@ -295,7 +304,7 @@ def _as_default(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _try_optimizer(run: Run, shapes: list[Shape], device: torch.device) -> None:
-    """A step of the optimizer, on small weights with as many axes, and the rates of all epochs (of a thousand at most).
+    """A step of the optimizer, on small weights with as many axes, and the rates that a run has (a thousand at most).
 
     As in training, the first axis is that of the seeds.
     """
@@ -308,15 +317,16 @@ def _try_optimizer(run: Run, shapes: list[Shape], device: torch.device) -> None:
     for p in params:
         p.grad = torch.zeros_like(p)
     _asked(s.optimizer, "optimizer", optimizer.step)
-    if run.schedule is None:
+    make_schedule = run.schedule_over(s.max_steps or 1000)
+    if make_schedule is None:
         return
     with warnings.catch_warnings(action="ignore"):  # that no optimizer step came before
-        schedule = _asked(s.schedule, "schedule", run.schedule, optimizer)
+        schedule = _asked(s.schedule, "schedule", make_schedule, optimizer)
         if not isinstance(schedule, LRScheduler):
             raise Mistake(f"schedule: {s.schedule['_target_']} is no torch.optim.lr_scheduler.LRScheduler")
-        if wrong := [epoch for epoch in getattr(schedule, "milestones", ()) if not isinstance(epoch, int)]:
+        if wrong := [number for number in getattr(schedule, "milestones", ()) if not isinstance(number, int)]:
             raise Mistake(f"schedule: milestones are numbers of epochs, as in [50,75]; got {wrong}")
-        for _ in range(min(s.max_epochs, 1000)):
+        for _ in range(min(s.max_epochs if s.schedule_interval == "epoch" else s.max_steps or 1000, 1000)):
             _asked(s.schedule, "schedule", schedule.step)
             if (rate := optimizer.param_groups[0]["lr"]) < 0:
                 raise Mistake(f"schedule: the rate becomes {rate}: it must not be below 0")

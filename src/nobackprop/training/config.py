@@ -45,6 +45,13 @@ def _component_or_none(node: Any) -> Any:
     return node if node == {} else _component(node)
 
 
+def _schedule(node: Any) -> Any:
+    node = _component_or_none(node)
+    if node.get("interval", "epoch") not in ("epoch", "step"):
+        raise Mistake("write interval: epoch, or interval: step for a schedule that steps after each mini-batch")
+    return node
+
+
 def _start(spec: Any) -> Any:
     if isinstance(spec, str | int | float) and not isinstance(spec, bool):
         return spec
@@ -139,7 +146,7 @@ class Settings(_Strict):
     init: InitSettings
     loss: Component
     optimizer: Component
-    schedule: ComponentOrNone
+    schedule: Annotated[dict[str, Any], BeforeValidator(_schedule)]  # empty: none
     trainer: TrainerSettings
     logger: ComponentOrNone
     diagnostics: ComponentOrNone
@@ -190,6 +197,11 @@ class Settings(_Strict):
     def name(self) -> str:
         """`rule_arch_dataset`, such as `lra_e_mlp_mnist`."""
         return run_name(self.rule, self.arch, self.dataset.name)
+
+    @property
+    def schedule_interval(self) -> Literal["epoch", "step"]:
+        """After what the schedule steps: each epoch, or each mini-batch."""
+        return self.schedule.get("interval", "epoch")
 
     @property
     def folder(self) -> Path:

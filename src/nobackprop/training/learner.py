@@ -66,6 +66,7 @@ class Learner(LightningModule):
         pixels: Pixels,
         optimizer: Callable[..., Optimizer],
         schedule: Callable[[Optimizer], LRScheduler] | None = None,
+        schedule_interval: Literal["epoch", "step"] = "epoch",
         update: str = "mean",
         l2: float = 0.0,
         patience: int | None = None,
@@ -77,6 +78,7 @@ class Learner(LightningModule):
         self.net, self.rule, self.loss, self.pixels = net, rule, loss, pixels
         self.batches, self.validation, self.test = batches, validation, test
         self.make_optimizer, self.make_schedule = optimizer, schedule
+        self.schedule_interval = schedule_interval
         self.update, self.l2, self.patience = UPDATES[update], l2, patience
         self.replay, self.compiled = replay, compile
         self.kernels: bool | Literal["in part"] = kernels.used()  # in part: a checkpoint was trained with others
@@ -117,8 +119,8 @@ class Learner(LightningModule):
         self.constrain = None
         if type(self.rule).constrain is not Rule.constrain:
             self.constrain = self._over_seeds(partial(self.rule.constrain, self.net))
-        schedules = [] if self.make_schedule is None else [self.make_schedule(self.optimizer)]
-        return [self.optimizer], schedules
+        self.schedule = None if self.make_schedule is None else self.make_schedule(self.optimizer)
+        return [self.optimizer], [] if self.schedule is None else [self.schedule]
 
     def train_dataloader(self) -> TrainBatches:
         return self.batches(position=lambda: self.steps, device=self.device, rank=self.rank, ranks=self.ranks)
@@ -161,6 +163,8 @@ class Learner(LightningModule):
             if self.constrain is not None:
                 for name, projected in self.constrain(self.stack).items():
                     self.stack[name].copy_(projected)
+        if self.schedule is not None and self.schedule_interval == "step":
+            self.schedule.step()
         object.__setattr__(self, "steps", self.steps + 1)  # Module's own would take as long as a kernel
         if len(self.gradients) > 1:  # a later phase may hand on what an earlier one's replay will write again
             logits = [z.clone() for z in logits]
@@ -279,8 +283,8 @@ class Learner(LightningModule):
             self.train_scores.reset()
 
     def on_train_epoch_end(self) -> None:
-        for config in self.trainer.lr_scheduler_configs:
-            config.scheduler.step()  # pyright: ignore[reportCallIssue]
+        if self.schedule is not None and self.schedule_interval == "epoch":
+            self.schedule.step()
 
     # Evaluation
 
