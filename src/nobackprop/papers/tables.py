@@ -411,9 +411,8 @@ def sentences(every: Sequence[Findings]) -> str:
         lines.append([f"**{claim.name}**", claim.text, runs, *numbers, hardest.verdict])
     told = (
         f"Each sentence has a test (`papers/take_home.yaml`), and all are one family at the level {content.alpha:g}. "
-        "Of several tests of a sentence, the one that is hardest to pass is shown. Less than a point means less than a "
-        f"point and than {content.relative:.0%} of the error of what is compared with. The sentences were written with "
-        "the runs at hand."
+        "Of several tests of a sentence, the one that is hardest to pass is shown. The sentences were written with the "
+        "runs at hand."
     )
     drawn = [f"{d.shows}\n\n![{d.shows}](figures/{d.paper}/{d.figure}.svg)" for d in content.figures]
     header = ["about", "what we find", "runs", POINTS, "seeds", "p", "verdict"]
