@@ -550,12 +550,15 @@ def test_a_ranking_has_the_best_rule_first_and_mini_batches_where_they_differ(re
     for rule, accuracy, steps in (("bp", 0.5, 7), ("dfa", 0.6, 9)):
         constant = {"net": "mnist_mlp", "budget": "epochs", "schedule": "constant", "rule": rule}
         compute = record("compare", {**constant, "budget": "compute"}, 0, accuracy)
-        runs += [compute.model_copy(update={"steps": steps}), record("compare", constant, 0, accuracy + 0.1)]
+        falling = record("compare", {**constant, "budget": "compute", "schedule": "cosine"}, 0, accuracy + 0.2)
+        runs += [run.model_copy(update={"steps": steps}) for run in (compute, falling)]
+        runs.append(record("compare", constant, 0, accuracy + 0.1))
     found = findings("compare", runs, results)
     (table,) = (table for table in found.layout.tables if table.name == "mnist")
     head, _, *lines = tables.ranking(found, table).splitlines()
-    assert head == "| rule | mlp | mnist mlp, epochs, constant | mnist mlp, compute, constant | mini-batches |"
-    assert lines == ["| dfa | - | 70.00 | 60.00 | 9 |", "| bp | 90.00 | 60.00 | 50.00 | 7 |"]
+    nets = "mnist mlp, epochs, constant | mnist mlp, compute, constant | mini-batches | mnist mlp, compute, cosine"
+    assert head == f"| rule | mlp | {nets} |"
+    assert lines == ["| dfa | - | 70.00 | 60.00 | 9 | 80.00 |", "| bp | 90.00 | 60.00 | 50.00 | 7 | 70.00 |"]
 
 
 def test_a_file_of_costs_that_is_none_is_refused(tmp_path: Path) -> None:

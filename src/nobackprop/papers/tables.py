@@ -261,18 +261,20 @@ def accuracy_table(found: Findings, table: Table) -> str:
 def ranking(found: Findings, table: Table) -> str:
     """The accuracies of a table by rule, a line for each, in Markdown. The best in the first row with all come first.
 
-    A row whose runs differ in length has their mini-batches beside it.
+    A row whose runs differ in length has their mini-batches beside it, unless a row before it has the same.
     """
     rows = [row for row in found.tables[table.name] if row.run]
     rules = rules_run(rows)
     first = max(rows, key=lambda row: sum(rule in row.shown for rule in rules), default=None)
     columns: list[tuple[str, dict[str, str]]] = []
+    told: dict[str, str] = {}
     for row in rows:
         cells = {rule: cell for rule, cell in row.cells.items() if cell.records}
         columns.append((described(row.labels), {rule: spread(cell) for rule, cell in cells.items()}))
         steps = {rule: str(max(r.steps for r in cell.records)) for rule, cell in cells.items()}
-        if len({*steps.values()}) > 1:
+        if len({*steps.values()}) > 1 and steps.items() - told.items():
             columns.append(("mini-batches", steps))
+            told = steps
     best = {rule: cell.mean or 0 for rule, cell in first.cells.items()} if first else {}
     rules.sort(key=lambda rule: best.get(rule, 0), reverse=True)
     lines = [[rule, *(column.get(rule, "-") for _, column in columns)] for rule in rules]
@@ -409,9 +411,8 @@ def sentences(every: Sequence[Findings]) -> str:
         lines.append([f"**{claim.name}**", claim.text, runs, *numbers, hardest.verdict])
     told = (
         f"Each sentence has a test (`papers/take_home.yaml`), and all are one family at the level {content.alpha:g}. "
-        "Of several tests of a sentence, the one that is hardest to pass is shown. Less than a point means less than a "
-        f"point and than {content.relative:.0%} of the error of what is compared with. The sentences were written with "
-        "the runs at hand."
+        "Of several tests of a sentence, the one that is hardest to pass is shown. The sentences were written with the "
+        "runs at hand."
     )
     drawn = [f"{d.shows}\n\n![{d.shows}](figures/{d.paper}/{d.figure}.svg)" for d in content.figures]
     header = ["about", "what we find", "runs", POINTS, "seeds", "p", "verdict"]

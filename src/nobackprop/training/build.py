@@ -259,7 +259,8 @@ def _try_step(run: Run, device: torch.device) -> None:
     if key not in _tried:
         _tried[key] = _try_rule(run, device)
     shapes = _tried[key]
-    key = digest({"optimizer": s.optimizer, "schedule": s.schedule, "epochs": s.max_epochs, **where, "shapes": shapes})
+    length = {"epochs": s.max_epochs, "steps": s.max_steps}
+    key = digest({"optimizer": s.optimizer, "schedule": s.schedule, **length, **where, "shapes": shapes})
     if key not in _tried:
         _try_optimizer(run, list(shapes.values()), device)
         _tried[key] = {}
@@ -325,7 +326,7 @@ def _try_optimizer(run: Run, shapes: list[Shape], device: torch.device) -> None:
         if not isinstance(schedule, LRScheduler):
             raise Mistake(f"schedule: {s.schedule['_target_']} is no torch.optim.lr_scheduler.LRScheduler")
         if wrong := [number for number in getattr(schedule, "milestones", ()) if not isinstance(number, int)]:
-            raise Mistake(f"schedule: milestones are numbers of epochs, as in [50,75]; got {wrong}")
+            raise Mistake(f"schedule: milestones are numbers of {s.schedule_interval}s, as in [50,75]; got {wrong}")
         for _ in range(min(s.max_epochs if s.schedule_interval == "epoch" else s.max_steps or 1000, 1000)):
             _asked(s.schedule, "schedule", schedule.step)
             if (rate := optimizer.param_groups[0]["lr"]) < 0:
