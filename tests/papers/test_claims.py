@@ -288,7 +288,7 @@ def test_the_claims_of_a_paper_name_cells_of_its_grid(paper: str) -> None:
             choices.setdefault(axis, set()).update(str(choice) for choice in named)
     file = findings.read(Claims, PAPERS / paper / "claims.yaml")
     every = trials(file)
-    assert len(every) == {"lra_e": 28, "mdfa": 18, "attention": 2}[paper]
+    assert len(every) == {"lra_e": 28, "mdfa": 18, "attention": 2, "compare": 58}[paper]
     for trial in every:
         for contrast in trial.contrasts:
             for _, labels in contrast.terms:
