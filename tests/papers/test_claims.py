@@ -280,7 +280,7 @@ def test_an_undecided_claim_says_how_many_seeds_would_decide_it() -> None:
 
 @pytest.mark.parametrize("paper", sorted(path.parent.name for path in PAPERS.glob("*/claims.yaml")))
 def test_the_claims_of_a_paper_name_cells_of_its_grid(paper: str) -> None:
-    """All axes are given, in the grid's terms; choices may be of rules that are still to come."""
+    """All axes of a part of it are given, in its terms; choices may be of rules that are still to come."""
     grid = yaml.safe_load((PAPERS / paper / "grid.yaml").read_text())
     choices: dict[str, set[str]] = {}
     for part in grid:
@@ -292,7 +292,7 @@ def test_the_claims_of_a_paper_name_cells_of_its_grid(paper: str) -> None:
     for trial in every:
         for contrast in trial.contrasts:
             for _, labels in contrast.terms:
-                assert set(labels) == set(grid[0])
+                assert set(labels) in map(set, grid)
                 for axis, choice in labels.items():
                     assert axis == "rule" or choice in choices[axis], f"{axis}={choice}"
 
