@@ -387,7 +387,7 @@ def lengths(found: Findings) -> str:
     days = [
         r.finished[:10] for rows in found.tables.values() for row in rows for c in row.cells.values() for r in c.records
     ]
-    told = [f"Tests: {', '.join(parts)}. The paper's runs {between(days)}."] if parts else []
+    told = [f"Tests: {', '.join(parts)}. The runs {between(days)}."] if parts else []
     return " ".join([*told, *departures(found)])
 
 
