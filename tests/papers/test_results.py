@@ -308,7 +308,7 @@ def test_a_table_whose_rows_leave_out_an_axis_is_refused(results: Path, tmp_path
 
 def test_a_reason_for_a_paper_that_is_not_there_is_refused(results: Path) -> None:
     (results / "not_run.yaml").write_text("mdfaa: []\n")
-    with pytest.raises(ValueError, match=r"not_run\.yaml: no paper mdfaa; choose from lra_e, mdfa, attention, akrout"):
+    with pytest.raises(ValueError, match=r"not_run\.yaml: no paper mdfaa; choose from compare, lra_e, mdfa, attention"):
         findings("lra_e", [], results)
 
 
