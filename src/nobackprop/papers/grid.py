@@ -28,8 +28,7 @@ class Cell:
     @property
     def tuned(self) -> Path | None:
         """The file of tuned settings that this cell takes, or None."""
-        names = [text.removeprefix(TUNED) for text in self.overrides if text.startswith(TUNED)]
-        return CONF / "tuned" / f"{names[-1]}.yaml" if names else None
+        return tuned(self.overrides)
 
     def config(self, further: Sequence[str] = ()) -> DictConfig:
         """The composed config, with further overrides.
@@ -39,6 +38,12 @@ class Cell:
         if self.tuned is not None and not self.tuned.exists():
             raise Missing(f"{self.tuned} is not there yet: scripts/tune.py makes it")
         return composed([*self.overrides, *further])
+
+
+def tuned(overrides: Iterable[str]) -> Path | None:
+    """The file of tuned settings that overrides take, or None. Of several the last one counts."""
+    names = [text.removeprefix(TUNED) for text in overrides if text.startswith(TUNED)]
+    return CONF / "tuned" / f"{names[-1]}.yaml" if names else None
 
 
 def composed(overrides: Iterable[str]) -> DictConfig:

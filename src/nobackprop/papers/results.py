@@ -42,7 +42,7 @@ from nobackprop.papers.claims import (
     place_of,
     trials,
 )
-from nobackprop.papers.grid import TUNED, Cell, by_key, cells
+from nobackprop.papers.grid import TUNED, Cell, by_key, cells, tuned
 from nobackprop.places import CONF, PAPERS, RESULTS
 from nobackprop.records.identity import digest, rule_name
 from nobackprop.records.record import Record
@@ -331,12 +331,11 @@ class Composer:
 
     def identity(self, overrides: Iterable[str]) -> dict[str, Any]:
         """The identity of the config that these overrides make."""
-        every = by_key(overrides)
-        tuned = every.pop(TUNED.removesuffix("="), None)
+        overrides = list(overrides)
+        every = by_key(text for text in overrides if not text.startswith(TUNED))
         groups = {name: text for name, text in every.items() if (CONF / name.lstrip("+").partition("@")[0]).is_dir()}
-        content: Any = OmegaConf.create(self._parent(tuple(groups.values())))
-        if tuned is not None:
-            content = OmegaConf.merge(content, load(CONF / "tuned" / f"{tuned.removeprefix(TUNED)}.yaml"))
+        file = tuned(overrides)
+        content: Any = OmegaConf.merge(self._parent(tuple(groups.values())), load(file) if file else {})
         for override in self.parser.parse_overrides([text for name, text in every.items() if name not in groups]):
             OmegaConf.update(content, override.key_or_group, override.value())
         return Settings.of(content).identity()

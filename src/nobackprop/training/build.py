@@ -133,12 +133,12 @@ def configure(s: Settings) -> Run:
                 f"dataset.crop is {s.dataset.crop}: images are shifted by up to as many pixels, so write fewer than "
                 f"the {min(source.shape[1:])} that they have"
             )
-        without_interval = {name: value for name, value in s.schedule.items() if name != "interval"}
         rule = _made(Rule, s.rule, "rule")
         loss = _made(Loss, s.loss, "loss", s.dataset.classes or source.num_classes)
         net = _net(s.arch, source.shape, loss.outputs)
         rule.check(net)
         kept = 2 * 4 * s.batch_size * sum(net.units(l) for l in range(net.L))  # bytes of z and h
+        schedule = {key: value for key, value in s.schedule.items() if key != "interval"}  # which the learner gets
         run = Run(
             settings=s,
             rule=rule,
@@ -147,7 +147,7 @@ def configure(s: Settings) -> Run:
             forward=_initializer(s.init.forward, "init.forward"),
             backward=_initializer(s.init.backward, "init.backward"),
             optimizer=build(s.optimizer, "optimizer"),
-            schedule=build(without_interval, "schedule") if without_interval else None,
+            schedule=build(schedule, "schedule") if schedule else None,
             source=source,
         )
         gpu, devices = hardware.on_gpu(s.trainer.accelerator), s.trainer.devices
@@ -318,7 +318,8 @@ def _try_optimizer(run: Run, shapes: list[Shape], device: torch.device) -> None:
     for p in params:
         p.grad = torch.zeros_like(p)
     _asked(s.optimizer, "optimizer", optimizer.step)
-    make_schedule = run.schedule_over(s.max_steps or 1000)
+    steps = s.max_steps or 1000
+    make_schedule = run.schedule_over(steps)
     if make_schedule is None:
         return
     with warnings.catch_warnings(action="ignore"):  # that no optimizer step came before
@@ -327,7 +328,7 @@ def _try_optimizer(run: Run, shapes: list[Shape], device: torch.device) -> None:
             raise Mistake(f"schedule: {s.schedule['_target_']} is no torch.optim.lr_scheduler.LRScheduler")
         if wrong := [number for number in getattr(schedule, "milestones", ()) if not isinstance(number, int)]:
             raise Mistake(f"schedule: milestones are numbers of {s.schedule_interval}s, as in [50,75]; got {wrong}")
-        for _ in range(min(s.max_epochs if s.schedule_interval == "epoch" else s.max_steps or 1000, 1000)):
+        for _ in range(min(s.max_epochs if s.schedule_interval == "epoch" else steps, 1000)):
             _asked(s.schedule, "schedule", schedule.step)
             if (rate := optimizer.param_groups[0]["lr"]) < 0:
                 raise Mistake(f"schedule: the rate becomes {rate}: it must not be below 0")

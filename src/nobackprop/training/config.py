@@ -16,6 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -45,8 +46,7 @@ def _component_or_none(node: Any) -> Any:
     return node if node == {} else _component(node)
 
 
-def _schedule(node: Any) -> Any:
-    node = _component_or_none(node)
+def _with_interval(node: dict[str, Any]) -> dict[str, Any]:
     if node.get("interval", "epoch") not in ("epoch", "step"):
         raise Mistake("write interval: epoch, or interval: step for a schedule that steps after each mini-batch")
     return node
@@ -146,7 +146,7 @@ class Settings(_Strict):
     init: InitSettings
     loss: Component
     optimizer: Component
-    schedule: Annotated[dict[str, Any], BeforeValidator(_schedule)]  # empty: none
+    schedule: Annotated[ComponentOrNone, AfterValidator(_with_interval)]
     trainer: TrainerSettings
     logger: ComponentOrNone
     diagnostics: ComponentOrNone
