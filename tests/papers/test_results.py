@@ -729,6 +729,19 @@ def test_what_further_seeds_would_decide_is_listed_with_its_cost_the_cheapest_fi
     assert "further seeds would decide 2, at the mean" in told
 
 
+def test_cells_that_lack_epochs_or_seeds_are_counted_with_what_they_would_cost(results: Path) -> None:
+    """A cell has its three seeds, another lacks one, and a third has all of them with a tenth of the epochs."""
+    given = [(RULE, seed, 100, 720.0) for seed in range(3)] + [("bp", seed, 100, 720.0) for seed in range(2)]
+    given += [("fa", seed, 10, 360.0) for seed in range(3)]
+    records = [
+        record("lra_e", LRA | {"rule": rule}, seed, 0.8, epochs).model_copy(update={"wall_s": wall})
+        for rule, seed, epochs, wall in given
+    ]
+    (line,) = tables.incomplete([findings("lra_e", records, results)]).splitlines()[2:]
+    counts = [text.strip() for text in line.strip("| ").split("|")][2:]
+    assert counts == ["1", "2", "51", "3.2"]  # hours: one seed of 0.2, and three of one
+
+
 def test_a_place_that_names_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="tables: lra --> names nothing that is made here; choose from tables: lra_e"):
         tables.with_sections("<!-- tables: lra -->\n<!-- end -->", {"tables: lra_e": ""})

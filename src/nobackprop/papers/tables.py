@@ -483,6 +483,34 @@ def _seconds_of_a_seed(found: Findings, result: Result) -> float:
     return sum(median(r.seconds for r in runs) for runs in each)
 
 
+def incomplete(every: Sequence[Findings]) -> str:
+    """How many cells have three seeds of as many epochs as the paper, and what the others would cost, in Markdown.
+
+    The cost is at the pace of a cell's own runs. A cell that is in several tables counts in the first one.
+    """
+    lines = []
+    for found in every:
+        seen = set()
+        for table in found.layout.tables:
+            shown = {place_of(c.labels) for row in found.tables[table.name] for c in row.cells.values()}
+            cells = [found.cells[place] for place in shown - seen]
+            seen |= shown
+            seconds = [_seconds_for_three_seeds(cell) for cell in cells if cell.records]
+            if any(seconds):
+                whole = seconds.count(0)
+                counts = map(str, (whole, len(seconds) - whole, len(cells) - len(seconds)))
+                lines.append([found.layout.title, table.title, *counts, f"{sum(seconds) / 3600:.1f}"])
+    return markdown(["results", "table", "three seeds, all epochs", "fewer", "without runs", "core hours"], lines, 2)
+
+
+def _seconds_for_three_seeds(cell: Found) -> float:
+    """What a cell's runs of the paper's epochs take that are missing to three seeds."""
+    planned = cell.planned_epochs or 0
+    seeds = {r.seed for r in cell.records if r.config["max_epochs"] == planned}
+    pace = median(r.seconds / max(len(r.epochs), 1) for r in cell.records)
+    return max(3 - len(seeds), 0) * planned * pace
+
+
 def tests_not_run(found: Findings) -> list[str]:
     """Sentences on the tests without runs, grouped by reason."""
     reasons: dict[str, list[str]] = defaultdict(list)
@@ -620,7 +648,7 @@ def generated(every: Sequence[Findings], results: Path) -> dict[Path, bytes]:
             files[results / "figures" / found.paper / f"{name}.svg"] = svg
     sections = {f"verdicts: {found.paper}": verdict_summary(found) for found in every if found.claims}
     sections |= {"sentences: take_home": sentences(every), "list: next": what_is_next(every)}
-    sections |= {"list: published": beside_published(every)}
+    sections |= {"list: published": beside_published(every), "list: incomplete": incomplete(every)}
     sections |= {f"ranking: {f.paper}/{t.name}": ranking(f, t) for f in every for t in f.layout.tables if t.by_rule}
     for readme in [*sorted((results.parent / "papers").glob("*/README.md")), *results.glob("README.md")]:
         files[readme] = with_sections(readme.read_text(), sections).encode()
