@@ -21,7 +21,7 @@ from typing import Any
 import pandas as pd
 
 from nobackprop.mistakes import Mistake, answering
-from nobackprop.papers.claims import MOST, Claims, Result, place_of
+from nobackprop.papers.claims import MOST, Claims, Place, Result, place_of
 from nobackprop.papers.figures import figures
 from nobackprop.papers.results import (
     Cost,
@@ -490,11 +490,11 @@ def incomplete(every: Sequence[Findings]) -> str:
     """
     lines = []
     for found in every:
-        seen = set()
+        seen: set[Place] = set()
         for table in found.layout.tables:
-            shown = {place_of(c.labels) for row in found.tables[table.name] for c in row.cells.values()}
-            cells = [found.cells[place] for place in shown - seen]
-            seen |= shown
+            shown = [place_of(c.labels) for row in found.tables[table.name] for c in row.cells.values()]
+            cells = [found.cells[place] for place in shown if place not in seen]
+            seen.update(shown)
             seconds = [_seconds_for_three_seeds(cell) for cell in cells if cell.records]
             if any(seconds):
                 whole = seconds.count(0)
