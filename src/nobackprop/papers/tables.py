@@ -507,8 +507,7 @@ def _seconds_for_three_seeds(cell: Found) -> float:
     """What a cell's runs of the paper's epochs take that are missing to three seeds."""
     planned = cell.planned_epochs or 0
     seeds = {r.seed for r in cell.records if r.config["max_epochs"] == planned}
-    pace = median(r.seconds / max(len(r.epochs), 1) for r in cell.records)
-    return max(3 - len(seeds), 0) * planned * pace
+    return max(3 - len(seeds), 0) * median(r.seconds * planned / r.config["max_epochs"] for r in cell.records)
 
 
 def tests_not_run(found: Findings) -> list[str]:
