@@ -20,6 +20,10 @@ class Missing(Mistake, FileNotFoundError):
     """A file or folder that is needed is not there. The message says which, and how to get it."""
 
 
+class Unknown(Mistake):
+    """What a file was made with is not in nobackprop, and not imported. The file may be whole."""
+
+
 class Notice(UserWarning):
     """Something happens that the user may not expect, and the work goes on. The message is a sentence for the user."""
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nobackprop.core.initializers import Normal, initial_weights
 from nobackprop.core.layers import Conv, Dense
 from nobackprop.core.network import Network, allconv, mlp
+from nobackprop.mistakes import Unknown
 from nobackprop.rules.bp import BP
 
 
@@ -130,7 +131,7 @@ def test_a_description_is_plain_data_and_gives_the_net_back(net: Network) -> Non
 def test_a_description_with_an_unknown_layer_type_is_refused() -> None:
     description = mlp((4,), 3, hidden=[5], activation="tanh").describe()
     description["layers"][0]["type"] = "Pool"
-    with pytest.raises(ValueError, match="unknown layer type 'Pool': choose one of Dense, Conv"):
+    with pytest.raises(Unknown, match="a net with Pool, which is not in nobackprop: import it first"):
         Network.from_description(description)
 
 

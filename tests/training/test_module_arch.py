@@ -1,13 +1,15 @@
 """A run of a torch module of a user's own: `arch=module arch._target_=my.module.make_net`."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from conftest import Config, folder, train
-from torch import nn
+from torch import Tensor, nn
 
 import nobackprop
-from nobackprop.core.maps import Shape
-from nobackprop.mistakes import Mistake
+from nobackprop.core.maps import Flatten, Shape
+from nobackprop.mistakes import Mistake, Unknown
 from nobackprop.training.build import prepare
 
 
@@ -28,6 +30,20 @@ def make_mlp(in_shape: Shape, outputs: int) -> nn.Module:
 
 def five_outputs(in_shape: Shape, outputs: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
+
+
+@dataclass(frozen=True)
+class Times(nobackprop.Map):
+    """A map of a user's own."""
+
+    by: float = 1.0
+
+    def __call__(self, h: Tensor) -> Tensor:
+        return self.by * h
+
+
+def with_own_map(in_shape: Shape, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nobackprop.MapModule(Times(3.0)), nn.Linear(64, outputs))
 
 
 def slip(in_shape: Shape, outputs: int) -> nn.Module:
@@ -56,6 +72,20 @@ def test_its_weights_start_as_those_of_every_net(config: Config) -> None:
     (one,), (other,) = (train(config(*net, "rule=lra_e")) for net in (of("make_mlp"), ["arch.hidden=[12]"]))
     assert one.test == other.test
     assert one.signature != other.signature
+
+
+def test_a_net_with_a_map_of_ones_own_is_loaded_where_that_is_imported(config: Config) -> None:
+    cfg = config(*of("with_own_map"), "rule=bp", "max_epochs=1")
+    record, *_ = train(cfg)
+    path = folder(cfg) / "seed0" / "best.pt"
+    trained = nobackprop.load(path)
+    assert trained.net.layers[0].read == (Flatten(), Times(3.0))
+    assert trained.evaluate(nobackprop.Digits().load().test) == pytest.approx(record.test)
+    content = torch.load(path, weights_only=True)
+    content["net"]["layers"][0]["read"][1]["type"] = "my.Elsewhere"
+    torch.save(content, path)
+    with pytest.raises(Unknown, match=r"best\.pt was trained with a net with my\.Elsewhere, which is not .*: import"):
+        nobackprop.load(path)
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from nobackprop.core import maps
 from nobackprop.core.activations import Activation, activation
-from nobackprop.core.layers import LAYERS, Conv, Dense, Layer, Shortcut, like_type
-from nobackprop.core.maps import MAPS, Dropout, Map, Shape
-from nobackprop.mistakes import Mistake
+from nobackprop.core.layers import Conv, Dense, Layer, Shortcut, like_type
+from nobackprop.core.maps import Dropout, Map, Shape
+from nobackprop.mistakes import Mistake, Unknown
 
 Weights = Mapping[str, Tensor]
 ByLayer = Mapping[int, Tensor] | Sequence[Tensor]
@@ -299,8 +299,11 @@ class Network:
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> "Network":
-        """The net that `describe` described. Raises Mistake for a layer or a map that it does not know."""
-        layers = tuple(_from_description(LAYERS, layer) for layer in description["layers"])
+        """The net that `describe` described.
+
+        Raises Unknown for a layer or a map that is neither of this package nor imported already.
+        """
+        layers = tuple(_from_description(layer) for layer in description["layers"])
         return cls(tuple(description["in_shape"]), layers, activation(description["activation"]), description["bias"])
 
 
@@ -320,21 +323,36 @@ def _described(part: Any) -> Any:
         return part
     own = {f.name: getattr(part, f.name) for f in fields(part)}
     changed = {f.name: _described(own[f.name]) for f in fields(part) if own[f.name] != f.default}
-    return changed if isinstance(part, Shortcut) else {"type": type(part).__name__, **changed}
+    return changed if isinstance(part, Shortcut) else {"type": _type(type(part)), **changed}
 
 
-def _from_description(types: Mapping[str, Any], description: Mapping[str, Any]) -> Any:
-    """A layer or a map from what `_described` made of it."""
+def _type(kind: type) -> str:
+    """The name of a part's class, for a class from elsewhere with its module."""
+    own = kind.__module__.startswith(f"{__package__}.")
+    return kind.__name__ if own else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _from_description(description: Mapping[str, Any]) -> Any:
+    """A layer, a map or a shortcut from what `_described` made of it."""
     made = dict(description)
-    if (kind := made.pop("type")) not in types:
-        raise Mistake(f"unknown layer type {kind!r}: choose one of {', '.join(types)}")
-    for name in made.keys() & {"read", "maps"}:
-        made[name] = tuple(_from_description(MAPS, each) for each in made[name])
+    name = made.pop("type")
+    kinds = {_type(kind): kind for base in (Layer, Map, Shortcut) for kind in subclasses(base)}
+    if name not in kinds:
+        raise Unknown(f"a net with {name}, which is not in nobackprop: import it first")
+    for field in made.keys() & {"read", "maps"}:
+        made[field] = tuple(_from_description(each) for each in made[field])
     if "activation" in made:
         made["activation"] = activation(made["activation"])
     if "shortcut" in made:
-        made["shortcut"] = _from_description({"Shortcut": Shortcut}, {"type": "Shortcut", **made["shortcut"]})
-    return types[kind](**made)
+        made["shortcut"] = _from_description({"type": "Shortcut", **made["shortcut"]})
+    return kinds[name](**made)
+
+
+def subclasses(base: type) -> Iterator[type]:
+    """The class and all that are made from it, as far as they are imported."""
+    yield base
+    for kind in base.__subclasses__():
+        yield from subclasses(kind)
 
 
 class _Layers(Sequence[Tensor]):

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from nobackprop.mistakes import Missing, Mistake
+from nobackprop.mistakes import Missing, Mistake, Unknown
 from nobackprop.records.gathering import START, add_checksums, checksums_of, read_lines
 from nobackprop.records.literal import plain
 from nobackprop.records.record import SEALED, Record
@@ -139,7 +139,7 @@ def _check_net(path: Path, found: Checked) -> None:
     try:
         saved.load(path)
         found.whole["trained nets"] += 1
-    except saved.Unknown as e:
+    except Unknown as e:
         found.add("unchecked", str(e))
     except Mistake as e:
         found.add("damaged", str(e))

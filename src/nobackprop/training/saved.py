@@ -12,19 +12,15 @@ from torch import Tensor
 
 from nobackprop import rules
 from nobackprop.core.losses import Loss
-from nobackprop.core.network import Network
+from nobackprop.core.network import Network, subclasses
 from nobackprop.core.rule import Rule
 from nobackprop.data.given import as_images, images_of, tensor_of
 from nobackprop.data.pixels import Pixels
 from nobackprop.data.sources import Dataset, Images, Source
-from nobackprop.mistakes import Missing, Mistake
+from nobackprop.mistakes import Missing, Mistake, Unknown
 from nobackprop.records.identity import before, recorded_name
 from nobackprop.training import sealed
 from nobackprop.training.metrics import Scores
-
-
-class Unknown(Mistake):
-    """A net was trained with a rule or a loss that does not exist here. Its file may be whole."""
 
 
 @dataclass(frozen=True)
@@ -131,11 +127,7 @@ def _made(base: Any, name: str, fields: Mapping[str, Any], path: Path) -> Any:
     """
     for module in iter_modules(rules.__path__, f"{rules.__name__}."):
         import_module(module.name)
-    found, below = [], [base]
-    while below:
-        found += below
-        below = [kind for above in below for kind in above.__subclasses__()]
-    if (kind := {_full_name(kind): kind for kind in found}.get(name)) is None:
+    if (kind := {_full_name(kind): kind for kind in subclasses(base)}.get(name)) is None:
         raise Unknown(f"{path} was trained with {name}, which is not in nobackprop: import it first")
     try:
         return kind(**{**before(kind), **fields})
@@ -148,7 +140,8 @@ def load(run_folder: str | Path) -> Trained:
     a path to best.pt itself will do.
 
     Nothing in the folder is run or unpickled. Raises Missing, which lists the folders that exist, where there is no
-    trained net. Raises Mistake where the file is damaged, or its rule or loss does not exist here.
+    trained net. Raises Mistake where the file is damaged, and Unknown where its rule, its loss or a map of its net is
+    neither in nobackprop nor imported.
     """
     path = Path(run_folder) if Path(run_folder).is_file() else Path(run_folder) / "best.pt"
     seeds = sorted(Path(run_folder).glob("seed*/best.pt"))
@@ -171,6 +164,8 @@ def load(run_folder: str | Path) -> Trained:
         net, weights, classes = Network.from_description(content["net"]), content["weights"], tuple(content["classes"])
         pixels = Pixels(content["pixels"]["mean"], content["pixels"]["std"], content["pixels"].get("floats", False))
         rule, loss = ((content[name]["class"], dict(content[name]["fields"])) for name in ("rule", "loss"))
+    except Unknown as e:
+        raise Unknown(f"{path} was trained with {e}") from e
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise Mistake(f"{path} holds no trained net that this version knows ({type(e).__name__}): {redo}") from e
     return Trained(
