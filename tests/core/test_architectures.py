@@ -205,6 +205,10 @@ def test_vit_mixes_tokens_and_takes_their_mean(configured: Callable[..., Any]) -
     ("name", "keys", "message"),
     [
         ("vgg", {"depth": 9}, "arch.depth is 9: there are VGG nets of 8 and 11 layers"),
+        ("resnet", {"widths": []}, r"arch.widths is \[\]: write the width of each stage"),
+        ("vit", {"depth": -1}, "arch.depth is -1: it counts blocks, so 0 or more"),
+        ("vit", {"patch": 0}, r"Patches\(size=0\) needs images whose height and width it divides"),
+        ("layers", {"layers": [{"group_norm": [1, -1.0]}]}, "eps is added to a variance, so 0 or more"),
         ("resnet", {"depth": 21}, r"arch.depth is 21: with 3 stages, .* as 8, 14, 20"),
         ("resnet", {"groups": 5}, "needs channels that 5 divides"),
         ("vit", {"patch": 5}, "needs images whose height and width it divides, got 28x28"),

@@ -128,6 +128,11 @@ def test_a_description_is_plain_data_and_gives_the_net_back(net: Network) -> Non
     assert all(type(v) in (str, int) for layer in description["layers"] for v in layer.values())
 
 
+def test_a_description_says_whether_each_token_has_feedback_of_its_own() -> None:
+    net = replace(mlp((4,), 3, hidden=[5], activation="tanh"), own_feedback=True)
+    assert Network.from_description(net.describe()) == net
+
+
 def test_a_description_with_an_unknown_layer_type_is_refused() -> None:
     description = mlp((4,), 3, hidden=[5], activation="tanh").describe()
     description["layers"][0]["type"] = "Pool"

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, TensorDataset
 from nobackprop.data.batches import EvalBatches, TrainBatches, task
 from nobackprop.data.given import Given, held
 from nobackprop.data.pixels import Pixels
-from nobackprop.mistakes import Mistake
+from nobackprop.mistakes import Mistake, Notice
 
 X, Y = torch.rand(40, 3, 5, 4, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 4
 
@@ -137,6 +137,12 @@ NAN[3, 0, 0, 0] = torch.nan
 )
 def test_what_is_no_data_set_is_refused_in_a_sentence(data: Any, test: Any, told: str) -> None:
     with pytest.raises(Mistake, match=told), held(data, test):
+        pass
+
+
+def test_a_class_that_is_tested_and_not_learned_is_told() -> None:
+    told = r"test has images of the classes \[4\], and data has none of them"
+    with pytest.warns(Notice, match=told), held((X, Y), (X, torch.full_like(Y, 4))):
         pass
 
 

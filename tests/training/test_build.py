@@ -128,6 +128,16 @@ class Feeds(BP):
         return [draw("B1", (2, 2))] if self.name is None else {self.name: draw(self.name, (2, 2))}
 
 
+@dataclass(frozen=True)
+class Doubles(BP):
+    """BP that passes each image twice, for which dropout has drawn nothing."""
+
+    def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
+        twice = Batch(torch.cat([batch.x] * 2), torch.cat([batch.y] * 2), batch.loss)
+        g, logits = super().grads(net, w, twice)
+        return g, logits if logits is None else logits[: len(batch.x)]
+
+
 class Unfinished(Rule):
     def gradz(self, net: Network, w: Weights, batch: Batch) -> Grads:
         return {}, None
@@ -245,6 +255,17 @@ def test_the_trial_step_computes_as_training_does(config: Config, precision: str
     train(config(*overrides, "max_steps=2"))
     assert Watching.seen == [seen] * 3
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_the_trial_step_drops_units_as_training_does(config: Config) -> None:
+    doubles = chosen("rule", f"{__name__}.Doubles")
+    configure(Settings.of(config(*doubles)))
+    dropout = ["arch=layers", "arch.layers=[{dense: 9}, relu, {dropout: 0.2}]"]
+    configure(Settings.of(config("rule=bp", *dropout)))
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        configure(Settings.of(config(*doubles, *dropout)))
+    with pytest.raises(Mistake, match="ForwardForward does not train nets with dropout"):
+        configure(Settings.of(config("rule=forward_forward", *dropout)))
 
 
 def test_the_same_step_is_tried_once(config: Config) -> None:

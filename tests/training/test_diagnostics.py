@@ -244,6 +244,15 @@ def test_layers_that_a_rule_leaves_alone_have_no_update() -> None:
     assert found.keys() == {"norm/W1", "norm/W2", "norm/update_W2", "angle/update_W2", "saturation/h1", "opposed/W2"}
 
 
+def test_the_updates_are_computed_as_in_training_and_the_gradient_exactly(problem: Problem) -> None:
+    w = {name: t.float() for name, t in problem.weights(BP()).items()}
+    batch = replace(problem.batch, x=problem.batch.x.float(), y=problem.batch.y.float())
+    found = of("angle/update_", diagnose(problem.net, BP(), w, batch))
+    rounded = of("angle/update_", diagnose(problem.net, BP(), w, batch, torch.autocast("cpu", torch.bfloat16)))
+    assert found == dict.fromkeys(rounded, 0)
+    assert all(0 < angle < 5 for angle in rounded.values())
+
+
 def test_nothing_is_said_of_a_net_whose_logits_are_not_finite() -> None:
     net = mlp((5,), 1, hidden=[4], activation="tanh")
     w, batch = binary(net, BP())

@@ -119,6 +119,17 @@ def in_tensorboard(seed_folder: Path) -> Entries:
     return sorted(entries.items())
 
 
+@pytest.mark.parametrize(("logger", "entries"), [("csv", in_csv), ("tensorboard", in_tensorboard)])
+def test_a_seed_that_diverged_is_logged_and_recorded(
+    config: Config, logger: str, entries: Callable[[Path], Entries]
+) -> None:
+    cfg = config(f"logger={logger}", "optimizer=sgd", "optimizer.lr=1e30", "arch.activation=relu", "max_epochs=1")
+    (record,) = train(cfg)
+    assert record.diverged_epoch == 1
+    ((step, given), *_) = entries(prepare(cfg).seed_folder(0))
+    assert (step, "val/accuracy" in given, "val/loss" in given) == (record.steps, True, False)
+
+
 @pytest.mark.parametrize("interrupted", [None, 20, 40])
 @pytest.mark.parametrize(("logger", "entries"), [("csv", in_csv), ("tensorboard", in_tensorboard)])
 def test_logs_in_files_have_each_epoch_once_and_the_final_figures(

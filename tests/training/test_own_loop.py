@@ -76,6 +76,14 @@ def test_every_rule_fills_what_it_gives_on_the_same_weights(rule: Rule, problem:
     assert {id(p) for p in step.parameters()} == {id(p) for p in step.weights().values()}
 
 
+def test_no_two_gradients_share_memory(rule: Rule, problem: Problem) -> None:
+    """So that what works on gradients in place, as clipping does, works on each once."""
+    step = of_problem(problem, rule)
+    step(problem.batch.x, labels(problem))
+    places = [p.grad.data_ptr() for p in step.parameters() if p.grad is not None and p.grad.numel()]
+    assert len(places) == len(set(places)) > 0
+
+
 @pytest.mark.parametrize("rule", [BP(), DFA(), LRAE(gamma=0.5), MDFA()], ids=lambda rule: type(rule).__name__)
 def test_a_loop_of_ones_own_ends_where_training_ends(rule: Rule, config: Config) -> None:
     fields = [f"rule.gamma={rule.gamma}"] if isinstance(rule, LRAE) else []

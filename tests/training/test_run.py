@@ -14,6 +14,7 @@ from rich.console import Console
 
 from nobackprop.data.given import held
 from nobackprop.data.sources import Digits
+from nobackprop.mistakes import Mistake
 from nobackprop.records import provenance
 from nobackprop.records.record import Record
 from nobackprop.training import checkpoints
@@ -99,6 +100,10 @@ def test_every_config_composes(config: Config, tmp_path: Path, group: str, optio
         (["dataset.validation=0"], "dataset.validation: write a fraction between 0 and 1, or how many images, or test"),
         (["trainer.precision=16-true"], "trainer.precision: Input should be '64-true', '32-true' or 'bf16-mixed'"),
         (["rule.learn_E=no"], "rule.learn_E: Input should be a valid boolean, got 'no'"),
+        (["rule=usf", "rule.scale=Glorot"], "rule.scale: Input should be a valid number or 'glorot', got 'Glorot'"),
+        (["trainer.devices=[]"], "trainer.devices: Input should be a valid integer, got []; trainer.devices: List"),
+        (["dataset.classes_seed=3"], "dataset.classes_seed is 3, and dataset.classes is null, all of them"),
+        (["threads=2", "workers=4"], "threads is 2 and workers is 4: seeds side by side have one thread each"),
         (["rule.beta=abc"], "rule.beta: Input should be a valid number, got 'abc'"),
         (["arch.hidden=[12.5]"], "arch.hidden: Input should be a valid integer"),
         (["arch.hidden=5"], "arch.hidden: Input should be a valid array, got 5"),
@@ -120,10 +125,10 @@ def test_every_config_composes(config: Config, tmp_path: Path, group: str, optio
         (["init=orthogonal", "init.forward.gain=-1"], "init.forward: gain is -1"),
         (["schedule=multistep", "schedule.milestones=[0.25,0.5]"], "schedule: milestones are numbers of epochs"),
         (["schedule=multistep", "schedule.milestones=[a]"], "schedule: milestones are numbers of epochs"),
-        (["schedule=cosine", "schedule.T_max=0"], "schedule: "),
+        (["schedule=cosine", "schedule.T_max=0"], "CosineAnnealingLR divides by a value of 0: T_max"),
         (["schedule=cosine", "+schedule.interval=batch"], "schedule: write interval: epoch, or interval: step for a"),
         (
-            ["schedule=multistep", "+schedule.interval=step", "schedule.milestones=[500]", "schedule.gamma=-1"],
+            ["schedule=multistep", "+schedule.interval=step", "schedule.milestones=[1]", "schedule.gamma=-1"],
             "schedule: the rate becomes -0.0",
         ),
         (["schedule=cosine", "schedule.T_max=abc"], "schedule.T_max: Input should be a valid number, got 'abc'"),
@@ -154,6 +159,23 @@ def test_what_cannot_work_is_refused_before_data_is_loaded(
     monkeypatch.setattr(Digits, "load", lambda _: pytest.fail("data was loaded"))
     with pytest.raises(ValueError, match=re.escape(message)):
         train(config(*overrides))
+
+
+def one_cycle(steps: int, *overrides: str) -> list[str]:
+    cycle = {"_target_": "torch.optim.lr_scheduler.OneCycleLR", "_partial_": "true", "max_lr": 0.01, "interval": "step"}
+    return [f"+schedule.{key}={value}" for key, value in (cycle | {"total_steps": steps}).items()] + [*overrides]
+
+
+def test_a_schedule_as_long_as_the_run_is_taken_and_a_shorter_one_refused(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (record,) = train(config(*one_cycle(322)))
+    assert record.steps == 322
+    (record,) = train(config(*one_cycle(100, "max_steps=100")))
+    assert record.steps == 100
+    monkeypatch.setattr("nobackprop.training.run._fit", lambda *_: pytest.fail("training began"))
+    with pytest.raises(Mistake, match=r"schedule: Tried to step 322 times\. .* total steps is 321"):
+        train(config(*one_cycle(321)))
 
 
 def test_an_optimizer_that_mixes_seeds_is_refused_for_a_stack(config: Config) -> None:
@@ -242,12 +264,12 @@ def test_a_seeds_record_does_not_depend_on_what_runs_beside_it(config: Config, t
     assert same_results(tmp_path / "alone", tmp_path / "runs", "*/seed1") == 1
 
 
-@pytest.mark.parametrize("schedule", [["schedule=cosine"], ["schedule=cosine_steps"]])
+@pytest.mark.parametrize("further", [["schedule=cosine"], ["schedule=cosine_steps"], ["trainer.precision=64-true"]])
 def test_a_resumed_run_ends_like_one_left_alone(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: list[str]
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, further: list[str]
 ) -> None:
     """From every checkpoint: in mid-epoch, between epochs, after the last; momentum, schedule, best weights too."""
-    overrides = ["optimizer=sgd", "optimizer.momentum=0.9", *schedule, "rule=mdfa", "checkpoint_minutes=0"]
+    overrides = ["optimizer=sgd", "optimizer.momentum=0.9", *further, "rule=mdfa", "checkpoint_minutes=0"]
     cfg = config(*overrides)
     copies: dict[int, Path] = {}
     contents: dict[Path, bytes] = {}

@@ -234,6 +234,8 @@ def resnet(
     of them are divided evenly among the stages, two to a block. Group norm, with `groups` groups, replaces batch norm,
     which would make samples depend on each other.
     """
+    if not widths:
+        raise Mistake("arch.widths is []: write the width of each stage, one at least")
     blocks, left = divmod(depth - 2, 2 * len(widths))
     if left or blocks < 1:
         raise Mistake(
@@ -271,8 +273,11 @@ def vit(
     product. `patch` is the side of a patch in pixels; None means a quarter of the image's height. With `own_feedback`
     each token has weights of its own for feedback that comes straight from the output.
     """
+    if depth < 0:
+        raise Mistake(f"arch.depth is {depth}: it counts blocks, so 0 or more")
     drop = [Dropout(dropout)] if dropout else []
-    parts: list[Part] = [Patches(patch or max(1, in_shape[1] // 4)), Tokens(width), Positions()]
+    side = max(1, in_shape[1] // 4) if patch is None else patch
+    parts: list[Part] = [Patches(side), Tokens(width), Positions()]
     for _ in range(depth):
         mixing = [LayerNorm(), Tokens(3 * width), Attention(heads), *drop, Tokens(width)]
         parts += [Residual(tuple(mixing))]

@@ -139,6 +139,11 @@ class Mean(Map):
         return (e.unsqueeze(1) / h.shape[1] if h.ndim == 3 else e[:, :, None, None] / prod(h.shape[2:])).expand_as(h)
 
 
+def _check_eps(norm: "GroupNorm | LayerNorm") -> None:
+    if norm.eps < 0:
+        raise Mistake(f"{norm}: eps is added to a variance, so 0 or more")
+
+
 @dataclass(frozen=True)
 class GroupNorm(Map):
     """Rescales each group of a sample's channels to mean 0 and variance 1. Wu & He, "Group normalization", ECCV 2018.
@@ -149,6 +154,9 @@ class GroupNorm(Map):
     kind: ClassVar[str] = "normalization"
     groups: int
     eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _check_eps(self)
 
     def __call__(self, h: Tensor) -> Tensor:
         return F.group_norm(h, self.groups, eps=self.eps)
@@ -169,6 +177,9 @@ class LayerNorm(Map):
     kind: ClassVar[str] = "normalization"
     axes: int = 1
     eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _check_eps(self)
 
     def __call__(self, h: Tensor) -> Tensor:
         return F.layer_norm(h, h.shape[-self.axes :], eps=self.eps)

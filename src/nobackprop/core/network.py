@@ -295,6 +295,7 @@ class Network:
             "layers": [_described(layer) for layer in self.layers],
             "activation": self.activation.name,
             "bias": self.bias,
+            **({"own_feedback": True} if self.own_feedback else {}),
         }
 
     @classmethod
@@ -304,7 +305,13 @@ class Network:
         Raises Unknown for a layer or a map that is neither of this package nor imported already.
         """
         layers = tuple(_from_description(layer) for layer in description["layers"])
-        return cls(tuple(description["in_shape"]), layers, activation(description["activation"]), description["bias"])
+        return cls(
+            tuple(description["in_shape"]),
+            layers,
+            activation(description["activation"]),
+            description["bias"],
+            own_feedback=description.get("own_feedback", False),
+        )
 
 
 def _shape(read: Sequence[Map], shape: Shape) -> Shape:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from nobackprop.core.losses import Loss
@@ -27,6 +28,11 @@ class Batch:
     y: Tensor
     loss: Loss
     noise: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def one_hot(self) -> Tensor:
+        """The labels, (N, classes), also where one output unit stands for two classes."""
+        return self.y if self.y.shape[1] > 1 else torch.cat([1 - self.y, self.y], 1)
 
     def error(self, z: Tensor) -> Tensor:
         """The error at the output, per sample: the derivative of the loss by the logits z, (N, outputs)."""

@@ -1,5 +1,6 @@
 """Images of one's own that are in memory already: tensors, arrays or a torch Dataset."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nobackprop.data.sources import Images, ImageShape, Source
-from nobackprop.mistakes import Mistake
+from nobackprop.mistakes import Mistake, Notice
 
 _held: dict[str, tuple[Images, Images]] = {}  # what is given at present, by fingerprint
 
@@ -29,6 +30,8 @@ def held(data: Any, test: Any) -> Iterator[str]:
     kinds = [f"images of shape {tuple(i.pixels.shape[1:])} and type {i.pixels.dtype}" for i in (train, tested)]
     if kinds[0] != kinds[1]:
         raise Mistake(f"data has {kinds[0]}, test {kinds[1]}: both must be alike")
+    if strange := sorted(set(tested.labels.tolist()) - set(train.labels.tolist())):
+        warnings.warn(f"test has images of the classes {strange}, and data has none of them to learn from", Notice, 3)
     found = sha256(kinds[0].encode())
     for images in (train, tested):
         for tensor in (images.pixels, images.labels):

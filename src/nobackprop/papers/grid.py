@@ -25,6 +25,10 @@ class Cell:
     def __str__(self) -> str:
         return " ".join(f"{axis}={choice}" for axis, choice in self.labels.items())
 
+    def fits(self, where: Mapping[str, Sequence[str]]) -> bool:
+        """Whether on each of these axes its choice is one of those named."""
+        return all(self.labels.get(axis) in choices for axis, choices in where.items())
+
     @property
     def tuned(self) -> Path | None:
         """The file of tuned settings that this cell takes, or None."""

@@ -441,10 +441,6 @@ def described(labels: Mapping[str, str]) -> str:
     return ", ".join(f"{v} {k}" if v.isdigit() else v for k, v in labels.items()).replace("_", " ")
 
 
-def _fits(labels: Mapping[str, str], where: Mapping[str, Sequence[str]]) -> bool:
-    return all(labels.get(axis) in choices for axis, choices in where.items())
-
-
 def _named(
     layout: Layout, known: Published | None, not_run: Sequence[NotRun]
 ) -> list[tuple[str, dict[str, list[str]]]]:
@@ -466,7 +462,7 @@ def _check_labels(place: str, where: Mapping[str, Sequence[str]], grid: Sequence
             if choice not in known:
                 allowed = f"choose from {', '.join(known)}" if known else "there is no such axis"
                 raise Mistake(f"{place}: {axis}={choice} is not in the grid; {allowed}")
-    if not any(_fits(cell.labels, where) for cell in grid):
+    if not any(cell.fits(where) for cell in grid):
         given = described({axis: ",".join(choices) for axis, choices in where.items()})
         raise Mistake(f"{place}: no cell of the grid is {given}; its choices do not occur together")
 
@@ -477,7 +473,7 @@ def _find(cell: Cell, layout: Layout, runs: Runs, not_run: Sequence[NotRun], kno
     figures = [f for f in (known.figures if known else ()) if f.cell and f.cell.items() <= cell.labels.items()]
     figures = [f.model_copy(update={"seeds": f.seeds or (known and known.seeds)}) for f in figures]
     unsearched = cell.tuned is not None and not cell.tuned.exists()
-    reasons = [entry.reason for entry in not_run if _fits(cell.labels, entry.cells)]
+    reasons = [entry.reason for entry in not_run if cell.fits(entry.cells)]
     reasons += ["settings not searched yet" if unsearched else "not run yet"]
     if unsearched or not runs.runs:
         return Found(cell.labels, cell.labels.get("rule", ""), overrides, reason=reasons[0], figures=figures)
@@ -509,7 +505,7 @@ def _rows(table: Table, found: Sequence[Found]) -> list[Row]:
     groups: dict[tuple[str | None, ...], dict[tuple[str, ...], list[Found]]] = defaultdict(lambda: defaultdict(list))
     taken: dict[tuple[str, ...], Found] = {}
     for cell in found:
-        if _fits(cell.labels, table.where):
+        if cell.fits(table.where):
             apart = tuple(cell.labels.get(axis) for axis in table.apart)
             place = tuple(cell.labels.get(axis, "") for axis in table.rows)
             groups[apart][place].append(cell)

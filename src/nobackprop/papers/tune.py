@@ -152,7 +152,7 @@ class Search(BaseModel):
     def forward_passes(self, cell: Cell) -> float | None:
         """What a mini-batch of a rung stands for in this cell, in forward passes; None where it stands for itself."""
         equal = self.equal_compute
-        return equal.step if equal and _fits(cell, equal.where) else None
+        return equal.step if equal and cell.fits(equal.where) else None
 
     def length(self, cell: Cell, rung: int, config: DictConfig) -> dict[str, int | None]:
         """The settings that make a trial's length. `config` has its other ones, on which the cost of a step depends."""
@@ -199,11 +199,11 @@ class Search(BaseModel):
     def cells(self, name: str) -> list[Cell]:
         """The cells of a grid that this searches, one for each file of tuned settings."""
         tuned = [cell for cell in cells(name) if cell.tuned is not None]
-        return [cell for cell in tuned if _fits(cell, self.where) or self.forward_passes(cell)]
+        return [cell for cell in tuned if cell.fits(self.where) or self.forward_passes(cell)]
 
     def within(self, cell: Cell) -> dict[str, Range | Choice]:
         """The part of the space that a cell searches: of each key the last dimension that fits."""
-        return {key: each for key, dimensions in self.space.items() for each in dimensions if _fits(cell, each.when)}
+        return {key: each for key, dimensions in self.space.items() for each in dimensions if cell.fits(each.when)}
 
     def points(self, cell: Cell) -> list[Point]:
         """The settings of each trial of a cell.
@@ -231,14 +231,10 @@ class Search(BaseModel):
         return [*self.fixed(cell, further), f"seeds=[{seeds}]", *settings]
 
 
-def _fits(cell: Cell, where: Mapping[str, Sequence[str]]) -> bool:
-    return all(cell.labels.get(axis) in choices for axis, choices in where.items())
-
-
 def _cost(config: DictConfig) -> float:
     """What a step of a run costs, in forward passes of a mini-batch."""
     run = Job("", config).run
-    return passes(run.rule, run.net, run.settings.batch_size)
+    return passes(run.rule, run.net, run.loss, run.settings.batch_size)
 
 
 def _steps(compute: float, cost: float) -> int:

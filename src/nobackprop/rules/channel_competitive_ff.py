@@ -48,7 +48,7 @@ class ChannelCompetitiveFF(Rule):
     }
 
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
-        y = batch.y if batch.y.shape[1] > 1 else torch.cat([1 - batch.y, batch.y], 1)  # (N, classes)
+        y = batch.one_hot
         below, g = batch.x, {}
         for l, z, h, handed_on in self._hidden(net, w, batch.x):
             G, pull, *_ = torch.func.vjp(partial(self._goodness, net, l), h)

@@ -89,8 +89,8 @@ def _labels(batch: Batch) -> tuple[Tensor, Tensor]:
     """One-hot labels of the samples (N, classes), and what goes down for each class (classes, outputs)."""
     y = batch.y
     if y.shape[1] > 1:
-        return y, torch.eye(y.shape[1], dtype=y.dtype, device=y.device)
-    return torch.cat([1 - y, y], 1), torch.tensor([[-1.0], [1.0]], dtype=y.dtype, device=y.device)
+        return batch.one_hot, torch.eye(y.shape[1], dtype=y.dtype, device=y.device)
+    return batch.one_hot, torch.tensor([[-1.0], [1.0]], dtype=y.dtype, device=y.device)
 
 
 def _spread(read: Sequence[Map], like: Tensor, c: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ class ForwardForward(Rule):
     refuses: ClassVar[Mapping[str, str]] = {
         "normalization": "a layer hands on its activations at one length already, all that the paper normalizes",
         "shortcut": "a layer would see the goodness of layers below, which the paper hides from it (section 2)",
+        "dropout": "an image with its right and with a wrong label must differ by the label alone",
         "attention": "the paper's layers are a product and relu each, and learn from what these alone make active",
     }
 
@@ -86,7 +87,7 @@ class ForwardForward(Rule):
             raise Mistake(f"rule.readout_rate is {self.readout_rate}: it scales the rate of R, so 0 or more")
 
     def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
-        right = batch.y if batch.y.shape[1] > 1 else torch.cat([1 - batch.y, batch.y], 1)  # (N, classes)
+        right = batch.one_hot
         wrong = 1 - right if right.shape[1] == 2 else _other(right, batch.noise["wrong_label"])
         x = [_labelled(net, batch.x, label) for label in (right, wrong)]
         if self.readout == "linear":

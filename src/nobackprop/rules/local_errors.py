@@ -89,7 +89,7 @@ class LocalErrors(Rule):
         layer = _transform(net, l)
         u = layer.forward(T, None, h)
         X = _features(u)  # (N, features)
-        y = batch.y if batch.y.shape[1] > 1 else torch.cat([1 - batch.y, batch.y], 1)
+        y = batch.one_hot
         Y = _features(y)
         # of the mean over N^2 pairs; each sample's own share is N times its derivative
         e = torch.func.vjp(_features, u)[1](4 / len(X) * (X @ X.mT - Y @ Y.mT) @ X)[0]

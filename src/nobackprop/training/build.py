@@ -99,6 +99,11 @@ class Run:
         return self.strategy.root_device if hardware.on_gpu(self.settings.trainer.accelerator) else torch.device("cpu")
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        return torch.float64 if self.settings.trainer.precision == "64-true" else torch.float32
+
+    @property
     def rank(self) -> int:
         """Which process of a data-parallel run this is; rank 0 alone writes and prints."""
         return self.strategy.global_rank if self.parallel else 0  # pyright: ignore[reportAttributeAccessIssue]
@@ -127,6 +132,16 @@ def configure(s: Settings) -> Run:
             raise Mistake(
                 f"dataset.classes is {s.dataset.classes}: {source.name} has {source.num_classes} classes, "
                 f"so 2 to {source.num_classes}, or null for all of them"
+            )
+        if s.dataset.classes_seed is not None and s.dataset.classes is None:
+            raise Mistake(
+                f"dataset.classes_seed is {s.dataset.classes_seed}, and dataset.classes is null, all of them: say how "
+                "many are drawn, or leave the seed out"
+            )
+        if s.threads > 1 and (s.workers or 1) > 1:
+            raise Mistake(
+                f"threads is {s.threads} and workers is {s.workers}: seeds side by side have one thread each, so leave "
+                "one of the two out"
             )
         if s.dataset.crop >= min(source.shape[1:]):
             raise Mistake(
@@ -246,7 +261,7 @@ def _check_processes(run: Run) -> None:
 
 
 def _try_step(run: Run, device: torch.device) -> None:
-    """One step on two blank images, as training computes it: finds what does not go together before data is loaded.
+    """One step on two blank images, in all its phases: finds what does not go together before data is loaded.
 
     What the step depends on is tried once a process. Raises Mistake for what torch's own optimizers and schedules
     refuse, and for want of memory; an exception of a rule, or of a part that is the user's own, is a fault in it and
@@ -268,13 +283,14 @@ def _try_step(run: Run, device: torch.device) -> None:
 
 def _try_rule(run: Run, device: torch.device) -> dict[str, Shape]:
     """The shapes of the weights, with which the rule has made a step."""
-    net, rule, dtype = run.net, run.rule, _dtype(run)
+    net, rule, dtype = run.net, run.rule, run.dtype
     try:
         w = {n: t.to(device, dtype) for n, t in initial_weights(net, rule, run.forward, run.backward, 0).items()}
         x, y = (torch.zeros(2, *shape, dtype=dtype, device=device) for shape in (net.in_shape, (run.loss.outputs,)))
-        noise = {name: x.new_zeros(shape) for name, shape in rule.noise(net, len(x)).items()}
+        shapes = rule.noise(net, len(x)) | net.noise(len(x))
+        noise = {name: x.new_zeros(shape) for name, shape in shapes.items()}
         with torch.no_grad(), _precision(run, device):
-            rule.all_grads(net, w, Batch(x, y, run.loss, noise))
+            rule.all_grads(net.with_noise(noise), w, Batch(x, y, run.loss, noise))
     except (RuntimeError, MemoryError) as e:
         if not hardware.too_little_memory(e):
             raise
@@ -282,16 +298,11 @@ def _try_rule(run: Run, device: torch.device) -> dict[str, Shape]:
     return {name: tuple(t.shape) for name, t in w.items()}
 
 
-def _dtype(run: Run) -> torch.dtype:
-    """The type of the weights."""
-    return torch.float64 if run.settings.trainer.precision == "64-true" else torch.float32
-
-
 def _precision(run: Run, device: torch.device) -> AbstractContextManager[Any]:
     """As Lightning's plugin for this precision."""
     if run.settings.trainer.precision == "bf16-mixed":
         return torch.autocast(device.type, torch.bfloat16)
-    return _as_default(_dtype(run))
+    return _as_default(run.dtype)
 
 
 @contextmanager
@@ -305,12 +316,12 @@ def _as_default(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _try_optimizer(run: Run, shapes: list[Shape], device: torch.device) -> None:
-    """A step of the optimizer, on small weights with as many axes, and the rates that a run has (a thousand at most).
+    """A step of the optimizer, on small weights with as many axes, and the rates of the steps that are sure to come.
 
     As in training, the first axis is that of the seeds.
     """
     s = run.settings
-    small = [torch.zeros(1, *(min(n, 2) for n in shape), dtype=_dtype(run), device=device) for shape in shapes]
+    small = [torch.zeros(1, *(min(n, 2) for n in shape), dtype=run.dtype, device=device) for shape in shapes]
     params = [torch.nn.Parameter(t, requires_grad=False) for t in small]
     optimizer = _asked(s.optimizer, "optimizer", run.optimizer, params)
     if not isinstance(optimizer, Optimizer):
@@ -318,17 +329,26 @@ def _try_optimizer(run: Run, shapes: list[Shape], device: torch.device) -> None:
     for p in params:
         p.grad = torch.zeros_like(p)
     _asked(s.optimizer, "optimizer", optimizer.step)
-    steps = s.max_steps or 1000
+    try_schedule(run, steps=s.max_steps or 1, epochs=1 if s.max_steps else s.max_epochs)
+
+
+def try_schedule(run: Run, steps: int, epochs: int) -> None:
+    """All rates of a run of so many mini-batches and epochs.
+
+    Raises Mistake for a schedule that torch refuses, that ends before the run does, or whose rate falls below 0.
+    """
+    s = run.settings
     make_schedule = run.schedule_over(steps)
     if make_schedule is None:
         return
+    optimizer = run.optimizer([torch.nn.Parameter(torch.zeros(1, 2, 2), requires_grad=False)])
     with warnings.catch_warnings(action="ignore"):  # that no optimizer step came before
         schedule = _asked(s.schedule, "schedule", make_schedule, optimizer)
         if not isinstance(schedule, LRScheduler):
             raise Mistake(f"schedule: {s.schedule['_target_']} is no torch.optim.lr_scheduler.LRScheduler")
         if wrong := [number for number in getattr(schedule, "milestones", ()) if not isinstance(number, int)]:
             raise Mistake(f"schedule: milestones are numbers of {s.schedule_interval}s, as in [50,75]; got {wrong}")
-        for _ in range(min(s.max_epochs if s.schedule_interval == "epoch" else steps, 1000)):
+        for _ in range(epochs if s.schedule_interval == "epoch" else steps):
             _asked(s.schedule, "schedule", schedule.step)
             if (rate := optimizer.param_groups[0]["lr"]) < 0:
                 raise Mistake(f"schedule: the rate becomes {rate}: it must not be below 0")
@@ -346,6 +366,8 @@ def _asked(node: Component, key: str, function: Callable[..., Any], *args: Any) 
     try:
         return function(*args)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as e:
+        if isinstance(e, ZeroDivisionError) and (zeros := [name for name, value in node.items() if value == 0]):
+            raise Mistake(f"{key}: {node['_target_']} divides by a value of 0: {', '.join(zeros)}") from e
         if isinstance(e, Mistake) or node["_target_"].startswith("torch."):
             raise Mistake(f"{key}: {e}") from e
         raise

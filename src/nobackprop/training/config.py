@@ -188,7 +188,7 @@ class Settings(_Strict):
         except OmegaConfBaseException as e:  # an interpolation of a key that does not exist
             raise Mistake(f"{e.full_key}: {str(e).splitlines()[0]}") from None
         except PydanticError as e:
-            raise Mistake("; ".join(_sentence(error) for error in e.errors())) from None
+            raise Mistake("; ".join(dict.fromkeys(_sentence(error) for error in e.errors()))) from None
         if len(set(settings.seeds)) < len(settings.seeds):
             raise Mistake(f"seeds: {settings.seeds} names a seed twice; seeds=3 means [0,1,2], seeds=[0,4,7] a list")
         return settings
@@ -342,11 +342,13 @@ def _check_type(key: str, value: Any, annotation: Any) -> None:
     try:
         TypeAdapter(annotation).validate_json(json.dumps(value), strict=True)
     except PydanticError as e:
-        raise Mistake(f"{key}: {e.errors()[0]['msg']}, got {value!r}") from None
+        first, *others = dict.fromkeys(error["msg"] for error in e.errors())  # one for each type that is allowed
+        allowed = " or ".join([first, *(text.removeprefix("Input should be ") for text in others)])
+        raise Mistake(f"{key}: {allowed}, got {value!r}") from None
 
 
 def _sentence(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"])
+    where = ".".join(str(part) for part in error["loc"] if str(part).isalnum() or str(part).isidentifier())  # no types
     if error["type"] == "missing":
         return f"{where} must be given: add {where}=..."
     if error["type"] == "extra_forbidden":

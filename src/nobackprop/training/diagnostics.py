@@ -1,9 +1,10 @@
 """Diagnostics of a net as it trains: angles to the gradient, saturation, norms. They are off unless asked for.
 
-They stand outside the rules and know three of them: backpropagation, the measure of the others; feedback alignment,
-whose subclasses say what errors go down through; and DFA, whose subclasses send errors from the output to each layer.
+They stand outside the rules and know one of them, backpropagation, the measure of the others. A rule itself says what
+its own weights stand in for (`Rule.stand_ins`).
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -60,10 +61,13 @@ class Diagnostics(Callback):
                 drawn = normal(shapes, pl_module.seeds[s], "diagnostics", pl_module.steps)
                 noise = {name: t.to(x) for name, t in drawn.items()}
                 batch = Batch(x, y, pl_module.loss, noise)
-                pl_module.extra_scores[s] |= diagnose(pl_module.net, pl_module.rule, w, batch)
+                as_trained = trainer.precision_plugin.forward_context()
+                pl_module.extra_scores[s] |= diagnose(pl_module.net, pl_module.rule, w, batch, as_trained)
 
 
-def diagnose(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, float]:
+def diagnose(
+    net: Network, rule: Rule, w: Weights, batch: Batch, as_trained: AbstractContextManager[Any] | None = None
+) -> dict[str, float]:
     """What one seed's weights do on a batch of images, by name. It is empty where the logits are not finite.
 
     The batch holds the noise that the rule asks for. A rule with phases computes all of them at these weights, and of
@@ -86,8 +90,11 @@ def diagnose(net: Network, rule: Rule, w: Weights, batch: Batch) -> dict[str, fl
     replaces W. For DFA and its subclasses, B stands in for the product of the weights above its layer, where those
     layers are dense. For other rules, own weights (`E3`, ...) that are all shaped like W stand in for the W of their
     layer. An update opposes a gradient where their inner product is negative.
+
+    The rule's gradients are computed within `as_trained`, such as torch's autocast, and that of the loss outside of it.
     """
-    update, logits = rule.all_grads(net, w, batch)
+    with as_trained or nullcontext():
+        update, logits = rule.all_grads(net, w, batch)
     if not logits.isfinite().all():
         return {}
     found = {f"norm/W{l}": w[f"W{l}"].norm() for l in range(1, net.L + 1)}

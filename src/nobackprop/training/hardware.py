@@ -1,4 +1,4 @@
-"""What this machine grants, and what torch is told about it before it trains."""
+"""Which device a run uses, and what torch is told about it before it trains."""
 
 import ctypes
 import sys

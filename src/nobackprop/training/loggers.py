@@ -53,7 +53,8 @@ class EpochLog(Callback):
         assert isinstance(pl_module, Learner)
         for i, (log, p) in enumerate(zip(trainer.loggers, pl_module.progress, strict=bool(trainer.loggers))):
             for epoch in p.epochs[self.given.get(i, 0) :]:
-                log.log_metrics({**epoch, "trainer/global_step": epoch["step"]}, step=int(epoch["step"]))
+                known = {name: value for name, value in epoch.items() if value is not None}  # no number: it diverged
+                log.log_metrics({**known, "trainer/global_step": epoch["step"]}, step=int(epoch["step"]))
             self.given[i] = len(p.epochs)
 
     on_train_epoch_end = on_fit_end = on_train_start  # the last epoch, where nothing was left to train

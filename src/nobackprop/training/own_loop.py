@@ -75,7 +75,8 @@ class Gradients(nn.Module):
         for name, p in w.items():
             p.grad = None
             if name in grads:
-                g = self.update(grads[name].to(p.dtype).contiguous().unsqueeze(0), len(x))[0]
+                own = grads[name].to(p.dtype).clone(memory_format=torch.contiguous_format)  # two weights may share one
+                g = self.update(own.unsqueeze(0), len(x))[0]
                 p.grad = g if (gain := self.rule.gain(name)) == 1 else g * gain
         self.steps += 1
         return logits

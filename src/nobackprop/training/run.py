@@ -24,7 +24,7 @@ from nobackprop.records import files, machine, provenance
 from nobackprop.records.literal import literal
 from nobackprop.records.record import EDITS, Data, Record, mean_and_deviation, tested
 from nobackprop.training import checkpoints, hardware, kept, kernels, locks
-from nobackprop.training.build import Run, check, configure, trainer
+from nobackprop.training.build import Run, check, configure, trainer, try_schedule
 from nobackprop.training.checkpoints import About, ResumePoint
 from nobackprop.training.config import Settings
 from nobackprop.training.ddp import DataParallel, SameWeights, connect, start, to_start
@@ -105,8 +105,9 @@ def train(run: Run, console: Console | None = None, wait_for_others: bool = True
         dataset = _images(run)
         _check_data(run, done.values(), dataset.fingerprint)
         tasks = _tasks(run, dataset, missing)
-        for t in tasks:
-            batches_per_epoch(t, s.batch_size)  # refuses too large ones here, not in the processes of ddp
+        for per_epoch in {batches_per_epoch(t, s.batch_size) for t in tasks}:  # which refuses too large batches
+            steps = _steps(s, per_epoch)
+            try_schedule(run, steps, epochs=-(-steps // per_epoch))
         # Processes that are still to be started are started once, for all seeds.
         together = [tasks]
         if not to_start(run.strategy):
@@ -264,15 +265,26 @@ def _fit_unless_busy(run: Run, dataset: Dataset, group: Group, screen: Screen, w
         return {seed: done[seed] for seed in seeds}
 
 
+def _steps(s: Settings, per_epoch: int) -> int:
+    """How many mini-batches a run has, if nothing ends it early."""
+    return min(s.max_epochs * per_epoch, s.max_steps or s.max_epochs * per_epoch)
+
+
 def _learner(run: Run, dataset: Dataset, tasks: Sequence[Task], steps: int) -> Learner:
     """What trains a group of seeds, for that many mini-batches, from their initial weights."""
     s = run.settings
     relabels = [t.relabel for t in tasks]
+
+    def weights(seed: int) -> dict[str, Tensor]:
+        """In the type of the run: Lightning would make them double only after it has loaded a checkpoint."""
+        start = initial_weights(run.net, run.rule, run.forward, run.backward, seed)
+        return {name: t.to(run.dtype) for name, t in start.items()}
+
     return Learner(
         run.net,
         run.rule,
         run.loss,
-        {t.seed: initial_weights(run.net, run.rule, run.forward, run.backward, t.seed) for t in tasks},
+        {t.seed: weights(t.seed) for t in tasks},
         batches=partial(
             TrainBatches, dataset, tasks, s.batch_size, max_steps=s.max_steps, flip=s.dataset.flip, crop=s.dataset.crop
         ),
@@ -295,7 +307,7 @@ def _fit(run: Run, dataset: Dataset, group: Group, screen: Screen) -> list[Recor
     s, (tasks, title) = run.settings, group
     seeds = [t.seed for t in tasks]
     per_epoch = batches_per_epoch(tasks[0], s.batch_size)
-    steps = min(s.max_epochs * per_epoch, s.max_steps or s.max_epochs * per_epoch)
+    steps = _steps(s, per_epoch)
     make = partial(_learner, run, dataset, tasks, steps)
     now = provenance.code_of(s.identity())
     about = About(run=run.folder.name, seeds=seeds, fingerprint=dataset.fingerprint, commits=[now])

@@ -34,7 +34,10 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> Any:
-    """What was written, on the CPU. Nothing in the file is run or unpickled. Raises Damaged."""
+    """What was written, on the CPU. Nothing in the file is run or unpickled. Raises Damaged.
+
+    Of a file from before there were checksums, only the tensors are checked.
+    """
     content = path.read_bytes()
     if not _fits(content):
         raise Damaged(f"{path} is damaged (it does not fit its checksum)")
@@ -42,11 +45,6 @@ def read(path: Path) -> Any:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as e:  # torch.load raises what the content leads to
         raise Damaged(f"{path} is damaged (torch can't load it: {type(e).__name__})") from e
-
-
-def whole(path: Path) -> bool:
-    """Whether a file is what was written. Of a file from before there were checksums, only the tensors are checked."""
-    return _fits(path.read_bytes())
 
 
 def _fits(content: bytes) -> bool:
