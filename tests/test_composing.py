@@ -54,6 +54,12 @@ def answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Answer:
         ("rul=bp", "there is no key rul; choose from: rule, dataset, | Did you mean rule?"),
         ("rule.bta=1", "choose from: _target_, beta, gamma, learn_E, difference. Did you mean beta?"),
         ("-m rule=lra_e,bp rule.bta=1", "there is no key rule.bta; choose from: _target_, beta, "),
+        ("model.lr=3", "there is no key model; choose from: rule, dataset, "),
+        ("trainer.foo.bar=3", "there is no key trainer.foo; choose from: accelerator, "),
+        (
+            "arch.layers=[{conv:[16,3],relu,{max_pool:2}]",
+            "'arch.layers=[{conv:[16,3],relu,{max_pool:2}]' has 2 { and 1 }: close each",
+        ),
         ("rule.beta.x=1", "there is no key rule.beta.x: rule.beta is 0.1, without keys of its own"),
         ("lr=0.1", "Did you mean optimizer.lr?"),
         ("schedule.milestones=[1]", "there is no key schedule.milestones. It is a key of schedule=multistep"),
@@ -160,15 +166,25 @@ def test_a_mistake_in_a_yaml_file_is_told_with_file_and_line(answer: Answer, tmp
     assert found.startswith(f"{tmp_path}/own/rule/{name}.yaml, line {FILES[name][1]}")
 
 
+KEYS = "write keys with values, of which"
+
+
 @pytest.mark.parametrize(
-    "content", ["", "- a\n- b\n", "target: a.b\n", "_target_: BP\n"], ids=["empty", "list", "none", "bare"]
+    ("content", "told"),
+    [
+        ("", KEYS),
+        ("- a\n- b\n", KEYS),
+        ("target: a.b\n", KEYS),
+        ("_target_: BP\n", "_target_ is BP: write its module before it, as in my_module.BP"),
+    ],
+    ids=["empty", "list", "none", "bare"],
 )
-def test_a_file_that_is_no_choice_is_named(tmp_path: Path, content: str) -> None:
+def test_a_file_that_is_no_choice_is_named(tmp_path: Path, content: str, told: str) -> None:
     (tmp_path / "own" / "rule").mkdir(parents=True)
     (tmp_path / "own" / "rule" / "mine.yaml").write_text(content)
     ended = nobackprop("--config-dir", "own", "rule=mine", cwd=tmp_path)
     assert ended.returncode == 1
-    assert ended.stderr.startswith(f"nobackprop: {tmp_path}/own/rule/mine.yaml: rule: write keys with values, of which")
+    assert ended.stderr.startswith(f"nobackprop: {tmp_path}/own/rule/mine.yaml: rule: {told}")
     assert len(ended.stderr.splitlines()) == 1
 
 
@@ -331,7 +347,7 @@ def test_any_other_error_of_the_system_stays_what_it_is(error: OSError) -> None:
         (["paths.runs=file/runs", "--multirun", "rule=bp,fa"], "{here}/file can't be used for records, weights and"),
         (["paths.runs=file/runs", "--dry-run"], "{here}/file can't be used for records, weights and checkpoints"),
         (["seeds=0"], "seeds: write how many, 1 to 100000, or a list such as [0,4,7], got 0"),
-        (["tuned=mlp_lrae"], "no such tuned settings, 'mlp_lrae': choose one of "),
+        (["tuned=mlp_lrae"], "no such tuned settings, 'mlp_lrae'; the folders of conf/tuned have: "),
         (["--multirun", "launcher=basic,processes"], "launcher: one for the whole sweep, not one a job"),
         (["launcher=processes"], "launcher=processes is for several jobs: add --multirun"),
         (["+sweep=rates"], "+sweep=rates is for several jobs: add --multirun"),

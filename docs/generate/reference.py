@@ -133,7 +133,7 @@ def needs(rule: Rule) -> Needs:
         refuses=", ".join(rule.refuses) or "nothing",
         updates=len(rule.phases()),
         up=_up(rule),
-        work=passes(rule, mlp((784,), 10, hidden=[256] * 4, activation="tanh")),
+        work=passes(rule, mlp((784,), 10, hidden=[256] * 4, activation="tanh"), SoftmaxCrossEntropy(10)),
     )
 
 

@@ -5,6 +5,7 @@ import re
 import sys
 import warnings
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from importlib.metadata import version
@@ -18,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nobackprop import usage
 from nobackprop.composing import COMPOSING, check, composing, home, leaves
-from nobackprop.mistakes import Mistake, Notice, about_files, answering, check_writable, close
+from nobackprop.mistakes import Mistake, Notice, about_files, answering, close
 from nobackprop.places import CONF
 
 if TYPE_CHECKING:
@@ -74,8 +75,9 @@ def _settings(cfg: DictConfig, runtime: Any) -> "Settings":
     except Mistake as e:
         group = str(e).partition(":")[0]
         file = _files(runtime, group).get(runtime.choices.get(group))
-        raise Mistake(f"{file}: {e}" if file else e) from None
-    check_writable(Path(settings.paths.runs))
+        typed = any(text.lstrip("+~").startswith(f"{group}.") for text in HydraConfig.get().overrides.task)
+        raise Mistake(f"{file}: {e}" if file and not typed else e) from None
+    settings.check_writable()
     return settings
 
 
@@ -119,8 +121,10 @@ def tuned_files(runtime: Any) -> dict[str, Path]:
     choices, files = runtime.choices, _files(runtime, "tuned")
     default = f"{choices.rule}_{choices.arch}_{choices.dataset}_{choices.optimizer}"
     if choices.tuned not in {*files, "none", default}:
-        there = f"choose one of {', '.join(sorted(files))}{close(choices.tuned, files)}"
-        raise Mistake(f"no such tuned settings, {choices.tuned!r}: {there}")
+        folders = Counter(name.rpartition("/")[0] for name in files)
+        there = ", ".join(f"{folder or '.'} ({count})" for folder, count in sorted(folders.items()))
+        told = f"no such tuned settings, {choices.tuned!r}; the folders of conf/tuned have: {there}"
+        raise Mistake(told + close(choices.tuned, files))
     chosen = {key: choices[key] for key in ("tuned", "tuned@_global_") if choices.get(key, "none") != "none"}
     return {key: files[name] for key, name in chosen.items() if name in files}
 

@@ -65,6 +65,9 @@ def _unreadable(text: str) -> str:
         return f"{text!r}: {key!r} is no key; an element of a list is written as in optimizer.betas.0=0.5"
     if value[:1] in {"[", "{"} and value[-1:] not in {"]", "}"}:
         return f"{text!r} has no closing bracket; with spaces it needs quotes around all of it: '{key}=[1, 2]'"
+    for opening, closing in ("[]", "{}"):
+        if value.count(opening) != value.count(closing):
+            return f"{text!r} has {value.count(opening)} {opening} and {value.count(closing)} {closing}: close each"
     if value.endswith(","):
         return f"{text!r} ends in a comma: take it away, or write what follows it"
     return f"""{text!r} can't be read: a text with such characters needs quotes of its own, '{key}="{value}"'"""
@@ -169,15 +172,17 @@ def _of_a_file(error: Any, message: str, overrides: Sequence[str], folders: Sequ
 def _no_such_key(path: str, overrides: Iterable[str], folders: Sequence[Path], config: str) -> str:
     """The sentence on a key that does not exist, such as `rule.bta`; empty where another mistake comes first."""
     *parents, key = path.split(".")
-    others = [text for text in overrides if not re.match(rf"[~+]*{re.escape(path)}=", text)]
+    others = [text for text in overrides if not re.match(rf"[~+]*{re.escape(path)}[.=]", text)]
     try:
         others = [first(override) for override in OverridesParser.create().parse_overrides(others)]
         cfg, _ = compose(others, folders, config)
     except COMPOSING:
         return ""
     node = OmegaConf.select(cfg, ".".join(parents)) if parents else cfg
-    if node is None:  # Hydra's own
-        return ""
+    if node is None:
+        if parents[0] == "hydra":  # Hydra's own
+            return ""
+        return _no_such_key(".".join(parents), overrides, folders, config)
     if not OmegaConf.is_dict(node):
         return f"there is no key {path}: {'.'.join(parents)} is {node!r}, without keys of its own"
     names = [str(name) for name in node] + ([] if parents else ["tuned"])

@@ -20,7 +20,7 @@ from rich.table import Table
 from nobackprop.cli import announce_mode, announce_tuned, tuned_files
 from nobackprop.composing import check, composed, composing, home
 from nobackprop.data.given import held
-from nobackprop.mistakes import Mistake, about_files, check_writable
+from nobackprop.mistakes import Mistake, about_files
 from nobackprop.places import CONF
 from nobackprop.records.gathering import collect, table
 from nobackprop.records.literal import plain
@@ -100,10 +100,10 @@ class Runs(Sequence[Record]):
         return table(self.by_run)
 
     def __repr__(self) -> str:
-        return self.summary().to_string(formatters=FORMATS)
+        return self.summary().to_string(formatters=FORMATS, na_rep="-")
 
     def _repr_html_(self) -> str:
-        return self.summary().to_html(formatters=FORMATS)
+        return self.summary().to_html(formatters=FORMATS, na_rep="-")
 
 
 FORMATS: Any = dict.fromkeys(("validation", "test", "deviation"), "{:.2%}".format) | {"seconds": "{:.1f}".format}
@@ -134,6 +134,11 @@ def train(*overrides: str, data: Any = None, test: Any = None, **settings: Any) 
     from nobackprop.training.run import train as train_one
     from nobackprop.training.stopping import Stopped
 
+    if wrong := [each for each in overrides if not isinstance(each, str)]:
+        raise Mistake(
+            f"{wrong[0]!r} is of type {type(wrong[0]).__name__}: an override is a text, such as 'optimizer.lr=0.1'; "
+            "write a dict as **{'optimizer.lr': 0.1}"
+        )
     texts = [*map(home, overrides), *(_override(key, value) for key, value in settings.items())]
     console = Console()
     with nullcontext() if data is None and test is None else held(data, test) as fingerprint, _as_found():
@@ -144,7 +149,7 @@ def train(*overrides: str, data: Any = None, test: Any = None, **settings: Any) 
         for _, cfg in jobs:  # all of them before any is trained
             with about_files(cfg):
                 prepared.append(run := prepare(cfg))
-                check_writable(Path(run.settings.paths.runs))
+                run.settings.check_writable()
             if fingerprint is not None and run.parallel:
                 raise Mistake("trainer=ddp starts processes of their own, which can't see data=...: leave one out")
         try:

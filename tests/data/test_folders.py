@@ -26,7 +26,7 @@ from nobackprop.data.batches import TrainBatches, task
 from nobackprop.data.checksums import some
 from nobackprop.data.folders import ImageNet
 from nobackprop.data.sources import Dataset, Images
-from nobackprop.mistakes import Mistake
+from nobackprop.mistakes import Mistake, Notice
 
 CLASSES = [f"n{i:02}" for i in range(6)]
 MODES = {"RGB": "JPEG", "L": "JPEG", "CMYK": "JPEG", "P": "png", "RGBA": "PNG", "LA": "png"}
@@ -549,6 +549,10 @@ def test_the_same_names_in_another_folder_are_not_taken_for_the_same_images(tree
     moved = tree.rename(tree.with_name("moved"))
     with pytest.raises(ValueError, match=rf"was made from {tree}, not from {moved}\. For other images choose another"):
         source(moved).load()
+    with pytest.raises(ValueError, match=rf"was made from {tree}, not from {moved}"):  # also where nothing is loaded
+        _ = source(moved).checksum
+    with pytest.warns(Notice, match=rf"{tree}s is not there, so .* is used, which was made from {tree}$"):
+        source(tree.with_name(f"{tree.name}s")).load()
     (tree.parent / "cache" / "index.json").unlink()  # as it says, for the same images in a new place
     assert source(moved).load().fingerprint == made.fingerprint
 

@@ -1,5 +1,6 @@
 """Images in memory as a data set: what is taken, what is refused, and what identifies them."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -110,7 +111,7 @@ NAN[3, 0, 0, 0] = torch.nan
     [
         ((X, Y), None, r"data and test belong together: write data=\(x, y\), test=\(x2, y2\)"),
         (None, (X, Y), "data and test belong together"),
-        (X, (X, Y), "data: the Dataset must have pairs .*"),
+        (X, (X, Y), r"data is a Tensor alone: give a pair \(x, y\)"),
         (3, (X, Y), r"data is of type int: give a pair \(x, y\) of tensors or arrays, or a torch Dataset"),
         ((X, Y), (X, Y.float()), r"test: y has the shape \(40,\) and type torch.float32 for 40 samples; allowed: a cl"),
         ((X, Y[:5]), (X, Y), r"data: y has the shape \(5,\) and type torch.int64 for 40 samples"),
@@ -140,9 +141,14 @@ def test_what_is_no_data_set_is_refused_in_a_sentence(data: Any, test: Any, told
         pass
 
 
-def test_a_class_that_is_tested_and_not_learned_is_told() -> None:
-    told = r"test has images of the classes \[4\], and data has none of them"
-    with pytest.warns(Notice, match=told), held((X, Y), (X, torch.full_like(Y, 4))):
+@pytest.mark.parametrize(
+    ("data", "test", "never"),
+    [((X, Y + 1), (X, Y + 1), "['0']"), ((X, Y), (X, torch.full_like(Y, 5)), "['4', '5']")],
+    ids=["counted from 1", "only tested"],
+)
+def test_classes_that_no_net_can_learn_are_told(data: Any, test: Any, never: str) -> None:
+    told = f"data has no images of the classes {never}, counted from 0, to learn from"
+    with pytest.warns(Notice, match=re.escape(told)), held(data, test):
         pass
 
 

@@ -138,6 +138,31 @@ class Doubles(BP):
         return g, logits if logits is None else logits[: len(batch.x)]
 
 
+class Counts(BP):
+    """BP that counts its steps."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
+        self.steps += 1
+        return super().grads(net, w, batch)
+
+
+@dataclass(frozen=True)
+class Impure(BP):
+    """BP that does what a rule must not."""
+
+    does: str = ""
+
+    def grads(self, net: Network, w: Weights, batch: Batch) -> Grads:
+        g, logits = super().grads(net, w, batch)
+        if self.does == "draws":
+            return {name: t + 0.01 * torch.randn_like(t) for name, t in g.items()}, logits
+        (w["W1"] if self.does == "halves a weight" else batch.x).mul_(0.5)
+        return g, logits
+
+
 class Unfinished(Rule):
     def gradz(self, net: Network, w: Weights, batch: Batch) -> Grads:
         return {}, None
@@ -199,6 +224,15 @@ COSINE = ["schedule=cosine", "~schedule.T_max"]
             r"Strange gives gradients of \['V1'\], which are no weights",
         ),
         (chosen("rule", f"{__name__}.Strange"), r"gives W1, of shape \(12, 64\), a gradient of shape \(64, 12\)"),
+        (chosen("rule", f"{__name__}.Counts"), "rule Counts changes an attribute of its own at each step"),
+        *(
+            (chosen("rule", f"{__name__}.Impure", f"does={does!r}"), f"rule Impure {told}")
+            for does, told in {
+                "draws": r"gives two different gradients of \w+ for the same step: random numbers come from `noise`",
+                "halves a weight": "changes W1 in place",
+                "halves the images": "changes the images in place",
+            }.items()
+        ),
         *(
             (chosen("rule", f"{__name__}.Gives", f"kind={kind!r}"), f"Gives gives {what}")
             for kind, what in {
@@ -251,9 +285,9 @@ def test_the_trial_step_computes_as_training_does(config: Config, precision: str
     Watching.seen.clear()
     overrides = [*WATCHING, f"trainer.precision={precision}"]
     configure(Settings.of(config(*overrides)))
-    assert Watching.seen == [seen]
+    assert Watching.seen == [seen] * 2
     train(config(*overrides, "max_steps=2"))
-    assert Watching.seen == [seen] * 3
+    assert Watching.seen == [seen] * 4
     assert torch.get_default_dtype() == torch.float32
 
 
@@ -272,11 +306,11 @@ def test_the_same_step_is_tried_once(config: Config) -> None:
     Watching.seen.clear()
     for overrides in ([], ["seeds=3"], ["optimizer.lr=0.5"], ["schedule=cosine"], ["max_epochs=7"], ["update=sum"]):
         prepare(config(*WATCHING, *overrides))
-    assert len(Watching.seen) == 1
+    assert len(Watching.seen) == 2
     others = "+rule.number=3", "arch.hidden=[5]", "arch.bias=false", "init.forward=N1", "trainer.precision=64-true"
     for i, other in enumerate(others, 2):
         prepare(config(*WATCHING, other))
-        assert len(Watching.seen) == i
+        assert len(Watching.seen) == 2 * i
     for _ in range(2):  # a mistake is none the less told again
         with pytest.raises(Mistake, match="lr is -1"):
             prepare(config(*WATCHING, "optimizer.lr=-1"))

@@ -237,11 +237,34 @@ def test_a_module_that_can_not_be_trained_is_refused(rule: Rule, parts: list[nn.
         ),
         (X, Y.float(), r"or targets \(7, 4\) in floats"),
         (X, F.one_hot(Y, 4), r"y has the shape \(7, 4\) and type torch.int64"),
+        (X, Y + 1, "y has class numbers from 1 to 4; allowed: 0 to 3"),
+        (
+            X.double(),
+            Y,
+            r"x is of type torch.float64, and the module's weights are torch.float32: write x.to\(torch.fl",
+        ),
     ],
 )
 def test_a_batch_that_does_not_fit_is_refused(x: Tensor, y: Tensor, told: str) -> None:
     with pytest.raises(Mistake, match=told):
         small(BP())(x, y)
+
+
+@pytest.mark.parametrize(
+    ("rule", "loss", "told"),
+    [
+        (LRAE, SOFTMAX, r"rule is the class LRAE: give an object such as nobackprop\.LRAE\(\)"),
+        ("lra_e", SOFTMAX, "rule is of type str: give an object"),
+        (
+            LRAE(),
+            nn.CrossEntropyLoss(),
+            r"loss is of type CrossEntropyLoss: give .* nobackprop\.SoftmaxCrossEntropy\(10\)",
+        ),
+    ],
+)
+def test_what_is_no_rule_or_loss_is_refused(rule: Any, loss: Any, told: str) -> None:
+    with pytest.raises(Mistake, match=told):
+        gradients(nn.Sequential(nn.Linear(6, 4)), rule, loss)
 
 
 def test_an_unknown_update_is_refused() -> None:

@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from conftest import Config, Problem, interrupt, same_results, train
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+import nobackprop.training.replay
 import nobackprop.training.run
 from nobackprop.core.architectures import lenet, row
 from nobackprop.core.initializers import Normal, initial_weights
@@ -304,6 +306,19 @@ def test_what_can_not_be_replayed_is_called(name: str) -> None:
         torch.manual_seed(seed)
         assert torch.equal(replay(x, y, {})[0]["W1"], expected)
     assert not replay.replays
+
+
+def test_a_function_that_changes_with_time_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nobackprop.training.replay, "AGAIN", 10)
+    steps = count()
+    replay = Replay(lambda x, y, noise: ({"W1": x * (1.0 if next(steps) < 5 else 0.5)}, []))
+    x = torch.randn(3)
+    for _ in range(2 + 9):  # two that are noted, and nine replays
+        assert torch.equal(replay(x, x, {})[0]["W1"], x)
+    for _ in range(5):
+        next(steps)
+    with pytest.raises(Mistake, match="the rule gives other numbers now than in the first steps"):
+        replay(x, x, {})
 
 
 def test_views_constants_and_changes_in_place() -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from nobackprop.data.given import held
 from nobackprop.data.sources import Digits
-from nobackprop.mistakes import Mistake
+from nobackprop.mistakes import Mistake, Notice
 from nobackprop.records import provenance
 from nobackprop.records.record import Record
 from nobackprop.training import checkpoints
@@ -176,6 +176,11 @@ def test_a_schedule_as_long_as_the_run_is_taken_and_a_shorter_one_refused(
     monkeypatch.setattr("nobackprop.training.run._fit", lambda *_: pytest.fail("training began"))
     with pytest.raises(Mistake, match=r"schedule: Tried to step 322 times\. .* total steps is 321"):
         train(config(*one_cycle(321)))
+
+
+def test_a_schedule_that_leaves_the_rate_alone_is_told(config: Config) -> None:
+    with pytest.warns(Notice, match=r"the schedule leaves the rate at 0\.\d+ for all of these 2 epochs"):
+        train(config("schedule=multistep", "max_epochs=2"))
 
 
 def test_an_optimizer_that_mixes_seeds_is_refused_for_a_stack(config: Config) -> None:

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from nobackprop.data.checksums import as_folder, locked, reading, some
 from nobackprop.data.decoding import open_image, quiet_decoding
 from nobackprop.data.sources import Images, ImageShape, Source
-from nobackprop.mistakes import Missing, Mistake
+from nobackprop.mistakes import Missing, Mistake, Notice
 from nobackprop.records.files import write_atomically
 from nobackprop.records.machine import cores
 
@@ -118,6 +118,9 @@ class ImageNet(Source):
             self._build()
         index, blocks = self._index(), self._blocks()
         assert index is not None
+        if str(Path(self.where).resolve()) != index.root:
+            told = f"{self.where} is not there, so {self._cache} is used, which was made from {index.root}"
+            warnings.warn(told, Notice, stacklevel=2)
         self._check_pixels(index, blocks)
         self._check_files(index, blocks)
         return self._images(index, "train"), self._images(index, "test")
@@ -166,6 +169,11 @@ class ImageNet(Source):
                 f"{path.parent} holds {index.channels} images of shape {index.shape}, but {self._channels} of shape "
                 f"{self.shape} are asked for: choose another dataset.source.cache"
             )
+        if Path(self.where).is_dir() and str(Path(self.where).resolve()) != index.root:
+            raise Mistake(
+                f"{self.name}: {self._cache} was made from {index.root}, not from {self.where}. For other images "
+                f"choose another dataset.source.cache. If these are the same images in a new place: {self._redo}."
+            )
         return index
 
     def _blocks(self) -> Blocks:
@@ -185,12 +193,7 @@ class ImageNet(Source):
     # Checks of a finished cache
 
     def _check_files(self, index: Index, blocks: Blocks) -> None:
-        """Raises Mistake if the files are not those that the cache was made from, or if they are in another folder."""
-        if Path(self.where).is_dir() and str(Path(self.where).resolve()) != index.root:
-            raise Mistake(
-                f"{self.name}: {self._cache} was made from {index.root}, not from {self.where}. For other images "
-                f"choose another dataset.source.cache. If these are the same images in a new place: {self._redo}."
-            )
+        """Raises Mistake if the files are not those that the cache was made from."""
         for split, folder in FOLDERS.items():
             if not Path(self.where, folder).is_dir():
                 continue

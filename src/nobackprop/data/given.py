@@ -8,8 +8,10 @@ from hashlib import sha256
 from typing import Any
 
 import torch
+from numpy import ndarray
 from torch import Tensor
 
+from nobackprop.data.checksums import some
 from nobackprop.data.sources import Images, ImageShape, Source
 from nobackprop.mistakes import Mistake, Notice
 
@@ -30,8 +32,10 @@ def held(data: Any, test: Any) -> Iterator[str]:
     kinds = [f"images of shape {tuple(i.pixels.shape[1:])} and type {i.pixels.dtype}" for i in (train, tested)]
     if kinds[0] != kinds[1]:
         raise Mistake(f"data has {kinds[0]}, test {kinds[1]}: both must be alike")
-    if strange := sorted(set(tested.labels.tolist()) - set(train.labels.tolist())):
-        warnings.warn(f"test has images of the classes {strange}, and data has none of them to learn from", Notice, 3)
+    last = max(int(images.labels.max()) for images in (train, tested))
+    if never := sorted({*range(last + 1)} - {*train.labels.tolist()}):
+        told = f"data has no images of the classes {some(map(str, never))}, counted from 0, to learn from"
+        warnings.warn(told, Notice, stacklevel=3)
     found = sha256(kinds[0].encode())
     for images in (train, tested):
         for tensor in (images.pixels, images.labels):
@@ -48,6 +52,10 @@ def images_of(given: Any, name: str) -> Images:
     """The images that were given, as `name`. Raises Mistake, which says what was found and what is allowed."""
     if isinstance(given, tuple | list) and len(given) == 2:
         x, y = given
+    elif isinstance(given, Tensor | ndarray):
+        raise Mistake(
+            f"{name} is a {type(given).__name__} alone: give a pair (x, y), y with the samples' class numbers"
+        )
     elif hasattr(given, "__getitem__") and hasattr(given, "__len__"):
         x, y = _columns(given, name)
     else:

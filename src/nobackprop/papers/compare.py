@@ -35,16 +35,20 @@ from nobackprop.records.record import Record, mean_and_deviation, tested
 Runs = Mapping[str, Sequence[Record]]
 
 
-def read(folder: Path) -> Runs:
-    """All records below a folder, by run. Raises Missing where there is none."""
-    found = collect([folder] if folder.exists() else [])
+def read(*folders: Path) -> Runs:
+    """All records below these folders, by run. Raises Missing where a folder has none."""
+    for folder in folders:
+        if not folder.exists():
+            raise Missing(f"{folder} is not there: train something with paths.runs={folder} first")
+    found = collect(folders)
     for problem in found.unreadable + found.conflicts:
         warn(plain(problem), stacklevel=2)
     runs = defaultdict(list)
     for record in found.records.values():
         runs[record.run].append(record)
     if not runs:
-        raise Missing(f"no run records in {folder}/*/seed*/: train something with paths.runs={folder} first")
+        there = ", ".join(map(str, folders))
+        raise Missing(f"no run records in {there}/*/seed*/: train something with paths.runs={folders[0]} first")
     return runs
 
 
@@ -203,24 +207,29 @@ LEAST = 0.01  # percent: what an error of 0 is drawn as, on a logarithmic axis
 
 
 def figure(runs: Runs, path: Path) -> None:
-    """Writes the `curves`. Raises Mistake where the path's ending names no format of a figure."""
+    """Writes the `curves`. Raises Mistake where the path's ending names no format, or the file can't be written."""
     formats = FigureCanvasAgg.get_supported_filetypes()
     if path.suffix.lstrip(".").lower() not in formats:
         raise Mistake(f"{path}: a figure is written as one of {', '.join(f'.{name}' for name in formats)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    curves(runs).savefig(path, dpi=150)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        curves(runs).savefig(path, dpi=150)
+    except OSError as e:
+        raise Mistake(f"{path} can't be written ({e.strerror}): --figure FILE writes the figure elsewhere") from e
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, help="a folder of runs, as given to paths.runs=, or a file of records")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", help="a folder of runs, as given to paths.runs=, or a file of records"
+    )
     parser.add_argument("--against", metavar="RULE", help="add the difference to this rule's run, paired over seeds")
     parser.add_argument("--figure", type=Path, help="where to write the figure (default: learning_curves.png there)")
     options = parser.parse_args()
     try:
-        runs = read(options.runs)
+        runs = read(*options.runs)
         shown = table(runs, options.against)
-        folder = options.runs if options.runs.is_dir() else options.runs.parent
+        folder = first if (first := options.runs[0]).is_dir() else first.parent
         path = options.figure or folder / "learning_curves.png"
         console = Console()
         console.print(shown)

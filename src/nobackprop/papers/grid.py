@@ -25,10 +25,6 @@ class Cell:
     def __str__(self) -> str:
         return " ".join(f"{axis}={choice}" for axis, choice in self.labels.items())
 
-    def fits(self, where: Mapping[str, Sequence[str]]) -> bool:
-        """Whether on each of these axes its choice is one of those named."""
-        return all(self.labels.get(axis) in choices for axis, choices in where.items())
-
     @property
     def tuned(self) -> Path | None:
         """The file of tuned settings that this cell takes, or None."""
@@ -42,6 +38,11 @@ class Cell:
         if self.tuned is not None and not self.tuned.exists():
             raise Missing(f"{self.tuned} is not there yet: scripts/tune.py makes it")
         return composed([*self.overrides, *further])
+
+
+def fits(labels: Mapping[str, str], where: Mapping[str, Sequence[str]]) -> bool:
+    """Whether a cell's choice on each of these axes is one of those named."""
+    return all(labels.get(axis) in choices for axis, choices in where.items())
 
 
 def tuned(overrides: Iterable[str]) -> Path | None:

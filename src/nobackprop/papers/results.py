@@ -42,7 +42,7 @@ from nobackprop.papers.claims import (
     place_of,
     trials,
 )
-from nobackprop.papers.grid import TUNED, Cell, by_key, cells, tuned
+from nobackprop.papers.grid import TUNED, Cell, by_key, cells, fits, tuned
 from nobackprop.places import CONF, PAPERS, RESULTS
 from nobackprop.records.identity import digest, rule_name
 from nobackprop.records.record import Record
@@ -462,7 +462,7 @@ def _check_labels(place: str, where: Mapping[str, Sequence[str]], grid: Sequence
             if choice not in known:
                 allowed = f"choose from {', '.join(known)}" if known else "there is no such axis"
                 raise Mistake(f"{place}: {axis}={choice} is not in the grid; {allowed}")
-    if not any(cell.fits(where) for cell in grid):
+    if not any(fits(cell.labels, where) for cell in grid):
         given = described({axis: ",".join(choices) for axis, choices in where.items()})
         raise Mistake(f"{place}: no cell of the grid is {given}; its choices do not occur together")
 
@@ -473,7 +473,7 @@ def _find(cell: Cell, layout: Layout, runs: Runs, not_run: Sequence[NotRun], kno
     figures = [f for f in (known.figures if known else ()) if f.cell and f.cell.items() <= cell.labels.items()]
     figures = [f.model_copy(update={"seeds": f.seeds or (known and known.seeds)}) for f in figures]
     unsearched = cell.tuned is not None and not cell.tuned.exists()
-    reasons = [entry.reason for entry in not_run if cell.fits(entry.cells)]
+    reasons = [entry.reason for entry in not_run if fits(cell.labels, entry.cells)]
     reasons += ["settings not searched yet" if unsearched else "not run yet"]
     if unsearched or not runs.runs:
         return Found(cell.labels, cell.labels.get("rule", ""), overrides, reason=reasons[0], figures=figures)
@@ -505,7 +505,7 @@ def _rows(table: Table, found: Sequence[Found]) -> list[Row]:
     groups: dict[tuple[str | None, ...], dict[tuple[str, ...], list[Found]]] = defaultdict(lambda: defaultdict(list))
     taken: dict[tuple[str, ...], Found] = {}
     for cell in found:
-        if cell.fits(table.where):
+        if fits(cell.labels, table.where):
             apart = tuple(cell.labels.get(axis) for axis in table.apart)
             place = tuple(cell.labels.get(axis, "") for axis in table.rows)
             groups[apart][place].append(cell)

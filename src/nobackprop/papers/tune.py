@@ -48,7 +48,7 @@ from scipy.stats import qmc, spearmanr
 
 from nobackprop.composing import check, home, load
 from nobackprop.mistakes import Mistake, answering, close, faults
-from nobackprop.papers.grid import TUNED, Cell, cells, composed, select
+from nobackprop.papers.grid import TUNED, Cell, cells, composed, fits, select
 from nobackprop.places import PAPERS
 from nobackprop.records import files, machine
 from nobackprop.records.identity import digest
@@ -152,7 +152,7 @@ class Search(BaseModel):
     def forward_passes(self, cell: Cell) -> float | None:
         """What a mini-batch of a rung stands for in this cell, in forward passes; None where it stands for itself."""
         equal = self.equal_compute
-        return equal.step if equal and cell.fits(equal.where) else None
+        return equal.step if equal and fits(cell.labels, equal.where) else None
 
     def length(self, cell: Cell, rung: int, config: DictConfig) -> dict[str, int | None]:
         """The settings that make a trial's length. `config` has its other ones, on which the cost of a step depends."""
@@ -199,11 +199,13 @@ class Search(BaseModel):
     def cells(self, name: str) -> list[Cell]:
         """The cells of a grid that this searches, one for each file of tuned settings."""
         tuned = [cell for cell in cells(name) if cell.tuned is not None]
-        return [cell for cell in tuned if cell.fits(self.where) or self.forward_passes(cell)]
+        return [cell for cell in tuned if fits(cell.labels, self.where) or self.forward_passes(cell)]
 
     def within(self, cell: Cell) -> dict[str, Range | Choice]:
         """The part of the space that a cell searches: of each key the last dimension that fits."""
-        return {key: each for key, dimensions in self.space.items() for each in dimensions if cell.fits(each.when)}
+        return {
+            key: each for key, dimensions in self.space.items() for each in dimensions if fits(cell.labels, each.when)
+        }
 
     def points(self, cell: Cell) -> list[Point]:
         """The settings of each trial of a cell.

@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from nobackprop.mistakes import Mistake, about_files, check_writable
+from nobackprop.mistakes import Mistake, about_files
 from nobackprop.records.literal import literal
 from nobackprop.records.provenance import other_code
 from nobackprop.records.record import Record, mean_and_deviation, tested
@@ -42,7 +42,7 @@ class Earlier:
 def look(job: Job) -> Earlier:
     """Raises Mistake for a config that can't work and for damaged records, OSError for a folder it can't write to."""
     run = job.run
-    check_writable(Path(run.settings.paths.runs))
+    run.settings.check_writable()
     done = recorded(run)
     missing = [seed for seed in run.settings.seeds if seed not in done]
     before = ""

@@ -10,12 +10,13 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from inspect import Parameter, signature
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -261,11 +262,11 @@ def _check_processes(run: Run) -> None:
 
 
 def _try_step(run: Run, device: torch.device) -> None:
-    """One step on two blank images, in all its phases: finds what does not go together before data is loaded.
+    """A step on two random images, in all its phases: finds what does not go together before data is loaded.
 
     What the step depends on is tried once a process. Raises Mistake for what torch's own optimizers and schedules
-    refuse, and for want of memory; an exception of a rule, or of a part that is the user's own, is a fault in it and
-    passes through.
+    refuse, for a rule that is not the same at every step, and for want of memory; an exception of a rule, or of a part
+    that is the user's own, is a fault in it and passes through.
     """
     s = run.settings
     parts = {"rule": s.rule, "arch": s.arch, "init": s.init.model_dump(), "loss": s.loss, "classes": run.loss.classes}
@@ -282,20 +283,44 @@ def _try_step(run: Run, device: torch.device) -> None:
 
 
 def _try_rule(run: Run, device: torch.device) -> dict[str, Shape]:
-    """The shapes of the weights, with which the rule has made a step."""
-    net, rule, dtype = run.net, run.rule, run.dtype
+    """The shapes of the weights, with which the rule has made the same step twice."""
+    net, rule, dtype, numbers = run.net, run.rule, run.dtype, torch.Generator().manual_seed(0)
     try:
         w = {n: t.to(device, dtype) for n, t in initial_weights(net, rule, run.forward, run.backward, 0).items()}
-        x, y = (torch.zeros(2, *shape, dtype=dtype, device=device) for shape in (net.in_shape, (run.loss.outputs,)))
+        x = torch.rand(2, *net.in_shape, generator=numbers).to(device, dtype)
+        y = run.loss.target(torch.tensor([0, 1], device=device), dtype)
         shapes = rule.noise(net, len(x)) | net.noise(len(x))
-        noise = {name: x.new_zeros(shape) for name, shape in shapes.items()}
-        with torch.no_grad(), _precision(run, device):
-            rule.all_grads(net.with_noise(noise), w, Batch(x, y, run.loss, noise))
+        noise = {name: torch.randn(shape, generator=numbers).to(x) for name, shape in shapes.items()}
+        inputs = {**w, "the images": x, "the targets": y}
+        before, given, states = {name: t.clone() for name, t in inputs.items()}, [], []
+        for _ in range(2):
+            with torch.no_grad(), _precision(run, device):
+                given.append(rule.all_grads(net.with_noise(noise), w, Batch(x, y, run.loss, noise))[0])
+            states.append(repr(vars(rule)))
     except (RuntimeError, MemoryError) as e:
         if not hardware.too_little_memory(e):
             raise
         raise Mistake(f"arch: this net takes more memory than there is: {hardware.first_line(e)}") from e
+    name, (once, again) = type(rule).__name__, given
+    if changed := [of for of, t in inputs.items() if not torch.equal(t, before[of])]:
+        raise Mistake(f"rule {name} changes {changed[0]} in place: it gives gradients, and changes nothing")
+    if states[0] != states[1]:
+        raise Mistake(
+            f"rule {name} changes an attribute of its own at each step: it must be the same at every step. What "
+            "changes is a weight of its own (`feedback`), and random numbers come from `noise`"
+        )
+    if differ := [of for of, g in once.items() if not _alike(g, again[of])]:
+        raise Mistake(
+            f"rule {name} gives two different gradients of {differ[0]} for the same step: random numbers come from "
+            "`noise`, and nothing else may change between steps"
+        )
     return {name: tuple(t.shape) for name, t in w.items()}
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two results are equal but for rounding, which may differ on a GPU."""
+    scale = float(one.abs().max()) if one.numel() else 0.0
+    return torch.allclose(one, other, rtol=1e-3, atol=1e-3 * scale if isfinite(scale) else 0.0, equal_nan=True)
 
 
 def _precision(run: Run, device: torch.device) -> AbstractContextManager[Any]:
@@ -332,16 +357,16 @@ def _try_optimizer(run: Run, shapes: list[Shape], device: torch.device) -> None:
     try_schedule(run, steps=s.max_steps or 1, epochs=1 if s.max_steps else s.max_epochs)
 
 
-def try_schedule(run: Run, steps: int, epochs: int) -> None:
-    """All rates of a run of so many mini-batches and epochs.
+def try_schedule(run: Run, steps: int, epochs: int) -> list[float]:
+    """All rates of a run of so many mini-batches and epochs; none without a schedule.
 
     Raises Mistake for a schedule that torch refuses, that ends before the run does, or whose rate falls below 0.
     """
     s = run.settings
     make_schedule = run.schedule_over(steps)
     if make_schedule is None:
-        return
-    optimizer = run.optimizer([torch.nn.Parameter(torch.zeros(1, 2, 2), requires_grad=False)])
+        return []
+    optimizer, rates = run.optimizer([torch.nn.Parameter(torch.zeros(1, 2, 2), requires_grad=False)]), []
     with warnings.catch_warnings(action="ignore"):  # that no optimizer step came before
         schedule = _asked(s.schedule, "schedule", make_schedule, optimizer)
         if not isinstance(schedule, LRScheduler):
@@ -349,9 +374,11 @@ def try_schedule(run: Run, steps: int, epochs: int) -> None:
         if wrong := [number for number in getattr(schedule, "milestones", ()) if not isinstance(number, int)]:
             raise Mistake(f"schedule: milestones are numbers of {s.schedule_interval}s, as in [50,75]; got {wrong}")
         for _ in range(epochs if s.schedule_interval == "epoch" else steps):
+            rates.append(optimizer.param_groups[0]["lr"])
             _asked(s.schedule, "schedule", schedule.step)
             if (rate := optimizer.param_groups[0]["lr"]) < 0:
                 raise Mistake(f"schedule: the rate becomes {rate}: it must not be below 0")
+    return rates
 
 
 def _asked(node: Component, key: str, function: Callable[..., Any], *args: Any) -> Any:

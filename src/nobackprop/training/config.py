@@ -30,7 +30,7 @@ from pydantic import (
     field_validator,
 )
 
-from nobackprop.mistakes import Mistake, close
+from nobackprop.mistakes import Mistake, check_writable, close
 from nobackprop.records.identity import before, current_name, digest, recorded_name, run_name
 
 MOST_SEEDS = 100_000  # more are taken for a typing error
@@ -39,6 +39,8 @@ MOST_SEEDS = 100_000  # more are taken for a typing error
 def _component(node: Any) -> Any:
     if isinstance(node, dict) and re.fullmatch(r"\w+(\.\w+)+", str(node.get("_target_"))):
         return node | {"_target_": current_name(node["_target_"])}
+    if isinstance(node, dict) and isinstance(name := node.get("_target_"), str) and name.isidentifier():
+        raise Mistake(f"_target_ is {name}: write its module before it, as in my_module.{name}")
     raise Mistake("write keys with values, of which _target_ names a class, as in _target_: nobackprop.rules.bp.BP")
 
 
@@ -207,6 +209,15 @@ class Settings(_Strict):
     def folder(self) -> Path:
         """The folder of the run: it has a folder for each seed, and checkpoints while the run trains."""
         return Path(self.paths.runs) / f"{self.name}-{self.signature}"
+
+    def check_writable(self) -> None:
+        """Raises OSError where records can't be written, unless there is one of every seed already."""
+        runs = Path(self.paths.runs)
+        try:
+            check_writable(runs)
+        except OSError:
+            if not runs.is_dir() or not all((self.folder / f"seed{s}" / "record.json").exists() for s in self.seeds):
+                raise
 
     def identity(self) -> dict[str, Any]:
         """All settings that can change a seed's result. Seeds, loggers, paths, devices and kernels are left out.

@@ -57,13 +57,18 @@ class Gradients(nn.Module):
         """Fills `.grad` from inputs x (N, ...) and labels y (N,) or targets (N, outputs); gives logits (N, outputs).
 
         Earlier gradients are replaced, so no `zero_grad` is needed. The new ones are means over the mini-batch, changed
-        as `update` says. Raises Mistake where x or y do not have the shape that is needed.
+        as `update` says. Raises Mistake where x or y do not have the shape, the type or the class numbers needed.
         """
         x = self._inputs(x)
         if tuple(y.shape) not in {(len(x),), (len(x), self.loss.outputs)} or y.is_floating_point() == (y.ndim == 1):
             raise Mistake(
                 f"y has the shape {tuple(y.shape)} and type {y.dtype} for {len(x)} samples: give whole numbers of "
                 f"classes ({len(x)},), or targets ({len(x)}, {self.loss.outputs}) in floats"
+            )
+        on_cpu = y.device.type == "cpu"  # elsewhere the check would wait for the device
+        if on_cpu and y.ndim == 1 and len(y) and not 0 <= int(y.min()) <= int(y.max()) < self.loss.classes:
+            raise Mistake(
+                f"y has class numbers from {int(y.min())} to {int(y.max())}; allowed: 0 to {self.loss.classes - 1}"
             )
         self.constrain()
         w = self.weights()
@@ -112,6 +117,8 @@ class Gradients(nn.Module):
         if x.ndim < 2 or tuple(x.shape[1:]) not in {self.net.in_shape, (self.net.units(0),)}:
             shape = ", ".join(map(str, self.net.in_shape))
             raise Mistake(f"x has the shape {tuple(x.shape)}: this net takes (N, {shape})")
+        if x.dtype != (dtype := next(self.parameters()).dtype):
+            raise Mistake(f"x is of type {x.dtype}, and the module's weights are {dtype}: write x.to({dtype})")
         return x.reshape(-1, *self.net.in_shape)
 
 
@@ -149,6 +156,10 @@ def gradients(
     """
     if update not in UPDATES:
         raise Mistake(f"unknown update {update!r}: choose one of {', '.join(UPDATES)}{close(update, UPDATES)}")
+    for given, kind, example in ((rule, Rule, "nobackprop.LRAE()"), (loss, Loss, "nobackprop.SoftmaxCrossEntropy(10)")):
+        if not isinstance(given, kind):
+            what = f"the class {given.__name__}" if isinstance(given, type) else f"of type {type(given).__name__}"
+            raise Mistake(f"{kind.__name__.lower()} is {what}: give an object such as {example}")
     net, products = walked(module, _first_shape(module) if in_shape is None else in_shape)
     if loss.outputs != net.units(net.L):
         raise Mistake(f"the module has {net.units(net.L)} outputs, and {loss} needs {loss.outputs}")

@@ -4,8 +4,8 @@ On small nets a CPU spends much of a step between the kernels: in the rule's and
 tensors. `Replay` notes which kernels a function of tensors calls, and where in memory each reads and writes. Then
 it calls those alone, each into its place in a few kept buffers. A rule that computes a number at several places, such
 as the pooled output of a layer, has it computed once, where keeping it costs little memory. They are the same
-kernels on the same numbers, so the result is the same to the bit, whatever the rule. Kernels that can't write into
-given memory make new tensors, as before.
+kernels on the same numbers, so the result is the same to the bit, for any rule that is the same at every step.
+Kernels that can't write into given memory make new tensors, as before.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +23,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from nobackprop.mistakes import Mistake
+
+AGAIN = 1000  # replays
 Outputs = tuple[dict[str, Tensor], list[Tensor]]
 COPIES = {"clone", "_to_copy"}  # copy_ does the same into given memory
 # The numbers in the tensors that these make depend on no input.
@@ -37,13 +40,15 @@ class Replay:
 
     The first call notes the kernels, the second computes both ways. Where the two differ in a bit, or `function` does
     what can't be replayed (it branches on a tensor's value, or draws random numbers), it is called as it is from then
-    on. Other tensors that it reads, the weights, must stay where they are in memory, and inputs keep their shapes. The
-    named tensors of a replay are the same objects at every call, with new numbers.
+    on. Every `AGAIN`-th replay is computed both ways again, and a difference raises Mistake: the function depends on
+    something besides tensors, such as a count of steps. Other tensors that it reads, the weights, must stay where they
+    are in memory, and inputs keep their shapes. The named tensors of a replay are the same objects at every call, with
+    new numbers.
     """
 
     def __init__(self, function: Callable[[Tensor, Tensor, Mapping[str, Tensor]], Outputs]) -> None:
         # No method of this object: the object would hold itself, and the kept buffers would outlive a run.
-        self.function, self.call = function, Replay._first
+        self.function, self.call, self.replayed = function, Replay._first, 0
 
     def __call__(self, x: Tensor, y: Tensor, noise: Mapping[str, Tensor]) -> Outputs:
         return self.call(self, x, y, noise)
@@ -70,10 +75,22 @@ class Replay:
 
     def _second(self, x: Tensor, y: Tensor, noise: Mapping[str, Tensor]) -> Outputs:
         expected = self.function(x, y, noise)
-        self.call = Replay._replay if _same(expected, self._replay(x, y, noise)) else Replay._as_written
+        self.call = Replay._replay if _same(expected, self._run(x, y, noise)) else Replay._as_written
         return expected
 
     def _replay(self, x: Tensor, y: Tensor, noise: Mapping[str, Tensor]) -> Outputs:
+        self.replayed += 1
+        if self.replayed % AGAIN:
+            return self._run(x, y, noise)
+        expected = self.function(x, y, noise)
+        if not _near(expected, found := self._run(x, y, noise)):
+            raise Mistake(
+                "the rule gives other numbers now than in the first steps, for the same images and weights: it must be "
+                "the same at every step, so it keeps no count of steps, and no state besides its weights"
+            )
+        return found
+
+    def _run(self, x: Tensor, y: Tensor, noise: Mapping[str, Tensor]) -> Outputs:
         if x.data_ptr() != self.x.data_ptr():  # else: it was written into that
             self.x.copy_(x)
         self.y.copy_(y)
@@ -91,6 +108,12 @@ def _same(one: Outputs, other: Outputs) -> bool:
         return t.flatten().view(torch.uint8)
 
     return all(torch.equal(bits(a), bits(b)) for a, b in zip(tree_leaves(one), tree_leaves(other), strict=True))
+
+
+def _near(one: Outputs, other: Outputs) -> bool:
+    """Whether all numbers are equal but for a percent, or are not finite."""
+    pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
+    return not any((a - b).norm() > 0.01 * a.norm() for a, b in pairs if a.is_floating_point())
 
 
 class _Unfit(Exception):

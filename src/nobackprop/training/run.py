@@ -2,6 +2,7 @@
 
 import sys
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -19,7 +20,7 @@ from torch.optim import Optimizer
 from nobackprop.core.initializers import initial_weights
 from nobackprop.data.batches import EvalBatches, Task, TrainBatches, batches_per_epoch, task
 from nobackprop.data.sources import Dataset
-from nobackprop.mistakes import Mistake
+from nobackprop.mistakes import Mistake, Notice
 from nobackprop.records import files, machine, provenance
 from nobackprop.records.literal import literal
 from nobackprop.records.record import EDITS, Data, Record, mean_and_deviation, tested
@@ -107,7 +108,12 @@ def train(run: Run, console: Console | None = None, wait_for_others: bool = True
         tasks = _tasks(run, dataset, missing)
         for per_epoch in {batches_per_epoch(t, s.batch_size) for t in tasks}:  # which refuses too large batches
             steps = _steps(s, per_epoch)
-            try_schedule(run, steps, epochs=-(-steps // per_epoch))
+            rates = try_schedule(run, steps, epochs=-(-steps // per_epoch))
+            if len(rates) > 1 and len({*rates}) == 1:
+                told = (
+                    f"the schedule leaves the rate at {rates[0]} for all of these {len(rates)} {s.schedule_interval}s"
+                )
+                warnings.warn(told, Notice, stacklevel=2)
         # Processes that are still to be started are started once, for all seeds.
         together = [tasks]
         if not to_start(run.strategy):
@@ -410,8 +416,7 @@ def _write(run: Run, tasks: Sequence[Task], learner: Learner, finished: Sequence
             path = run.seed_folder(t.seed) / "record.json"
             record.write(path)
     except OSError as e:
-        what = f"{path} could not be written when the run was over ({e.strerror or e})"
-        raise OSError(e.errno, f"{what}: make room, or mend the folder; the same command then goes on") from e
+        raise OSError(e.errno, f"{path} could not be written when the run was over ({e.strerror or e})") from e
 
 
 def _replays(run: Run, steps: int) -> bool:
