@@ -1,4 +1,4 @@
-"""Compares the runs in a folder: a table of test accuracies, and a figure of the learning curves.
+"""Compares the runs in a folder, or in several: a table of test accuracies, and a figure of the learning curves.
 
     python scripts/compare.py runs/demo [--against bp] [--figure FILE]
 
@@ -161,6 +161,11 @@ def _paints(rules: Mapping[str, str]) -> dict[str, str | None]:
     return {run: colour(rule) for run, rule in rules.items()}
 
 
+def error_curves(records: Sequence[Record]) -> np.ndarray:
+    """Validation errors in percent, (epochs, seeds), for a logarithmic axis: an error of 0 becomes 0.01."""
+    return np.maximum(100 - 100 * learning_curves(records), 0.01)
+
+
 def curves(runs: Runs) -> Curves:
     """Validation error against epochs, and beside it the test accuracy of each run, the best first, in the same colour.
 
@@ -176,7 +181,7 @@ def curves(runs: Runs) -> Curves:
         canvas = Curves(figsize=(8 + beside, max(3.6, 0.8 + 0.26 * len(runs))), layout="constrained")
         left, right = canvas.subplots(1, 2, width_ratios=(5, 3))
         for place, run in enumerate(best_first):
-            errors = np.maximum(100 - 100 * learning_curves(runs[run]), LEAST)
+            errors = error_curves(runs[run])
             epochs = np.arange(1, len(errors) + 1)
             (line,) = left.plot(epochs, errors.mean(axis=1), color=paints[run])
             left.fill_between(epochs, errors.min(axis=1), errors.max(axis=1), color=line.get_color(), alpha=0.15, lw=0)
@@ -201,9 +206,6 @@ def curves(runs: Runs) -> Curves:
         for ax in (left, right):
             ax.grid(alpha=0.3)
     return canvas
-
-
-LEAST = 0.01  # percent: what an error of 0 is drawn as, on a logarithmic axis
 
 
 def figure(runs: Runs, path: Path) -> None:

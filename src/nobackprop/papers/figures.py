@@ -20,8 +20,8 @@ from matplotlib.lines import Line2D
 from scipy.optimize import isotonic_regression
 
 from nobackprop.papers.colours import INK, colour
+from nobackprop.papers.compare import error_curves
 from nobackprop.papers.results import ANGLE, Findings, Found, Row, Table, described, rules_run
-from nobackprop.records.gathering import learning_curves
 
 STYLE: Any = {
     "svg.hashsalt": "nobackprop",
@@ -194,12 +194,9 @@ def _panels(rows: Sequence[Row], line: Callable[..., tuple[float, float]], x: st
     return canvas
 
 
-LEAST = 0.01  # percent: what an error of 0 is drawn as, on a logarithmic axis
-
-
 def _curve(ax: Any, cell: Found, paint: str, name: str) -> tuple[float, float]:
     """Draws the mean over seeds, and a band from the lowest seed to the highest. Gives the line's end."""
-    errors = np.maximum(100 - 100 * learning_curves(cell.records), LEAST)
+    errors = error_curves(cell.records)
     epochs = np.arange(1, len(errors) + 1)
     means = errors.mean(axis=1)
     ax.plot(epochs, means, color=paint, gid=f"rule:{name}")
@@ -211,7 +208,7 @@ def _curve(ax: Any, cell: Found, paint: str, name: str) -> tuple[float, float]:
 
 def _time(ax: Any, cell: Found, paint: str, name: str) -> tuple[float, float]:
     """Draws a curve against the wall time of the fastest seed, shared equally among epochs. Gives the line's end."""
-    means = np.maximum(100 - 100 * learning_curves(cell.records), LEAST).mean(axis=1)
+    means = error_curves(cell.records).mean(axis=1)
     seconds = cell.seconds * np.arange(1, len(means) + 1)
     ax.plot(seconds, means, color=paint, gid=f"rule:{name}")
     return float(seconds[-1]), float(means[-1])
