@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset, TensorDataset
 
 from nobackprop.data.batches import EvalBatches, TrainBatches, task
-from nobackprop.data.given import Given, held
+from nobackprop.data.given import Given, held, images_of
 from nobackprop.data.pixels import Pixels
 from nobackprop.mistakes import Mistake, Notice
 
@@ -69,7 +69,7 @@ def test_images_have_three_axes_after_the_first(x: torch.Tensor, shape: tuple[in
         lambda x, y: ((x, y), (x + 1e-6, y)),
         lambda x, y: ((x, y.flip(0)), (x, y)),
         lambda x, y: ((x[:39], y[:39]), (x, y)),
-        lambda x, y: ((x.reshape(40, 5, 3, 4), y), (x.reshape(40, 5, 3, 4), y)),
+        lambda x, y: ((x.reshape(40, 3, 4, 5), y), (x.reshape(40, 3, 4, 5), y)),
         lambda x, y: (((255 * x).byte(), y), ((255 * x).byte(), y)),
     ],
 )
@@ -139,6 +139,12 @@ NAN[3, 0, 0, 0] = torch.nan
 def test_what_is_no_data_set_is_refused_in_a_sentence(data: Any, test: Any, told: str) -> None:
     with pytest.raises(Mistake, match=told), held(data, test):
         pass
+
+
+def test_channels_that_come_last_are_told() -> None:
+    last = X.repeat(1, 2, 1, 1).permute(0, 2, 1, 3)[..., :3]  # (40, 5, 6, 3)
+    with pytest.warns(Notice, match=r"x has the shape \(40, 5, 6, 3\), read as 5 channels: these come before"):
+        images_of((last, Y), "data")
 
 
 @pytest.mark.parametrize(
