@@ -33,7 +33,7 @@ def held(data: Any, test: Any) -> Iterator[str]:
     if kinds[0] != kinds[1]:
         raise Mistake(f"data has {kinds[0]}, test {kinds[1]}: both must be alike")
     last = max(int(images.labels.max()) for images in (train, tested))
-    if never := sorted({*range(last + 1)} - {*train.labels.tolist()}):
+    if never := sorted({*range(min(last, 1000) + 1)} - {*train.labels.tolist()}):
         told = f"data has no images of the classes {some(map(str, never))}, counted from 0, to learn from"
         warnings.warn(told, Notice, stacklevel=3)
     found = sha256(kinds[0].encode())
