@@ -80,9 +80,7 @@ def images_of(given: Any, name: str) -> Images:
         raise Mistake(f"{name}: x has NaN or infinite numbers (as float32); allowed: finite ones")
     x = as_images(x)
     if x.shape[1] > 4 and x.shape[3] in (1, 3, 4):
-        told = (
-            f"{name}: x has the shape {tuple(x.shape)}, read as {x.shape[1]} channels: these come before positions"
-        )
+        told = f"{name}: x has the shape {tuple(x.shape)}, read as {x.shape[1]} channels: these come before positions"
         warnings.warn(told, Notice, stacklevel=4)
     return Images((x if x.dtype == torch.uint8 else x.float()).contiguous(), y.long().contiguous())
 
