@@ -81,10 +81,8 @@ def answering(name: str) -> Iterator[None]:
 
 
 # What to do about an error of the system, by its number; {key} is paths.runs or paths.data.
-ROOM, ELSEWHERE = (
-    "make room; the same command goes on, from the last checkpoint if there is one",
-    "use another folder, {key}=...",
-)
+ROOM = "make room; the same command goes on, from the last checkpoint if there is one"
+ELSEWHERE = "use another folder, {key}=..."
 IN_THE_WAY = f"a file is where a folder should be: move it away, or {ELSEWHERE}"
 REMEDIES = {
     errno.ENOSPC: ROOM,

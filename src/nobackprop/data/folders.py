@@ -89,6 +89,10 @@ class ImageNet(Source):
         return str(as_folder(self.root))
 
     @property
+    def _resolved(self) -> str:
+        return str(Path(self.where).resolve())
+
+    @property
     def remedy(self) -> str:
         return "Correct `dataset.source`, or put whole files there."
 
@@ -118,7 +122,7 @@ class ImageNet(Source):
             self._build()
         index, blocks = self._index(), self._blocks()
         assert index is not None
-        if str(Path(self.where).resolve()) != index.root:
+        if self._resolved != index.root:
             told = f"{self.where} is not there, so {self._cache} is used, which was made from {index.root}"
             warnings.warn(told, Notice, stacklevel=2)
         self._check_pixels(index, blocks)
@@ -169,7 +173,7 @@ class ImageNet(Source):
                 f"{path.parent} holds {index.channels} images of shape {index.shape}, but {self._channels} of shape "
                 f"{self.shape} are asked for: choose another dataset.source.cache"
             )
-        if Path(self.where).is_dir() and str(Path(self.where).resolve()) != index.root:
+        if Path(self.where).is_dir() and self._resolved != index.root:
             raise Mistake(
                 f"{self.name}: {self._cache} was made from {index.root}, not from {self.where}. For other images "
                 f"choose another dataset.source.cache. If these are the same images in a new place: {self._redo}."
@@ -354,7 +358,7 @@ class ImageNet(Source):
             shape=self.shape,
             channels=self._channels,
             classes=list(trees["train"]),
-            root=str(Path(self.where).resolve()),
+            root=self._resolved,
             counts=counts,
             fingerprint=_fingerprint(counts, blocks),
         )

@@ -36,10 +36,7 @@ Runs = Mapping[str, Sequence[Record]]
 
 
 def read(*folders: Path) -> Runs:
-    """All records below these folders, by run. Raises Missing where a folder has none."""
-    for folder in folders:
-        if not folder.exists():
-            raise Missing(f"{folder} is not there: train something with paths.runs={folder} first")
+    """All records below these folders, by run. Raises Missing where a folder is not there, or none has a record."""
     found = collect(folders)
     for problem in found.unreadable + found.conflicts:
         warn(plain(problem), stacklevel=2)

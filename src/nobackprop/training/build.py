@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from inspect import Parameter, signature
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,6 +30,7 @@ from nobackprop.mistakes import Mistake, at
 from nobackprop.records.identity import digest
 from nobackprop.training import hardware
 from nobackprop.training.config import Component, Settings, build, told_once
+from nobackprop.training.replay import alike
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, Trainer
@@ -103,6 +103,14 @@ class Run:
     def dtype(self) -> torch.dtype:
         """The type of the weights."""
         return torch.float64 if self.settings.trainer.precision == "64-true" else torch.float32
+
+    def weights(self, seed: int) -> dict[str, Tensor]:
+        """The weights that a seed starts from, on the CPU.
+
+        They have their type at once, since Lightning would make them double only after it has loaded a checkpoint.
+        """
+        start = initial_weights(self.net, self.rule, self.forward, self.backward, seed)
+        return {name: t.to(self.dtype) for name, t in start.items()}
 
     @property
     def rank(self) -> int:
@@ -284,11 +292,11 @@ def _try_step(run: Run, device: torch.device) -> None:
 
 def _try_rule(run: Run, device: torch.device) -> dict[str, Shape]:
     """The shapes of the weights, with which the rule has made the same step twice."""
-    net, rule, dtype, numbers = run.net, run.rule, run.dtype, torch.Generator().manual_seed(0)
+    net, rule, numbers = run.net, run.rule, torch.Generator().manual_seed(0)
     try:
-        w = {n: t.to(device, dtype) for n, t in initial_weights(net, rule, run.forward, run.backward, 0).items()}
-        x = torch.rand(2, *net.in_shape, generator=numbers).to(device, dtype)
-        y = run.loss.target(torch.tensor([0, 1], device=device), dtype)
+        w = {name: t.to(device) for name, t in run.weights(0).items()}
+        x = torch.rand(2, *net.in_shape, generator=numbers).to(device, run.dtype)
+        y = run.loss.target(torch.tensor([0, 1], device=device), run.dtype)
         shapes = rule.noise(net, len(x)) | net.noise(len(x))
         noise = {name: torch.randn(shape, generator=numbers).to(x) for name, shape in shapes.items()}
         inputs = {**w, "the images": x, "the targets": y}
@@ -309,18 +317,12 @@ def _try_rule(run: Run, device: torch.device) -> dict[str, Shape]:
             f"rule {name} changes an attribute of its own at each step: it must be the same at every step. What "
             "changes is a weight of its own (`feedback`), and random numbers come from `noise`"
         )
-    if differ := [of for of, g in once.items() if not _alike(g, again[of])]:
+    if differ := [of for of, g in once.items() if not alike(g, again[of])]:
         raise Mistake(
             f"rule {name} gives two different gradients of {differ[0]} for the same step: random numbers come from "
             "`noise`, and nothing else may change between steps"
         )
     return {name: tuple(t.shape) for name, t in w.items()}
-
-
-def _alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two results are equal but for rounding, which may differ on a GPU."""
-    scale = float(one.abs().max()) if one.numel() else 0.0
-    return torch.allclose(one, other, rtol=1e-3, atol=1e-3 * scale if isfinite(scale) else 0.0, equal_nan=True)
 
 
 def _precision(run: Run, device: torch.device) -> AbstractContextManager[Any]:

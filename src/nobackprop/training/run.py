@@ -17,7 +17,6 @@ from rich.table import Table
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nobackprop.core.initializers import initial_weights
 from nobackprop.data.batches import EvalBatches, Task, TrainBatches, batches_per_epoch, task
 from nobackprop.data.sources import Dataset
 from nobackprop.mistakes import Mistake, Notice
@@ -280,17 +279,11 @@ def _learner(run: Run, dataset: Dataset, tasks: Sequence[Task], steps: int) -> L
     """What trains a group of seeds, for that many mini-batches, from their initial weights."""
     s = run.settings
     relabels = [t.relabel for t in tasks]
-
-    def weights(seed: int) -> dict[str, Tensor]:
-        """In the type of the run: Lightning would make them double only after it has loaded a checkpoint."""
-        start = initial_weights(run.net, run.rule, run.forward, run.backward, seed)
-        return {name: t.to(run.dtype) for name, t in start.items()}
-
     return Learner(
         run.net,
         run.rule,
         run.loss,
-        {t.seed: weights(t.seed) for t in tasks},
+        {t.seed: run.weights(t.seed) for t in tasks},
         batches=partial(
             TrainBatches, dataset, tasks, s.batch_size, max_steps=s.max_steps, flip=s.dataset.flip, crop=s.dataset.crop
         ),
