@@ -14,7 +14,6 @@ from statistics import mean, stdev
 from typing import Annotated, Any, Literal
 
 import pandas as pd
-from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from pydantic import (
@@ -26,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from nobackprop.composing import load
+from nobackprop.composing import compose, load
 from nobackprop.mistakes import Mistake, faults
 from nobackprop.papers.claims import (
     Accuracies,
@@ -342,8 +341,7 @@ class Composer:
 
     def _parent(self, groups: tuple[str, ...]) -> dict[str, Any]:
         if groups not in self.parents:
-            with initialize_config_dir(str(CONF), version_base="1.3"):
-                content: Any = OmegaConf.to_container(compose("train", list(groups)))
+            content: Any = OmegaConf.to_container(compose(groups)[0])
             self.parents[groups] = content
         return self.parents[groups]
 
