@@ -316,11 +316,17 @@ def test_a_papers_page_says_what_is_not_published_and_what_its_runs_took(results
     records = [lra(seed, 0.9).model_copy(update={"wall_s": 1800.0}) for seed in range(4)]
     found = findings("lra_e", records, results)
     unpublished, took = tables.about(found)
-    assert unpublished.startswith("No figure of the paper itself is at hand")
+    assert unpublished == "No published figure is at hand, so no cell is checked against one: only claims are tested."
     day = records[0].finished[:10]
     assert took == f"The 4 runs behind the tables took 2.0 core hours; they finished on {day}."
     assert f"{unpublished} {took}" in tables.page(found, [])
     assert not tables.about(findings("akrout", [], results))
+    (not_comparable,) = tables.about(findings("soft_hebb", [], results))
+    assert not_comparable == "No published figure is comparable, so no cell is checked against one."
+
+
+def test_a_single_reading_without_choices_has_no_sentence_of_its_own(results: Path) -> None:
+    assert tables.readings(findings("attention", [], results)) == ""
 
 
 def test_a_papers_page_shows_each_figure_once_under_its_own_table(results: Path) -> None:

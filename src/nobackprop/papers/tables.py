@@ -318,9 +318,9 @@ def about(found: Findings) -> list[str]:
     """Sentences on what to know before one reads a paper's tables."""
     told = []
     if found.published and not any(cell.figures for cell in found.cells_shown):
-        told.append(
-            "No figure of the paper itself is at hand, so no cell is checked against one: only its claims are tested."
-        )
+        is_one = "is comparable" if found.published.figures else "is at hand"
+        rest = ": only claims are tested" if found.claims else ""
+        told.append(f"No published figure {is_one}, so no cell is checked against one{rest}.")
     records = [r for cell in found.cells_shown for r in cell.all_seeds]
     if each := {(r.signature, r.seed): r.seconds * r.machine.threads for r in records}:
         runs, hours = f"{len(each)} run{'s' * (len(each) > 1)}", sum(each.values()) / 3600
@@ -374,10 +374,10 @@ def summary(found: Findings) -> list[list[str]]:
 
 
 def readings(found: Findings) -> str:
-    """A sentence that says what each reading of a paper's settings is."""
+    """A sentence that says what each reading of a paper's settings is; empty where there is one without choices."""
     assert found.claims is not None
-    told = (f"{name}: {_choices(labels)}" for name, labels in found.claims.readings.items())
-    return f"Settings {'; '.join(told)}."
+    told = [f"{name}: {_choices(labels)}" for name, labels in found.claims.readings.items() if labels]
+    return f"Settings {'; '.join(told)}." if told else ""
 
 
 def lengths(found: Findings) -> str:
@@ -394,7 +394,8 @@ def lengths(found: Findings) -> str:
 def verdict_summary(found: Findings) -> str:
     """The same in Markdown, with the settings and the lengths of the runs."""
     head, *body = summary(found)
-    return f"{markdown(head, body, len(head))}\n\n{readings(found)} {lengths(found)}".rstrip()
+    told = " ".join(filter(None, [readings(found), lengths(found)]))
+    return f"{markdown(head, body, len(head))}\n\n{told}".rstrip()
 
 
 def sentences(every: Sequence[Findings]) -> str:
