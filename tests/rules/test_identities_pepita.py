@@ -3,10 +3,14 @@
 import pytest
 import torch
 from conftest import Problem
+from torch import Tensor
 
+from nobackprop.core.architectures import row
 from nobackprop.core.initializers import Uniform, initial_weights
 from nobackprop.core.losses import SoftmaxCrossEntropy
+from nobackprop.core.maps import Mask
 from nobackprop.core.network import mlp
+from nobackprop.core.random import normal
 from nobackprop.core.rule import Batch
 from nobackprop.rules.bp import BP
 from nobackprop.rules.pepita import PEPITA
@@ -66,3 +70,28 @@ def test_f_is_drawn_as_in_the_papers_program() -> None:
     bound = 0.05 * (6 / 784) ** 0.5  # 0.05 times He's uniform of 784 inputs
     assert F.shape == (784, 10)
     assert 0.99 * bound < F.abs().max() < 1.001 * bound
+
+
+def test_a_unit_that_dropout_sets_to_zero_learns_nothing() -> None:
+    drawn = row((12,), 4, layers=[{"dense": 7}, "tanh", {"dropout": 0.5}, {"dense": 6}, "tanh"])
+    noise = {name: t.double() for name, t in normal(drawn.noise(5), 0, "noise").items()}
+    net, loss = drawn.with_noise(noise), SoftmaxCrossEntropy(4)
+    w = {name: t.double() for name, t in initial_weights(net, PEPITA(), Uniform(), Uniform(), seed=0).items()}
+    x = torch.randn(5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    batch = Batch(x, loss.target(torch.arange(5) % 4, x.dtype), loss)
+
+    def step(w: dict[str, Tensor], noise: dict[str, Tensor]) -> dict[str, Tensor]:
+        return PEPITA(scale=1.0).grads(drawn.with_noise(noise), w, batch)[0]
+
+    (mask,) = net.layers[1].read
+    assert isinstance(mask, Mask)
+    z, h = net.forward(w, x)
+    shift = batch.error(z[net.L]) @ w["F"].T
+    _, h_err = net.forward(w, x + shift)
+    grads = step(w, noise)
+    change = mask.factors * (h[1] - h_err[1])
+    assert 0 < (change == 0).sum() < change.numel()
+    torch.testing.assert_close(grads["W1"], change.T @ (x + shift) / 5)
+    torch.testing.assert_close(grads["W2"], (h[2] - h_err[2]).T @ (mask.factors * h_err[1]) / 5)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(step, backend="aot_eager", fullgraph=True)(w, noise), grads)

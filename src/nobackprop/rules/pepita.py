@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from nobackprop.core import maps
 from nobackprop.core.network import Network, Weights
 from nobackprop.core.rule import Batch, Draw, Grads, Rule
 from nobackprop.mistakes import Mistake
@@ -21,8 +23,9 @@ class PEPITA(Rule):
 
         x' = x + F e,   d[l] = h[l] - h'[l],   dW[l] = d[l] h'[l-1]^T,   and at the output d[L] is the second pass's e
 
-    No derivative of f is needed. `F` is (units of the input, outputs): `scale` times a draw whose fan-in is the number
-    of input units. The paper's program draws 0.05 times he_uniform, which is `U1` times 0.05 sqrt(6), the default here.
+    No derivative of f is needed. Both passes have the same dropout, and h and h' are what it leaves, as in the program.
+    `F` is (units of the input, outputs): `scale` times a draw whose fan-in is the number of input units. The paper's
+    program draws 0.05 times he_uniform, which is `U1` times 0.05 sqrt(6), the default here.
     Raises Mistake for a `scale` of 0 or less.
 
     Programs differ in d[L]. The authors' notebook takes the second pass's error, as here, and so does their
@@ -35,7 +38,6 @@ class PEPITA(Rule):
     - d[L] is the second pass's error in convolutional nets, too.
     - The gradient of a kernel is the sum over positions, as under every rule here. The program takes the mean.
     - Biases, which the program's nets lack, get d[l], too.
-    - There is no dropout.
     """
 
     family: ClassVar[str] = "aligned feedback"
@@ -57,7 +59,8 @@ class PEPITA(Rule):
         z_err, h_err = net.forward(w, batch.x + F.linear(e, w["F"]).view_as(batch.x))
         g = net.hebbian(net.L, h_err[net.L - 1], batch.error(z_err[net.L]))
         for l in range(1, net.L):
-            g |= net.hebbian(l, h_err[l - 1], h[l] - h_err[l])
+            dropout = takewhile(lambda m: isinstance(m, maps.Mask), net.layers[l].read)
+            g |= net.hebbian(l, h_err[l - 1], maps.through(tuple(dropout), h[l] - h_err[l]))
         return g, z[net.L]
 
     def feedback(self, net: Network, draw: Draw) -> dict[str, Tensor]:
