@@ -440,7 +440,7 @@ def beside_published(every: Sequence[Findings]) -> str:
         if left := len(known.figures) - len(ours):
             others.append(f"- {paper}: {left} of {len(known.figures)}. {known.note}".rstrip())
     table = markdown(["results", "figure", "published", "ours", "seeds", "epochs", "difference", "near"], lines, 2)
-    why = ["Why some are not near:", "\n".join(reasons.values())] if reasons else []
+    why = ["Why some are not near, or not known to be:", "\n".join(reasons.values())] if reasons else []
     return "\n\n".join([table, *why, *(["Figures without ours:", "\n".join(others)] if others else [])])
 
 
