@@ -318,9 +318,9 @@ def about(found: Findings) -> list[str]:
     """Sentences on what to know before one reads a paper's tables."""
     told = []
     if found.published and not any(cell.figures for cell in found.cells_shown):
-        is_one = "is comparable" if found.published.figures else "is at hand"
-        rest = ": only claims are tested" if found.claims else ""
-        told.append(f"No published figure {is_one}, so no cell is checked against one{rest}.")
+        state = "is comparable" if found.published.figures else "is at hand"
+        tested = ": only claims are tested" if found.claims else ""
+        told.append(f"No published figure {state}, so no cell is checked against one{tested}.")
     records = [r for cell in found.cells_shown for r in cell.all_seeds]
     if each := {(r.signature, r.seed): r.seconds * r.machine.threads for r in records}:
         runs, hours = f"{len(each)} run{'s' * (len(each) > 1)}", sum(each.values()) / 3600

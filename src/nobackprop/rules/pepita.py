@@ -23,9 +23,10 @@ class PEPITA(Rule):
 
         x' = x + F e,   d[l] = h[l] - h'[l],   dW[l] = d[l] h'[l-1]^T,   and at the output d[L] is the second pass's e
 
-    No derivative of f is needed. Both passes have the same dropout, and h and h' are what it leaves, as in the program.
-    `F` is (units of the input, outputs): `scale` times a draw whose fan-in is the number of input units. The paper's
-    program draws 0.05 times he_uniform, which is `U1` times 0.05 sqrt(6), the default here.
+    No derivative of f is needed. Both passes have the same dropout. Where it stands right above a layer, h and h' are
+    what it leaves, as in the authors' notebook. `F` is (units of the input, outputs): `scale` times a draw whose fan-in
+    is the number of input units. The paper's program draws 0.05 times he_uniform, which is `U1` times 0.05 sqrt(6), the
+    default here.
     Raises Mistake for a `scale` of 0 or less.
 
     Programs differ in d[L]. The authors' notebook takes the second pass's error, as here, and so does their
